@@ -1,0 +1,92 @@
+"""What a ring engine does, whichever language it is written in.
+
+`DeviceQueue` fills a `QueueBlock` and the arrays it points to, then drives one engine through
+these calls.  None takes arguments: they are fields of the block, so that a call into C costs no
+conversion.  A call returns a count, 0 or 1, or a negative `Result`.
+
+An engine keeps a private record of each taken chain until it is completed: the writable pieces
+(for the status byte and the dirty log), the snapshot whose table it was resolved with, the
+provisions it uses and its entry of the in-flight region.  Completion works from that record
+alone, because the batch's arrays are overwritten by the next take and memory may have been
+replaced in between.  The private pieces of all chains are bounded; a chain for which there is no
+room waits (`More.STALLED`), and always fits once nothing is in flight, as no chain has more
+descriptors than the queue.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from .layout import QueueBlock
+
+
+class Engine(Protocol):
+    """One queue's engine.  Not thread-safe: its owner makes one call at a time."""
+
+    name: str
+    """"c" or "python"."""
+
+    def attach(self) -> int:
+        """Adopt `descriptors`, `driver`, `device`, `table`, `log`, `log_used` and the window.
+
+        Called once before the first take and after each change of these fields.  Chains that
+        are in flight keep the snapshot they were taken with.  The queue keeps a snapshot alive
+        while its ``gm_table.pins`` is not 0.
+        """
+
+    def recover(self) -> int:
+        """Set the ring's position from the in-flight region; called once, after `attach`.
+
+        A region of version 0 is initialised.  Otherwise the rules of "Inflight I/O tracking" are
+        applied; `next_avail`, `next_used` and the wrap counters are set and the
+        chains to be taken again are listed (`resubmit`): takes return them first, in order of
+        their counters, marked RESUBMITTED.  Returns how many.
+        """
+
+    def take(self) -> int:
+        """Take up to `limit` available chains into `records`, `segments`, `done`.
+
+        Completes nothing.  `done` is prefilled with (head, 0, STATUS if the ring has status
+        bytes, writable_length).  A chain whose pieces do not fit the rest of `segments` waits
+        for the next take.  When fewer than `limit` are taken the ring was seen empty, unless
+        `more` says otherwise.  A ring error ends the batch before the bad chain: BROKEN (like
+        NEED) is only returned when no chain was taken by this call.
+        """
+
+    def publish(self) -> int:
+        """Complete the `staged_count` entries of `staged`; set `notify`; return how many."""
+
+    def cycle(self) -> int:
+        """Complete `done[0:count]` except the entries marked KEEP, set `notify`, then take.
+
+        When the take ends with BROKEN or NEED the completions have been published all the same.
+        """
+
+    def rewind(self) -> int:
+        """Give back the last `limit` chains of the current batch; `count` shrinks by as many.
+
+        They have to be in flight and the latest taken; they will be taken again.
+        """
+
+    def arm(self) -> int:
+        """Ask the driver for kicks, pass a full barrier, look again: 1 when chains wait."""
+
+    def disarm(self) -> int:
+        """Tell the driver that kicks are not needed (a hint)."""
+
+    def ready(self) -> int:
+        """1 when at least one chain is available; changes nothing."""
+
+    def close(self) -> None:
+        """Release the records of all chains in flight and the engine's memory."""
+
+
+class EngineFactory(Protocol):
+    """How an engine module makes one: ``create(block)``, raising `EngineUnavailable`.
+
+    ``memory`` is only there for the Python engine, which reads regions through guest_memory; the
+    C engine reads ``block.table``.
+    """
+
+    def __call__(self, block: QueueBlock, memory: object) -> Engine:
+        """Check magic, ABI and sizes; allocate the private state."""
