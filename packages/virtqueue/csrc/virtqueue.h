@@ -1,0 +1,214 @@
+/*
+ * The C engine of virtqueue: the device's side of split and packed rings, a batch at a time.
+ *
+ * A plain shared library for ctypes; it knows nothing of Python.  The structures mirror layout.py,
+ * which also documents the meaning of every field and flag; vq_layout() reports what was compiled
+ * and a test compares both.  A queue and its engine share one struct vq_queue and the arrays that
+ * it points to; all else is private to the engine.
+ *
+ * The guest and its driver are not trusted.  Whatever they can write (rings, descriptors, tables of
+ * indirect descriptors) is copied once and checked in the copy.  The structures in this header and
+ * in guest_memory_abi.h belong to our own process and are trusted, after their magic, ABI version
+ * and size were checked.
+ *
+ * Calls return a count, 0 or 1, or one of the negative VQ_* results.  A queue is not thread-safe:
+ * its owner makes one call at a time.  Different queues share nothing.
+ */
+#ifndef VIRTQUEUE_H
+#define VIRTQUEUE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "guest_memory_abi.h"
+
+#define VQ_MAGIC 0x45555156u /* "VQUE" */
+#define VQ_ABI 1u
+#define VQ_MAX_QUEUE_SIZE 32768u
+#define VQ_HEADER_SIZE 16u
+
+/* vq_record.flags */
+#define VQ_READABLE_CONTIGUOUS 1u
+#define VQ_WRITABLE_CONTIGUOUS 2u
+#define VQ_EXTERNAL 4u
+#define VQ_RESUBMITTED 8u
+
+/* vq_segment.flags */
+#define VQ_SEGMENT_WRITABLE 1u
+
+/* vq_done.flags */
+#define VQ_DONE_STATUS 1u
+#define VQ_DONE_KEEP 2u
+#define VQ_DONE_WROTE_ALL 4u
+
+/* vq_queue.features */
+#define VQ_PACKED 1u
+#define VQ_EVENT_IDX 2u
+#define VQ_INDIRECT 4u
+#define VQ_IN_ORDER 8u
+#define VQ_BIG_ENDIAN 16u
+#define VQ_IOMMU 32u
+#define VQ_STATUS_BYTE 64u
+#define VQ_LOG_USED 128u
+
+/* vq_queue.more */
+#define VQ_MORE_AVAILABLE 1u
+#define VQ_MORE_STALLED 2u
+
+/* What a call returns when it is negative. */
+enum vq_result {
+    VQ_BROKEN = -1,    /* the ring is wrong; reason and detail say how */
+    VQ_NEED = -2,      /* need_address, need_length, need_access must be provided first */
+    VQ_USAGE = -3,     /* the caller is wrong */
+    VQ_ABI_ERROR = -4, /* a shared structure has another magic, version or size */
+    VQ_NO_MEMORY = -5,
+};
+
+/* Why a queue is broken; the numbers and names are layout.py's Reason. */
+enum vq_reason {
+    VQ_REASON_NONE = 0,
+    VQ_REASON_AVAIL_JUMP = 1,
+    VQ_REASON_HEAD_OUT_OF_RANGE = 2,
+    VQ_REASON_NEXT_OUT_OF_RANGE = 3,
+    VQ_REASON_CHAIN_TOO_LONG = 4,
+    VQ_REASON_INDIRECT_NOT_NEGOTIATED = 5,
+    VQ_REASON_INDIRECT_NESTED = 6,
+    VQ_REASON_INDIRECT_WITH_NEXT = 7,
+    VQ_REASON_INDIRECT_LENGTH = 8,
+    VQ_REASON_INDIRECT_NEXT_OUT_OF_RANGE = 9,
+    VQ_REASON_READABLE_AFTER_WRITABLE = 10,
+    VQ_REASON_TOTAL_LENGTH = 11,
+    VQ_REASON_ADDRESS = 12,
+    VQ_REASON_ACCESS = 13,
+    VQ_REASON_HEAD_IN_FLIGHT = 14,
+    VQ_REASON_ZERO_LENGTH = 15,
+    VQ_REASON_STATUS_BYTE = 16,
+    VQ_REASON_RING_MEMORY = 17,
+    VQ_REASON_TRUNCATED = 18,
+    VQ_REASON_USED_RING = 20,
+    VQ_REASON_INFLIGHT = 21,
+    VQ_REASON_UNFINISHED_CHAIN = 22,
+    VQ_REASON_EMPTY_CHAIN = 23,
+};
+
+/* One taken chain, 64 bytes.  Offsets count from the window's base. */
+struct vq_record {
+    uint8_t header[VQ_HEADER_SIZE]; /* the first readable bytes, zero padded */
+    uint64_t readable;              /* offset of the first readable byte after the header */
+    uint64_t writable;              /* offset of the first writable byte */
+    uint64_t status;                /* offset of the last writable byte */
+    uint32_t readable_length;       /* readable bytes after the header */
+    uint32_t writable_length;       /* all writable bytes */
+    uint16_t head;                  /* split: head descriptor; packed: buffer id */
+    uint16_t flags;
+    uint16_t segment_count;
+    uint16_t reserved;
+    uint32_t first_segment;
+    uint32_t reserved2;
+};
+
+/* One piece of a chain, 32 bytes. */
+struct vq_segment {
+    uint64_t host;
+    uint64_t guest; /* guest physical address */
+    uint32_t length;
+    uint32_t flags;
+    uint64_t provision; /* 0, or 1 + index into the provisions */
+};
+
+/* One completion, 8 bytes. */
+struct vq_done {
+    uint16_t head;
+    uint8_t status;
+    uint8_t flags;
+    uint32_t written;
+};
+
+/* A piece of guest memory that the queue mapped on demand, 40 bytes; free when length is 0. */
+struct vq_provision {
+    uint64_t guest_address;
+    uint64_t length;
+    uint64_t host_address;
+    uint32_t access;
+    uint32_t uses; /* pieces of taken chains that rest on it; the engine counts */
+    uint64_t token;
+};
+
+/* Everything a queue and its engine share. */
+struct vq_queue {
+    uint32_t magic;
+    uint32_t abi;
+    uint32_t size;
+    uint32_t queue_size;
+    uint32_t features;
+    uint32_t flags;
+    uint64_t descriptors;
+    uint64_t driver;
+    uint64_t device;
+    uint64_t table;
+    uint64_t log;
+    uint64_t log_used;
+    uint64_t inflight;
+    uint64_t inflight_size;
+    uint64_t records;
+    uint64_t segments;
+    uint64_t done;
+    uint64_t staged;
+    uint64_t provisions;
+    uint64_t private;
+    uint32_t record_capacity;
+    uint32_t segment_capacity;
+    uint32_t staged_capacity;
+    uint32_t provision_capacity;
+    uint32_t limit;
+    uint32_t count;
+    uint32_t segment_count;
+    uint32_t staged_count;
+    uint32_t notify;
+    uint32_t more;
+    uint32_t reason;
+    uint32_t need_access;
+    uint64_t need_address;
+    uint64_t need_length;
+    uint64_t detail;
+    uint64_t taken;
+    uint64_t completed;
+    uint32_t in_flight;
+    uint32_t resubmit;
+    uint16_t next_avail;
+    uint16_t next_used;
+    uint16_t signalled_used;
+    uint8_t avail_wrap;
+    uint8_t used_wrap;
+    uint8_t signalled_valid;
+    uint8_t armed;
+    uint8_t stopped;
+    uint8_t reserved[5];
+};
+
+#if defined(__GNUC__)
+#define VQ_API __attribute__((visibility("default")))
+#else
+#define VQ_API
+#endif
+
+/* ---- the library ---- */
+
+/* The ABI version of this library: VQ_ABI. */
+VQ_API uint32_t vq_abi(void);
+
+/* The hash of the sources this library was built from, as hatch_build.py computes it. */
+VQ_API const char *vq_source_hash(void);
+
+/*
+ * The layout that was compiled: an entry for each structure (name "vq_record", offset 0) and for
+ * each of its fields (name "vq_record.header"), ended by an entry without a name.
+ */
+struct vq_layout_entry {
+    const char *name;
+    uint32_t offset;
+    uint32_t size;
+};
+VQ_API const struct vq_layout_entry *vq_layout(void);
+
+#endif
