@@ -1,0 +1,60 @@
+"""Guest memory for vhost-user back-ends."""
+
+from ._version import __version__
+from .addresses import Access, GuestAddress, Iova, UserAddress
+from .errors import (
+    AccessDenied,
+    AccessError,
+    GuestMemoryError,
+    InvalidRegion,
+    IotlbMiss,
+    MappingFailed,
+    Misaligned,
+    Missing,
+    NoSuchRegion,
+    NotContiguous,
+    NotMapped,
+    OutOfBounds,
+    Overlap,
+    Poisoned,
+    PostcopyError,
+    RangeError,
+    TooManyRegions,
+    Unguarded,
+    UsageError,
+)
+from .mapping import Mapper, Mapping, WindowMapper, WindowMapping
+from .region import MAX_MEM_SLOTS, Region
+
+__all__ = [
+    "MAX_MEM_SLOTS",
+    "Access",
+    "AccessDenied",
+    "AccessError",
+    "GuestAddress",
+    "GuestMemoryError",
+    "InvalidRegion",
+    "Iova",
+    "IotlbMiss",
+    "Mapper",
+    "Mapping",
+    "MappingFailed",
+    "Misaligned",
+    "Missing",
+    "NoSuchRegion",
+    "NotContiguous",
+    "NotMapped",
+    "OutOfBounds",
+    "Overlap",
+    "Poisoned",
+    "PostcopyError",
+    "RangeError",
+    "Region",
+    "TooManyRegions",
+    "Unguarded",
+    "UsageError",
+    "UserAddress",
+    "WindowMapper",
+    "WindowMapping",
+    "__version__",
+]
