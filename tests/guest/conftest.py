@@ -1,0 +1,83 @@
+"""Which back-ends and which QEMUs the guest tests run with, and what they share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tests.support.guest import (
+    OURS,
+    STORAGE_DAEMON,
+    Assets,
+    Missing,
+    Qemu,
+    build_initramfs,
+    provide,
+    provide_qemu,
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("guest", "tests in real guests")
+    group.addoption(
+        "--back-end",
+        default=None,
+        help="back-ends, separated by commas: c and python (ours, by ring engine), storage-daemon",
+    )
+    group.addoption(
+        "--qemu",
+        default=None,
+        help="QEMUs, separated by commas: system, or versions such as 7.2 and 10.0",
+    )
+
+
+def _option(config: pytest.Config, name: str, default: str) -> list[str]:
+    # The options exist only when the tests were named on the command line by their folder.
+    return str(config.getoption(name, None) or default).split(",")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "qemu_name" in metafunc.fixturenames:
+        names = _option(metafunc.config, "--qemu", "system")
+        ids = [f"qemu-{name}" for name in names]
+        metafunc.parametrize("qemu_name", names, ids=ids, scope="session")
+    if "kind" in metafunc.fixturenames:
+        kinds = _option(metafunc.config, "--back-end", DEFAULT_BACK_ENDS)
+        unknown = set(kinds) - {*OURS, STORAGE_DAEMON}
+        if unknown:
+            raise pytest.UsageError(f"--back-end: unknown: {', '.join(sorted(unknown))}")
+        metafunc.parametrize("kind", kinds, scope="session")
+
+
+DEFAULT_BACK_ENDS = STORAGE_DAEMON
+
+
+def _absent(reason: Missing) -> None:
+    """Without a part there is no test; where tests are the purpose, that is a failure."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI=true and {reason}")
+    pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def assets() -> Assets:
+    try:
+        return provide()
+    except Missing as reason:
+        _absent(reason)
+        raise
+
+
+@pytest.fixture(scope="session")
+def qemu(assets: Assets, qemu_name: str) -> Qemu:
+    try:
+        return provide_qemu(qemu_name)
+    except Missing as reason:
+        _absent(reason)
+        raise
+
+
+@pytest.fixture(scope="session")
+def initramfs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_initramfs(assets, tmp_path_factory.mktemp("initramfs") / "initramfs.cpio")

@@ -1,0 +1,48 @@
+"""Real guests for the tests: what they are made of, how they boot, who serves their disks."""
+
+from .assets import Assets, Missing, Qemu, cache_directory, provide, provide_qemu, provide_suite
+from .back_ends import OURS, STORAGE_DAEMON, BackEnd
+from .bed import MIB, Bed, Disk, random_bytes
+from .guest import (
+    MEMORY_KIB,
+    Command,
+    CommandFailed,
+    Guest,
+    GuestError,
+    GuestGone,
+    GuestTimeout,
+    Result,
+    VhostUserDisk,
+)
+from .initramfs import MODULES, build_initramfs
+from .qmp import Qmp, QmpError
+
+__all__ = [
+    "MEMORY_KIB",
+    "MIB",
+    "MODULES",
+    "OURS",
+    "STORAGE_DAEMON",
+    "Assets",
+    "BackEnd",
+    "Bed",
+    "Command",
+    "CommandFailed",
+    "Disk",
+    "Guest",
+    "GuestError",
+    "GuestGone",
+    "GuestTimeout",
+    "Missing",
+    "Qemu",
+    "Qmp",
+    "QmpError",
+    "Result",
+    "VhostUserDisk",
+    "build_initramfs",
+    "cache_directory",
+    "provide",
+    "provide_qemu",
+    "provide_suite",
+    "random_bytes",
+]
