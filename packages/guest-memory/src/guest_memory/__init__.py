@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .addresses import Access, GuestAddress, Iova, UserAddress
+from .dirty_log import DirtyLog
 from .errors import (
     AccessDenied,
     AccessError,
@@ -23,24 +24,37 @@ from .errors import (
     Unguarded,
     UsageError,
 )
+from .holder import MemoryHolder
+from .iotlb import Iotlb, IotlbEntry
 from .mapping import Mapper, Mapping, WindowMapper, WindowMapping
+from .memory import GuestMemory, Segment
+from .mmap_mapper import MmapMapper, MmapMapping
 from .region import MAX_MEM_SLOTS, Region
+from .shared import SharedMapping, allocate_memfd
+from .window import Window, WindowFull
 
 __all__ = [
     "MAX_MEM_SLOTS",
     "Access",
     "AccessDenied",
     "AccessError",
+    "DirtyLog",
     "GuestAddress",
+    "GuestMemory",
     "GuestMemoryError",
     "InvalidRegion",
-    "Iova",
+    "Iotlb",
+    "IotlbEntry",
     "IotlbMiss",
+    "Iova",
     "Mapper",
     "Mapping",
     "MappingFailed",
+    "MemoryHolder",
     "Misaligned",
     "Missing",
+    "MmapMapper",
+    "MmapMapping",
     "NoSuchRegion",
     "NotContiguous",
     "NotMapped",
@@ -50,11 +64,16 @@ __all__ = [
     "PostcopyError",
     "RangeError",
     "Region",
+    "Segment",
+    "SharedMapping",
     "TooManyRegions",
     "Unguarded",
     "UsageError",
     "UserAddress",
+    "Window",
+    "WindowFull",
     "WindowMapper",
     "WindowMapping",
     "__version__",
+    "allocate_memfd",
 ]

@@ -1,7 +1,7 @@
 """What can go wrong, by whose fault, with the facts as attributes.
 
-Everything derives from `GuestMemoryError`. `UsageError` is a mistake of the calling program; all the
-others follow from what a front-end or a guest sent, or from what the system refused.
+Everything derives from `GuestMemoryError`. `UsageError` is a mistake of the calling program; all
+the others follow from what a front-end or a guest sent, or from what the system refused.
 """
 
 import os
@@ -146,7 +146,7 @@ class IotlbMiss(Missing):
 
 
 class NotMapped(Missing):
-    """The region is mapped on demand, and this range is not pinned; the address is guest-physical."""
+    """The region is mapped on demand and this range is not pinned; a guest-physical address."""
 
     _words = "mapped on demand only"
 

@@ -1,9 +1,9 @@
 """How memory gets into this process: the seam between the region table and the mapping code.
 
-A `Mapper` turns a region and the file descriptor that came with it into a `Mapping`. Two kinds exist.
-A mapping with a host address is there as a whole (files, Xen foreign mappings). A mapping without
-one is reached page by page: `Mapping.pin` makes a range accessible for a while, `Mapping.unpin`
-ends that (Xen grants on demand).
+A `Mapper` turns a region and the file descriptor that came with it into a `Mapping`. Two kinds
+exist. A mapping with a host address is there as a whole (files, Xen foreign mappings). A mapping
+without one is reached page by page: `Mapping.pin` makes a range accessible for a while,
+`Mapping.unpin` ends that (Xen grants on demand).
 """
 
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -24,8 +24,8 @@ class Mapping(Protocol):
     These attributes are optional; without them the default holds:
 
     ``poison_address`` (int)
-        Host address of an aligned 32-bit word that a SIGBUS handler sets when it survived a fault in
-        this mapping. Default: `GuestMemory` provides a word.
+        Host address of an aligned 32-bit word that a SIGBUS handler sets when it survived a fault
+        in this mapping. Default: `GuestMemory` provides a word.
     ``sealed`` (bool, default True)
         Accesses cannot fault: the peer cannot take pages away.
     ``guarded`` (bool, default False)

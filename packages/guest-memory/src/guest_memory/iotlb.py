@@ -1,0 +1,195 @@
+"""The device's IOTLB: which I/O virtual addresses mean which user addresses, and the rights."""
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .abi import IOTLB_RECORD
+from .addresses import ADDRESS_SPACE, Access, Iova, UserAddress, fits
+from .errors import AccessDenied, IotlbMiss, OutOfBounds, UsageError
+
+
+class IotlbEntry(NamedTuple):
+    """One translation.
+
+    Attributes:
+        iova: first I/O virtual address.
+        size: bytes.
+        user_address: the front-end's virtual address of the first byte.
+        access: 1 read, 2 write, 3 both.
+    """
+
+    iova: Iova
+    size: int
+    user_address: UserAddress
+    access: int
+
+
+class FrozenIotlb:
+    """The entries as they were at one moment, sorted, with the C array of them."""
+
+    __slots__ = ("entries", "records", "starts")
+
+    def __init__(self, entries: list[IotlbEntry]) -> None:
+        self.entries = entries
+        self.starts = [entry.iova for entry in entries]
+        self.records = b"".join([IOTLB_RECORD.pack(*entry) for entry in entries])
+
+    def lookup(self, address: int, length: int, access: int) -> list[tuple[int, int]]:
+        """Translate a range into (user address, length) pieces; see `Iotlb.lookup`."""
+        if not fits(address, length):
+            raise OutOfBounds(address, length)
+        pieces: list[tuple[int, int]] = []
+        position, left = address, length
+        index = bisect_right(self.starts, address) - 1
+        while left:
+            if not 0 <= index < len(self.entries):
+                raise IotlbMiss(position, left, access)
+            start, size, user, allowed = self.entries[index]
+            offset = position - start
+            if not 0 <= offset < size:
+                raise IotlbMiss(position, left, access)
+            if access & ~allowed:
+                raise AccessDenied(position, min(left, size - offset), access)
+            step = min(left, size - offset)
+            if pieces and sum(pieces[-1]) == user + offset:
+                pieces[-1] = (pieces[-1][0], pieces[-1][1] + step)
+            else:
+                pieces.append((user + offset, step))
+            position += step
+            left -= step
+            index += 1
+        return pieces
+
+
+class Iotlb:
+    """A bounded table of translations (vhost-user: "IOMMU support"). Safe to use from any thread.
+
+    Snapshots of guest memory take it over with `GuestMemory.with_iotlb` and do not see later
+    changes: after `insert` and `invalidate` make and publish a new one.
+
+    Args:
+        limit: how many entries are kept; the oldest make room for new ones and are missed again
+            when they are needed.
+        on_miss: called by `lookup` with (iova, length, access) of what is missing, outside of any
+            lock; when it returns True the look-up is tried again.
+    """
+
+    def __init__(
+        self,
+        limit: int = 2048,
+        on_miss: Callable[[Iova, int, int], bool] | None = None,
+    ) -> None:
+        if limit < 1:
+            raise UsageError("an IOTLB needs room for an entry")
+        self.limit = limit
+        self._on_miss = on_miss
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[int, IotlbEntry] = OrderedDict()  # by iova, oldest first
+        self._frozen: FrozenIotlb | None = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def entries(self) -> tuple[IotlbEntry, ...]:
+        """All entries, sorted by iova."""
+        return tuple(self.freeze().entries)
+
+    def freeze(self) -> FrozenIotlb:
+        """Return the entries of this moment as an immutable table."""
+        with self._lock:
+            if self._frozen is None:
+                self._frozen = FrozenIotlb(sorted(self._entries.values()))
+            return self._frozen
+
+    def insert(self, iova: Iova, size: int, user_address: UserAddress, access: int) -> None:
+        """Add a translation (VHOST_IOTLB_UPDATE); it replaces what was known of its range.
+
+        Args:
+            iova: first I/O virtual address.
+            size: bytes, at least 1.
+            user_address: the front-end's virtual address of the first byte.
+            access: 1 read, 2 write, 3 both.
+
+        Raises:
+            OutOfBounds: a range is empty or runs beyond 64 bits.
+            AccessDenied: the access is none of 1, 2 and 3.
+        """
+        if size < 1 or size >= ADDRESS_SPACE or not fits(iova, size):
+            raise OutOfBounds(iova, size)
+        if not fits(user_address, size):
+            raise OutOfBounds(user_address, size)
+        if access not in (1, 2, 3):
+            raise AccessDenied(iova, size, access)
+        with self._lock:
+            self._cut(iova, size)
+            self._entries[iova] = IotlbEntry(iova, size, user_address, int(access))
+            while len(self._entries) > self.limit:
+                self._entries.popitem(last=False)
+            self._frozen = None
+
+    def invalidate(self, iova: Iova, size: int) -> None:
+        """Forget all translations of a range (VHOST_IOTLB_INVALIDATE); entries may be cut in two.
+
+        Args:
+            iova: first I/O virtual address.
+            size: bytes; a range that runs beyond 64 bits ends there, 0 does nothing.
+        """
+        if iova < 0 or size < 0:
+            raise OutOfBounds(iova, size)
+        with self._lock:
+            self._cut(iova, size)
+            while len(self._entries) > self.limit:
+                self._entries.popitem(last=False)
+            self._frozen = None
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+            self._frozen = None
+
+    def lookup(
+        self, iova: Iova, length: int, access: int = Access.READ
+    ) -> list[tuple[UserAddress, int]]:
+        """Translate a range, which may span several entries.
+
+        Returns:
+            (user address, length) pieces in order; neighbours that continue each other are one.
+
+        Raises:
+            IotlbMiss: names the first byte that is missing and the length from there.
+            AccessDenied: an entry is there but does not allow the access.
+            OutOfBounds: the range runs beyond 64 bits.
+        """
+        while True:
+            try:
+                return [
+                    (UserAddress(user), size)
+                    for user, size in self.freeze().lookup(iova, length, access)
+                ]
+            except IotlbMiss as miss:
+                if self._on_miss is None or not self._on_miss(
+                    Iova(miss.address), miss.length, miss.access
+                ):
+                    raise
+
+    def _cut(self, iova: int, size: int) -> None:
+        """Remove a range; what is left of an entry keeps the entry's age, roughly."""
+        end = iova + size
+        hit = [e for e in self._entries.values() if e.iova < end and iova < e.iova + e.size]
+        for entry in hit:
+            del self._entries[entry.iova]
+            before, after = iova - entry.iova, entry.iova + entry.size - end
+            if before > 0:
+                self._entries[entry.iova] = entry._replace(size=before)
+            if after > 0:
+                self._entries[end] = IotlbEntry(
+                    Iova(end),
+                    after,
+                    UserAddress(entry.user_address + entry.size - after),
+                    entry.access,
+                )
