@@ -12,10 +12,13 @@ from tests.support.guest import (
     Assets,
     Missing,
     Qemu,
+    able,
     build_initramfs,
     provide,
     provide_qemu,
 )
+
+DEFAULT_BACK_ENDS = STORAGE_DAEMON
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,12 +26,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--back-end",
         default=None,
-        help="back-ends, separated by commas: c and python (ours, by ring engine), storage-daemon",
+        help="back-ends, separated by commas: c and python (ours, by ring engine), storage-daemon, "
+        "or the path of a back-end program",
     )
     group.addoption(
         "--qemu",
         default=None,
         help="QEMUs, separated by commas: system, or versions such as 7.2 and 10.0",
+    )
+    group.addoption("--kills", default=None, help="how often a back-end is killed mid-I/O (4)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "needs(ability): run only with back-ends that have this ability"
     )
 
 
@@ -44,13 +55,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("qemu_name", names, ids=ids, scope="session")
     if "kind" in metafunc.fixturenames:
         kinds = _option(metafunc.config, "--back-end", DEFAULT_BACK_ENDS)
-        unknown = set(kinds) - {*OURS, STORAGE_DAEMON}
-        if unknown:
-            raise pytest.UsageError(f"--back-end: unknown: {', '.join(sorted(unknown))}")
-        metafunc.parametrize("kind", kinds, scope="session")
-
-
-DEFAULT_BACK_ENDS = STORAGE_DAEMON
+        for kind in kinds:
+            if kind not in (*OURS, STORAGE_DAEMON) and "/" not in kind:
+                raise pytest.UsageError(f"--back-end: {kind} is none")
+        for marker in metafunc.definition.iter_markers("needs"):
+            kinds = [kind for kind in kinds if able(kind, marker.args[0])]
+        ids = [Path(kind).name for kind in kinds]
+        metafunc.parametrize("kind", kinds, ids=ids, scope="session")
 
 
 def _absent(reason: Missing) -> None:
@@ -81,3 +92,9 @@ def qemu(assets: Assets, qemu_name: str) -> Qemu:
 @pytest.fixture(scope="session")
 def initramfs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_initramfs(assets, tmp_path_factory.mktemp("initramfs") / "initramfs.cpio")
+
+
+@pytest.fixture(scope="session")
+def kills(request: pytest.FixtureRequest) -> int:
+    """How often a back-end dies in the tests that kill it under load."""
+    return int(_option(request.config, "--kills", "4")[0])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.support.guest import (
     MIB,
+    PACKED,
     STORAGE_DAEMON,
     Assets,
     BackEnd,
@@ -16,6 +17,7 @@ from tests.support.guest import (
     CommandFailed,
     Disk,
     Qemu,
+    able,
     random_bytes,
 )
 
@@ -39,6 +41,8 @@ def bed(
         Disk("fixed", 2 * MIB, read_only=True, content=READ_ONLY_CONTENT),
         Disk("plain", 32 * MIB, options={"event_idx": "off", "indirect_desc": "off"}),
     ]
+    if able(kind, PACKED):
+        disks.append(Disk("packed", 32 * MIB, num_queues=2, options={"packed": "on"}))
     with Bed(assets, qemu, initramfs, tmp_path_factory.mktemp("bed"), kind, disks) as bed:
         yield bed
 
@@ -77,12 +81,26 @@ def test_capacity(bed: Bed) -> None:
         assert sectors * 512 == disk.size, disk.name
 
 
+def test_ring_features_are_what_qemu_was_asked_for(bed: Bed) -> None:
+    indirect, event_idx, packed = 28, 29, 34
+    expected = {
+        "main": {indirect, event_idx},
+        "fixed": {indirect, event_idx},
+        "plain": set(),
+        "packed": {indirect, event_idx, packed},
+    }
+    for disk in bed.disks.values():
+        bits = bed.guest.check(f"cat {disk.block}/device/features")
+        accepted = {bit for bit in (indirect, event_idx, packed) if bits[bit] == "1"}
+        assert accepted == expected[disk.name], disk.name
+
+
 def test_serial(bed: Bed) -> None:
     expected = SERIAL if bed.kind != STORAGE_DAEMON else bed["main"].back_end.serial
     assert bed.guest.check(f"cat {bed['main'].block}/serial") == expected
 
 
-@pytest.mark.parametrize("name", ["main", "plain"])
+@pytest.mark.parametrize("name", ["main", "plain", "packed"])
 def test_pattern_reads_back_and_is_in_the_image(bed: Bed, name: str) -> None:
     disk = bed[name]
     offset, length = 3 * MIB + 512, 8 * MIB
@@ -188,7 +206,7 @@ def test_write_zeroes_clears_the_range(bed: Bed) -> None:
     assert (disk.host_sha256(0, offset + MIB), disk.host_sha256(offset + 3 * MIB)) == around
 
 
-@pytest.mark.parametrize("name", ["main", "plain"])
+@pytest.mark.parametrize("name", ["main", "plain", "packed"])
 def test_parallel_writers_verify_their_own(bed: Bed, name: str) -> None:
     """Eight processes, each with a region and a request size of its own, past the page cache."""
     disk = bed[name]
@@ -218,7 +236,8 @@ def test_file_system_survives_a_remount(bed: Bed) -> None:
     """Many small requests of all kinds, merged and reordered by the kernel as it likes."""
     disk = bed["plain"]
     output = bed.guest.check(
-        f"mke2fs {disk.node} >/dev/null && mount -t ext4 {disk.node} /mnt && cp -r /lib /bin /mnt && "
+        f"mke2fs {disk.node} >/dev/null && mount -t ext4 {disk.node} /mnt && "
+        "cp -r /lib /bin /mnt && "
         "(cd /mnt && find . -type f -exec sha256sum {} + | sort | sha256sum); umount /mnt; "
         "echo 3 >/proc/sys/vm/drop_caches; "
         f"mount -t ext4 {disk.node} /mnt && "

@@ -1,7 +1,7 @@
 """Real guests for the tests: what they are made of, how they boot, who serves their disks."""
 
 from .assets import Assets, Missing, Qemu, cache_directory, provide, provide_qemu, provide_suite
-from .back_ends import OURS, STORAGE_DAEMON, BackEnd
+from .back_ends import INFLIGHT, LOG, OURS, PACKED, STORAGE_DAEMON, BackEnd, able
 from .bed import MIB, Bed, Disk, random_bytes
 from .guest import (
     MEMORY_KIB,
@@ -18,10 +18,13 @@ from .initramfs import MODULES, build_initramfs
 from .qmp import Qmp, QmpError
 
 __all__ = [
+    "INFLIGHT",
+    "LOG",
     "MEMORY_KIB",
     "MIB",
     "MODULES",
     "OURS",
+    "PACKED",
     "STORAGE_DAEMON",
     "Assets",
     "BackEnd",
@@ -39,6 +42,7 @@ __all__ = [
     "QmpError",
     "Result",
     "VhostUserDisk",
+    "able",
     "build_initramfs",
     "cache_directory",
     "provide",

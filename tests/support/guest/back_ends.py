@@ -14,15 +14,32 @@ from typing import Self
 from .assets import Missing, tool
 from .processes import Child
 
-# Our own daemon with either ring engine, then foreign ones.
+# Our own daemon with either ring engine, and the foreign one that every Debian has.
 OURS = ("c", "python")
 STORAGE_DAEMON = "storage-daemon"
+
+# What a back-end must be able to do for some tests, and which ones can. A path stands for itself:
+# who names a program knows what it can do.
+LOG = "log"
+INFLIGHT = "inflight"
+PACKED = "packed"
+_ABILITIES: dict[str, frozenset[str]] = {
+    "c": frozenset(),
+    "python": frozenset(),
+    STORAGE_DAEMON: frozenset({LOG}),
+}
+
+
+def able(kind: str, ability: str) -> bool:
+    """Whether tests that need this ability are run with this kind of back-end."""
+    return "/" in kind or ability in _ABILITIES[kind]
 
 
 class BackEnd:
     """A back-end process that serves one disk image on a Unix socket.
 
-    `kind` is "c" or "python" (our daemon, with that ring engine) or "storage-daemon" (QEMU's).
+    `kind` is "c" or "python" (our daemon, with that ring engine), "storage-daemon" (QEMU's), or the
+    path of a program that keeps the specification's conventions for back-end programs.
     `start()` waits until the socket listens. As a context manager it starts and ends it.
     """
 
@@ -49,6 +66,10 @@ class BackEnd:
         if kind == STORAGE_DAEMON:
             self._command = self._storage_daemon(read_only, num_queues)
             self.serial = "vhost_user_blk"
+        elif kind not in OURS:
+            self.serial = kind
+            self._command = [kind, f"--socket-path={self.socket}", f"--blk-file={image}"]
+            self._command += ["--read-only"] if read_only else []
         else:
             self.serial = serial or ""
             self._command = self._ours(read_only, num_queues, serial)
@@ -82,7 +103,8 @@ class BackEnd:
 
     def start(self, limit: float = 30) -> None:
         """Start it and wait until it listens. Raises RuntimeError with its output otherwise."""
-        if self.kind == STORAGE_DAEMON:
+        if self.kind not in OURS:
+            # Foreign ones may refuse to replace what a killed one has left.
             self.socket.unlink(missing_ok=True)
         self._process = Child(self._command, self.log, environment=self._environment)
         deadline = time.monotonic() + limit

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from .assets import Assets, Qemu
 from .processes import Child
@@ -130,8 +130,8 @@ class Guest:
     """A virtual machine, from its start to its end; use it as a context manager.
 
     `initramfs` comes from build_initramfs(), `folder` takes the logs, `disks` are attached in
-    their PCI slots, `extra` are more QEMU arguments. With `incoming` the guest does not boot but
-    awaits a migration on the Unix socket path given.
+    their PCI slots, `extra` are more QEMU arguments. With `incoming` nothing boots: it is the
+    target of another guest's `migrate()`.
     `boot()` waits until commands can be run.
     """
 
@@ -146,7 +146,7 @@ class Guest:
         extra: Sequence[str] = (),
         cpus: int = 2,
         memory_kib: int = MEMORY_KIB,
-        incoming: Path | None = None,
+        incoming: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         number, console = tempfile.mkstemp(dir=folder, prefix="console-", suffix=".log")
@@ -178,8 +178,8 @@ class Guest:
             *(word for disk in disks for word in disk.arguments()),
             *extra,
         ]
-        if incoming is not None:
-            command += ["-incoming", f"unix:{incoming}"]
+        if incoming:
+            command += ["-incoming", "defer"]
         with agent_peer, control_peer:
             self.process = Child(
                 command,
@@ -261,28 +261,32 @@ class Guest:
         self.start("poweroff -f")
         return self.process.wait(limit)
 
-    def migrate(self, path: Path, limit: float = 120) -> None:
-        """Move the guest to the QEMU that listens at a Unix socket path; wait for the end.
+    def migrate(self, target: Guest, limit: float = 120) -> dict[str, Any]:
+        """Move the guest to another QEMU, wait for the end, and return QEMU's figures.
 
+        The target takes commands from then on. Commands that were running go on in the guest, but
+        nobody hears their answers.
         Raises GuestError when the migration fails, GuestTimeout after `limit` seconds.
         """
-        self.qmp.execute("migrate", uri=f"unix:{path}")
         deadline = time.monotonic() + limit
-        while True:
-            state = self.qmp.execute("query-migrate")
-            if state.get("status") == "completed":
-                return
-            if state.get("status") in ("failed", "cancelled"):
-                raise GuestError(f"migration: {state}\n{self.describe()}")
-            if time.monotonic() > deadline:
-                raise GuestTimeout(f"migration after {limit} s: {state}\n{self.describe()}")
-            time.sleep(0.05)
-
-    def adopt(self) -> None:
-        """Take commands without having seen a boot: the guest came by migration."""
-        with self._booted:
-            self._boots = max(self._boots, 1)
-            self._booted.notify_all()
+        with tempfile.TemporaryDirectory(prefix="migrate-") as folder:
+            uri = f"unix:{folder}/s"
+            target.qmp.execute("migrate-incoming", uri=uri)
+            self.qmp.execute("migrate", uri=uri)
+            while True:
+                state: dict[str, Any] = self.qmp.execute("query-migrate")
+                if state.get("status") == "completed":
+                    break
+                if state.get("status") in ("failed", "cancelled"):
+                    raise GuestError(f"migration: {state}\n{target.describe()}")
+                if time.monotonic() > deadline:
+                    raise GuestTimeout(f"migration after {limit} s: {state}\n{target.describe()}")
+                time.sleep(0.05)
+        target.qmp.wait_event("RESUME", limit=limit)
+        with target._booted:
+            target._boots = 1
+            target._booted.notify_all()
+        return state
 
     def describe(self) -> str:
         """The end of the console and of QEMU's own output, for a failing test's report."""
