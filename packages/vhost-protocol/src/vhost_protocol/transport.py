@@ -1,0 +1,153 @@
+"""Blocking sockets: whole messages out, exact pieces in, deadlines, and no descriptor lost.
+
+Every call passes MSG_DONTWAIT and waits in ``poll`` itself.  So a socket may be blocking or not,
+its file status flags (shared with other processes when it was inherited) stay as they are, and a
+deadline holds for a whole message, not for each system call.
+"""
+
+from __future__ import annotations
+
+import array
+import select
+import socket
+import time
+from collections.abc import Sequence
+
+from .constants import MAX_FDS
+from .core import Outgoing
+from .errors import BadDescriptors, ConnectionClosed, DescriptorsLost, Timeout
+
+_INT_SIZE = array.array("i").itemsize
+# Space for as many descriptors as the kernel can pass, and for the credentials a socket may be set
+# to deliver: truncation then means that this process may not open any more.
+_ANCILLARY = socket.CMSG_SPACE(MAX_FDS * _INT_SIZE) + socket.CMSG_SPACE(64)
+_DONTWAIT = socket.MSG_DONTWAIT
+_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+_NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+
+
+def rights(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+    """Return the descriptors of received control messages."""
+    found = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.frombytes(data[: len(data) - len(data) % _INT_SIZE])
+    return found.tolist()
+
+
+def try_receive(sock: socket.socket, size: int, partial: int) -> tuple[bytes, list[int]]:
+    """Read at most ``size`` bytes now, with the descriptors that came with them.
+
+    Args:
+        sock: where to read.
+        size: at most the rest of one message.
+        partial: bytes of that message read before; descriptors are only taken with the first.
+
+    Raises:
+        BlockingIOError: there is nothing to read.
+        DescriptorsLost: the kernel had to drop descriptors.
+        BadDescriptors: descriptors came inside a message; the kernel has discarded them.
+    """
+    space = 0 if partial else _ANCILLARY
+    data, ancillary, flags, _ = sock.recvmsg(size, space, _DONTWAIT | _CLOEXEC)
+    fds = rights(ancillary)
+    if flags & socket.MSG_CTRUNC:
+        for fd in fds:
+            socket.close(fd)
+        if partial:
+            raise BadDescriptors("fds", "some", "must come with the first bytes of a header")
+        raise DescriptorsLost(
+            "the kernel dropped descriptors of a message: this process may not open more"
+        )
+    return data, fds
+
+
+def try_send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int]) -> int:
+    """Write what the socket takes now; descriptors go with the first byte.
+
+    Raises:
+        BlockingIOError: it takes nothing.
+    """
+    if fds:
+        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        return sock.sendmsg([data], control, _DONTWAIT | _NOSIGNAL)
+    return sock.send(data, _DONTWAIT | _NOSIGNAL)
+
+
+class Deadline:
+    """A point in time by which something must be done."""
+
+    __slots__ = ("_end", "seconds")
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def wait(self, sock: socket.socket, event: int) -> None:
+        """Wait until ``sock`` is ready.
+
+        Raises:
+            Timeout: it is not by then.
+        """
+        poller = select.poll()
+        poller.register(sock, event)
+        if self._end is None or self.seconds is None:
+            poller.poll()
+            return
+        left = self._end - time.monotonic()
+        # poll counts in milliseconds, rounded up here so as not to spin through the last one.
+        if not poller.poll(max(0, int(left * 1000) + 1)):
+            raise Timeout(self.seconds)
+
+
+class SocketTransport:
+    """One connected Unix stream socket, owned from here on."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        if sock.gettimeout():
+            sock.setblocking(False)
+        self._sock = sock
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._sock.fileno()
+
+    def send(self, outgoing: Outgoing, deadline: Deadline) -> None:
+        """Send all of a message.
+
+        Raises:
+            Timeout: the peer does not read.
+            ConnectionClosed: it is gone.
+        """
+        left = memoryview(outgoing.data)
+        fds = outgoing.fds
+        while left:
+            try:
+                sent = try_send(self._sock, left, fds)
+            except BlockingIOError:
+                deadline.wait(self._sock, select.POLLOUT)
+                continue
+            except (BrokenPipeError, ConnectionResetError) as error:
+                raise ConnectionClosed("the peer closed the connection") from error
+            left = left[sent:]
+            fds = ()
+
+    def receive(self, size: int, partial: int, deadline: Deadline) -> tuple[bytes, list[int]]:
+        """Read up to ``size`` bytes; none at the end of the stream.
+
+        Raises:
+            Timeout: nothing arrives.
+            ConnectionClosed: the connection was reset.
+            ProtocolError: see ``try_receive``.
+        """
+        while True:
+            try:
+                return try_receive(self._sock, size, partial)
+            except BlockingIOError:
+                deadline.wait(self._sock, select.POLLIN)
+            except ConnectionResetError as error:
+                raise ConnectionClosed("the peer reset the connection", partial=partial) from error
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._sock.close()
