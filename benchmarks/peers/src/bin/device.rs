@@ -30,6 +30,9 @@ use vm_memory::{
     Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
 };
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    new_event_consumer_and_notifier, EventConsumer, EventFlag, EventNotifier,
+};
 
 const SECTOR: u64 = 512;
 const NULL_CAPACITY: u64 = (1 << 30) / SECTOR;
@@ -199,6 +202,11 @@ impl VhostUserBackend for Block {
 
     fn queues_per_thread(&self) -> Vec<u64> {
         (0..self.queues).map(|queue| 1 << queue).collect()
+    }
+
+    /// Without one the crate waits for ever for its workers when a connection ends.
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        new_event_consumer_and_notifier(EventFlag::NONBLOCK).ok()
     }
 
     fn handle_event(
