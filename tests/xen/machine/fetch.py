@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from .errors import Unavailable
 
-CACHE_VARIABLE = "VHOST_BACKEND_TESTS_CACHE"
+CACHE_VARIABLE = "VHOST_BACKEND_TEST_CACHE"
 MODULES = ("xen-privcmd", "xen-gntdev", "xen-gntalloc", "xen-evtchn", "xenfs")
 _LAYOUT = 1  # raised when what the cache holds changes
 
@@ -73,7 +73,8 @@ def check_host() -> None:
 
 def _newest(pattern: str) -> str:
     names = [
-        line.split()[0] for line in _run("apt-cache", "search", "--names-only", pattern).split("\n")
+        line.split()[0]
+        for line in _run("apt-cache", "search", "--names-only", pattern).split("\n")
         if line.strip()
     ]
     if not names:
@@ -161,7 +162,7 @@ def _download(folder: Path) -> None:
     versions = []
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         # apt drops its rights for the download, when it has any, and must still reach the folder.
-        os.chmod(scratch, 0o777)  # noqa: S103
+        os.chmod(scratch, 0o777)
         for part, packages in _packages().items():
             target = folder / part
             target.mkdir()

@@ -41,11 +41,37 @@ export HOME=/tmp PATH=/bin
 
 # Not needed by any package here, and large.
 _LEFT_OUT = {
-    "__pycache__", "test", "tests", "idlelib", "tkinter", "lib2to3", "ensurepip", "pydoc_data",
-    "turtledemo", "site-packages", "dist-packages", "sqlite3", "curses", "dbm", "distutils",
-    "unittest", "wsgiref", "xmlrpc", "venv", "config-3",
+    "__pycache__",
+    "test",
+    "tests",
+    "idlelib",
+    "tkinter",
+    "lib2to3",
+    "ensurepip",
+    "pydoc_data",
+    "turtledemo",
+    "site-packages",
+    "dist-packages",
+    "sqlite3",
+    "curses",
+    "dbm",
+    "distutils",
+    "unittest",
+    "wsgiref",
+    "xmlrpc",
+    "venv",
+    "config-3",
 }
-_LEFT_OUT_EXTENSIONS = ("_test", "_codecs_", "_tkinter", "_sqlite3", "_curses", "xx", "_dbm", "_gdbm")
+_LEFT_OUT_EXTENSIONS = (
+    "_test",
+    "_codecs_",
+    "_tkinter",
+    "_sqlite3",
+    "_curses",
+    "xx",
+    "_dbm",
+    "_gdbm",
+)
 _LAYOUT = 2
 
 
@@ -82,7 +108,8 @@ def _add_python_file(archive: CpioWriter, path: Path, name: str) -> None:
 def _add_tree(archive: CpioWriter, root: Path, prefix: str) -> None:
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(
-            name for name in folders
+            name
+            for name in folders
             if name not in _LEFT_OUT and not name.startswith("config-") and name != "lib-dynload"
         )
         for file in sorted(files):
@@ -130,9 +157,9 @@ def _base(assets: Assets) -> bytes:
     libraries = {"/lib64/ld-linux-x86-64.so.2"}
     for binary in [*binaries, *assets.libraries]:
         libraries |= _needed_libraries(binary)
-    for library in sorted(libraries):
-        if Path(library).exists():
-            archive.file(library.lstrip("/"), Path(library).read_bytes(), 0o755)
+    for needed in sorted(libraries):
+        if Path(needed).exists():
+            archive.file(needed.lstrip("/"), Path(needed).read_bytes(), 0o755)
     archive.file(python.executable.lstrip("/"), Path(python.executable).read_bytes(), 0o755)
     _add_tree(archive, Path(python.stdlib), python.stdlib.lstrip("/"))
     init = _INIT.format(modules=" ".join(names), home=python.home, python=python.executable)

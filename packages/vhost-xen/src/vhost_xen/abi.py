@@ -1,0 +1,83 @@
+"""The kernel's interface: request numbers and the bytes of each request.
+
+Structures of ``xen/privcmd.h`` and ``xen/gntdev.h``, native byte order and natural alignment. All
+requests are ``_IOC(_IOC_NONE, type, number, size)``, so a number tells the size of its structure.
+"""
+
+import array
+import ctypes
+import struct
+from typing import Final
+
+
+def _ioc(letter: str, number: int, size: int) -> int:
+    return size << 16 | ord(letter) << 8 | number
+
+
+_BATCH: Final = struct.Struct("@IHxxQQQ")  # num, domid, addr, arr, err
+_MAP: Final = struct.Struct("@IIQ")  # count, padding, index (out); references follow
+_REFERENCE: Final = struct.Struct("@II")  # domid, reference
+_UNMAP: Final = struct.Struct("@QII")  # index, count, padding
+
+MMAPBATCH_V2: Final = _ioc("P", 4, _BATCH.size)
+MAP_GRANT_REF: Final = _ioc("G", 0, _MAP.size + _REFERENCE.size)  # one number for every count
+UNMAP_GRANT_REF: Final = _ioc("G", 1, _UNMAP.size)
+
+XEN_PAGE_SIZE: Final = 4096
+GRANT_ADDRESS_BIT: Final = 1 << 63
+DOMID_FIRST_RESERVED: Final = 0x7FF0
+
+
+class BatchRequest:
+    """One MMAPBATCH_V2: map `count` frames of a domain from `first_frame` on, at `address`.
+
+    `argument` is what the ioctl is given. It points into `frames` and `errors`, which this object
+    keeps alive; the kernel writes one errno (0 or negative) for each page to `errors`.
+    """
+
+    def __init__(self, domid: int, first_frame: int, count: int, address: int) -> None:
+        self.frames = array.array("Q", range(first_frame, first_frame + count))
+        self.errors = array.array("i", bytes(4 * count))
+        self.argument = ctypes.create_string_buffer(
+            _BATCH.pack(
+                count,
+                domid,
+                address,
+                self.frames.buffer_info()[0],
+                self.errors.buffer_info()[0],
+            ),
+            _BATCH.size,
+        )
+
+    def failures(self) -> list[tuple[int, int]]:
+        """The frames that could not be mapped, each with its (positive) errno."""
+        if self.errors.tobytes() == bytes(4 * len(self.errors)):
+            return []
+        return [
+            (frame, -error) for frame, error in zip(self.frames, self.errors, strict=True) if error
+        ]
+
+
+class MapRequest:
+    """One MAP_GRANT_REF: consecutive references of a domain, for one later mmap at `index`."""
+
+    def __init__(self, domid: int, first_reference: int, count: int) -> None:
+        data = bytearray(_MAP.pack(count, 0, 0))
+        pairs = array.array("I", (domid,)) * (2 * count)
+        pairs[1::2] = array.array("I", range(first_reference, first_reference + count))
+        # An empty request still carries room for one reference: the request number says so.
+        data += pairs.tobytes() or bytes(_REFERENCE.size)
+        self.argument = ctypes.create_string_buffer(bytes(data), len(data))
+
+    @property
+    def index(self) -> int:
+        """The offset that the kernel wants in mmap; meaningful after the ioctl."""
+        index: int = _MAP.unpack_from(self.argument)[2]
+        return index
+
+
+class UnmapRequest:
+    """One UNMAP_GRANT_REF: `count` must be that of the MAP_GRANT_REF that gave `index`."""
+
+    def __init__(self, index: int, count: int) -> None:
+        self.argument = ctypes.create_string_buffer(_UNMAP.pack(index, count, 0), _UNMAP.size)

@@ -1,0 +1,81 @@
+"""Frames of another domain, mapped at once through ``/dev/xen/privcmd``."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Final
+
+from .abi import MMAPBATCH_V2, XEN_PAGE_SIZE, BatchRequest
+from .calls import PROT_READ, PROT_WRITE, SystemCalls
+from .errors import ForeignMapError, XenReleaseError
+
+if TYPE_CHECKING:
+    from guest_memory import Window
+
+# 1 TiB: the request's arrays take 12 bytes for each page while it runs.
+MAX_PAGES: Final = 1 << 28
+
+
+class ForeignRange:
+    """Consecutive frames of one domain, mapped from construction to `release`.
+
+    The kernel answers success also when frames could not be mapped, and touching such a page
+    would be SIGBUS; a range with any failed page is therefore taken down again, and
+    ForeignMapError lists the frames.
+
+    With a `window` they are mapped there, and what takes them down is the window's `cover`. (This
+    driver refuses nothing in mmap itself, so that no hole can come into the window, which another
+    thread's mapping could fall into. It would with grants.)
+    """
+
+    __slots__ = ("_calls", "_length", "_window", "address")
+
+    def __init__(
+        self,
+        calls: SystemCalls,
+        fd: int,
+        domid: int,
+        first_frame: int,
+        count: int,
+        window: Window | None = None,
+    ) -> None:
+        self._calls = calls
+        self._length = count * XEN_PAGE_SIZE
+        self._window = window
+        place = window.take(self._length, XEN_PAGE_SIZE) if window else 0
+        try:
+            self.address = calls.mmap(place, self._length, PROT_READ | PROT_WRITE, fd, 0)
+        except BaseException as error:
+            if window:
+                window.cover(place, self._length)
+            if isinstance(error, OSError):
+                raise ForeignMapError(error.errno, "mmap", domid, first_frame, count) from error
+            raise
+        try:
+            self._populate(fd, domid, first_frame, count)
+        except BaseException:
+            self.release()
+            raise
+
+    def _populate(self, fd: int, domid: int, first_frame: int, count: int) -> None:
+        request = BatchRequest(domid, first_frame, count, self.address)
+        number = 0
+        try:
+            self._calls.ioctl(fd, MMAPBATCH_V2, request.argument)
+        except OSError as error:
+            number = error.errno or errno.EIO
+        failures = request.failures()
+        if failures:
+            number = number or failures[0][1]
+        if number:
+            raise ForeignMapError(number, "MMAPBATCH_V2", domid, first_frame, count, failures)
+
+    def release(self) -> None:
+        """Unmap the frames."""
+        if self._window:
+            self._window.cover(self.address, self._length)
+            return
+        try:
+            self._calls.munmap(self.address, self._length)
+        except OSError as error:
+            raise XenReleaseError(error.errno, "munmap") from error
