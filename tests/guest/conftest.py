@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from tests.support.guest import (
     build_initramfs,
     provide,
     provide_qemu,
+    skip_or_fail,
 )
 
 DEFAULT_BACK_ENDS = STORAGE_DAEMON
@@ -64,20 +64,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kind", kinds, ids=ids, scope="session")
 
 
-def _absent(reason: Missing) -> None:
-    """Without a part there is no test; where tests are the purpose, that is a failure."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"CI=true and {reason}")
-    pytest.skip(str(reason))
-
-
 @pytest.fixture(scope="session")
 def assets() -> Assets:
     try:
         return provide()
     except Missing as reason:
-        _absent(reason)
-        raise
+        skip_or_fail(reason)
 
 
 @pytest.fixture(scope="session")
@@ -85,8 +77,7 @@ def qemu(assets: Assets, qemu_name: str) -> Qemu:
     try:
         return provide_qemu(qemu_name)
     except Missing as reason:
-        _absent(reason)
-        raise
+        skip_or_fail(reason)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,16 @@
 """Real guests for the tests: what they are made of, how they boot, who serves their disks."""
 
-from .assets import Assets, Missing, Qemu, cache_directory, provide, provide_qemu, provide_suite
+from .absent import in_ci, skip_or_fail
+from .assets import (
+    Assets,
+    Missing,
+    Qemu,
+    cache_directory,
+    provide,
+    provide_program,
+    provide_qemu,
+    provide_suite,
+)
 from .back_ends import INFLIGHT, LOG, OURS, PACKED, STORAGE_DAEMON, BackEnd, able
 from .bed import MIB, Bed, Disk, random_bytes
 from .guest import (
@@ -16,6 +26,7 @@ from .guest import (
 )
 from .initramfs import MODULES, build_initramfs
 from .qmp import Qmp, QmpError
+from .workload import VerifyingWriters
 
 __all__ = [
     "INFLIGHT",
@@ -41,12 +52,16 @@ __all__ = [
     "Qmp",
     "QmpError",
     "Result",
+    "VerifyingWriters",
     "VhostUserDisk",
     "able",
     "build_initramfs",
     "cache_directory",
+    "in_ci",
     "provide",
+    "provide_program",
     "provide_qemu",
     "provide_suite",
     "random_bytes",
+    "skip_or_fail",
 ]

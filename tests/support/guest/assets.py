@@ -144,6 +144,25 @@ def provide_qemu(name: str = SYSTEM) -> Qemu:
     return found
 
 
+def provide_program(name: str, package: str, *, fetch: bool = True) -> str:
+    """The path of a program of this machine; its Debian package is installed when it is missing.
+
+    Raises Missing with the reason, also when it is missing and `fetch` is false.
+    """
+    path = tool(name)
+    if path is None:
+        if not fetch:
+            raise Missing(f"{name} is not installed (Debian: {package})")
+        _check_fetching()
+        with _locked():
+            _apt("update")
+            _install([package])
+        path = tool(name)
+    if path is None:
+        raise Missing(f"{package} has no {name}")
+    return path
+
+
 def provide_suite(suite: str, packages: list[str]) -> Path:
     """The root folder of a bootstrapped Debian suite that holds these packages.
 
