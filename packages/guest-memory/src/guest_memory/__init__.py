@@ -31,6 +31,7 @@ from .memory import GuestMemory, Segment
 from .mmap_mapper import MmapMapper, MmapMapping
 from .region import MAX_MEM_SLOTS, Region
 from .shared import SharedMapping, allocate_memfd
+from .userfault import Userfault
 from .window import Window, WindowFull
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "Unguarded",
     "UsageError",
     "UserAddress",
+    "Userfault",
     "Window",
     "WindowFull",
     "WindowMapper",

@@ -1,7 +1,7 @@
 """The device's IOTLB: which I/O virtual addresses mean which user addresses, and the rights."""
 
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
@@ -32,10 +32,10 @@ class FrozenIotlb:
 
     __slots__ = ("entries", "records", "starts")
 
-    def __init__(self, entries: list[IotlbEntry]) -> None:
+    def __init__(self, entries: list[IotlbEntry], starts: list[int], records: list[bytes]) -> None:
         self.entries = entries
-        self.starts = [entry.iova for entry in entries]
-        self.records = b"".join([IOTLB_RECORD.pack(*entry) for entry in entries])
+        self.starts = starts
+        self.records = b"".join(records)
 
     def lookup(self, address: int, length: int, access: int) -> list[tuple[int, int]]:
         """Translate a range into (user address, length) pieces; see `Iotlb.lookup`."""
@@ -87,7 +87,11 @@ class Iotlb:
         self.limit = limit
         self._on_miss = on_miss
         self._lock = threading.Lock()
-        self._entries: OrderedDict[int, IotlbEntry] = OrderedDict()  # by iova, oldest first
+        # Three lists in step, sorted by iova, and the order in which the entries came.
+        self._entries: list[IotlbEntry] = []
+        self._starts: list[int] = []
+        self._records: list[bytes] = []
+        self._age: OrderedDict[int, None] = OrderedDict()
         self._frozen: FrozenIotlb | None = None
 
     def __len__(self) -> int:
@@ -102,7 +106,7 @@ class Iotlb:
         """Return the entries of this moment as an immutable table."""
         with self._lock:
             if self._frozen is None:
-                self._frozen = FrozenIotlb(sorted(self._entries.values()))
+                self._frozen = FrozenIotlb(self._entries[:], self._starts[:], self._records)
             return self._frozen
 
     def insert(self, iova: Iova, size: int, user_address: UserAddress, access: int) -> None:
@@ -126,10 +130,8 @@ class Iotlb:
             raise AccessDenied(iova, size, access)
         with self._lock:
             self._cut(iova, size)
-            self._entries[iova] = IotlbEntry(iova, size, user_address, int(access))
-            while len(self._entries) > self.limit:
-                self._entries.popitem(last=False)
-            self._frozen = None
+            self._put(IotlbEntry(iova, size, user_address, int(access)))
+            self._evict()
 
     def invalidate(self, iova: Iova, size: int) -> None:
         """Forget all translations of a range (VHOST_IOTLB_INVALIDATE); entries may be cut in two.
@@ -142,14 +144,15 @@ class Iotlb:
             raise OutOfBounds(iova, size)
         with self._lock:
             self._cut(iova, size)
-            while len(self._entries) > self.limit:
-                self._entries.popitem(last=False)
-            self._frozen = None
+            self._evict()
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
             self._entries.clear()
+            self._starts.clear()
+            self._records.clear()
+            self._age.clear()
             self._frozen = None
 
     def lookup(
@@ -177,19 +180,39 @@ class Iotlb:
                 ):
                     raise
 
+    def _put(self, entry: IotlbEntry) -> None:
+        index = bisect_right(self._starts, entry.iova)
+        self._entries.insert(index, entry)
+        self._starts.insert(index, entry.iova)
+        self._records.insert(index, IOTLB_RECORD.pack(*entry))
+        self._age[entry.iova] = None
+
+    def _evict(self) -> None:
+        while len(self._entries) > self.limit:
+            oldest, _ = self._age.popitem(last=False)
+            index = bisect_right(self._starts, oldest) - 1
+            del self._entries[index], self._starts[index], self._records[index]
+        self._frozen = None
+
     def _cut(self, iova: int, size: int) -> None:
-        """Remove a range; what is left of an entry keeps the entry's age, roughly."""
+        """Remove a range; what is left of an entry counts as new."""
+        if not size:
+            return
         end = iova + size
-        hit = [e for e in self._entries.values() if e.iova < end and iova < e.iova + e.size]
+        first = max(bisect_right(self._starts, iova) - 1, 0)
+        if first < len(self._entries):
+            entry = self._entries[first]
+            first += entry.iova + entry.size <= iova
+        last = bisect_left(self._starts, end)
+        hit = self._entries[first:last]
+        if not hit:
+            return
+        del self._entries[first:last], self._starts[first:last], self._records[first:last]
         for entry in hit:
-            del self._entries[entry.iova]
-            before, after = iova - entry.iova, entry.iova + entry.size - end
-            if before > 0:
-                self._entries[entry.iova] = entry._replace(size=before)
-            if after > 0:
-                self._entries[end] = IotlbEntry(
-                    Iova(end),
-                    after,
-                    UserAddress(entry.user_address + entry.size - after),
-                    entry.access,
-                )
+            del self._age[entry.iova]
+        before, after = iova - hit[0].iova, hit[-1].iova + hit[-1].size - end
+        if before > 0:
+            self._put(hit[0]._replace(size=before))
+        if after > 0:
+            user = hit[-1].user_address + hit[-1].size - after
+            self._put(IotlbEntry(Iova(end), after, UserAddress(user), hit[-1].access))

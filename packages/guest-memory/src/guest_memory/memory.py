@@ -16,6 +16,7 @@ import os
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,6 +113,8 @@ class _Entry:
         "user",
         "user_end",
     )
+
+    poison: ctypes.c_uint32
 
     def __init__(
         self,
@@ -298,7 +301,11 @@ class GuestMemory:
         entries: list[_Entry] = []
         try:
             for region, fd in pairs:
-                entries.append(_map_one(mapper, region, fd, window))
+                try:
+                    entry = _map_one(mapper, region, fd, window)
+                except WindowFull:  # pages so large that even ample room cannot be aligned to them
+                    entry = _map_one(mapper, region, fd, None)
+                entries.append(entry)
         except BaseException:
             for entry in entries:
                 entry.release()
@@ -375,8 +382,15 @@ class GuestMemory:
                 try:
                     entry = _map_one(mapper, region, fd, window)
                 except WindowFull:
-                    entries, window = _grow(entries, window, _room(region), fresh)
-                    entry = _map_one(mapper, region, fd, window)
+                    # A postcopy front-end has been told the addresses: nothing may move then.
+                    bigger = None if state.postcopy else _bigger(window, _room(region))
+                    if bigger is not None:
+                        entries = _move_over(entries, window, bigger, fresh)
+                        window = bigger
+                    try:
+                        entry = _map_one(mapper, region, fd, bigger)
+                    except WindowFull:
+                        entry = _map_one(mapper, region, fd, None)
             else:
                 entry = _map_one(mapper, region, fd, None)
         except BaseException:
@@ -1129,11 +1143,11 @@ def _check_neighbours(region: Region, others: Iterable[_Entry], space: str) -> N
 
 def _check_overlaps(regions: Sequence[Region]) -> None:
     by_guest = sorted(regions)
-    for before, after in zip(by_guest, by_guest[1:], strict=False):
+    for before, after in pairwise(by_guest):
         if before.guest_end > after.guest_address:
             raise Overlap(after.guest_address, after.size, "guest")
     by_user = sorted(regions, key=attrgetter("user_address"))
-    for before, after in zip(by_user, by_user[1:], strict=False):
+    for before, after in pairwise(by_user):
         if before.user_end > after.user_address:
             raise Overlap(after.user_address, after.size, "user")
 
@@ -1144,25 +1158,23 @@ def _map_one(mapper: Mapper, region: Region, fd: int | None, window: Window | No
     return _Entry.of(region, mapper.map(region, fd))
 
 
-def _grow(
-    entries: list[_Entry], window: Window | None, room: int, fresh: list[_Entry]
-) -> tuple[list[_Entry], Window | None]:
-    """Map everything that can be mapped twice into a larger window; snapshots of now keep the old
-    one.
+def _bigger(window: Window | None, room: int) -> Window | None:
+    return Window.reserve(2 * (0 if window is None else window.taken) + room)
 
-    What cannot be had twice stays where it is, outside of the new window. Without address space for
-    a larger window everything stays, and the caller maps elsewhere.
+
+def _move_over(
+    entries: list[_Entry], window: Window | None, bigger: Window, fresh: list[_Entry]
+) -> list[_Entry]:
+    """Map what can be mapped twice into a larger window; present snapshots keep the old one.
+
+    What cannot be had twice stays where it is, outside of the new window.
     """
-    taken = 0 if window is None else window.taken
-    bigger = Window.reserve(2 * taken + room)
-    if bigger is None:
-        return entries, None
     result = []
     for entry in entries:
         if (
             window is not None
             and entry.host
-            and window.contains(entry.host, 1)
+            and window.contains(entry.host, entry.end - entry.guest)
             and isinstance(entry.mapping, WindowMapping)
         ):
             try:
@@ -1171,7 +1183,7 @@ def _grow(
             except GuestMemoryError:
                 pass
         result.append(entry)
-    return result, bigger
+    return result
 
 
 def _rest(entry: _Entry, start: int, end: int) -> _Entry:

@@ -122,8 +122,8 @@ def allocate_memfd(size: int, name: str = "guest-memory") -> int:
         UsageError: the size is no size.
         MappingFailed: the system refused.
     """
-    if size < 1:
-        raise UsageError("memory needs a size of at least one byte")
+    if not 0 < size < 1 << 63:
+        raise UsageError("memory needs a size that a file can have")
     try:
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:

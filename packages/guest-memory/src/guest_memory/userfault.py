@@ -1,0 +1,169 @@
+"""Postcopy: pages of guest memory that arrive while the device already runs.
+
+After the switch-over of a postcopy migration some pages are still on the source. The back-end
+registers its mappings with a userfaultfd and hands that to the front-end, which then sees every
+access to a missing page, fetches it and puts it in place; the access waits meanwhile.
+
+Whoever holds the descriptor decides what this process reads from the registered memory, and may
+register more. A front-end owns the guest's memory anyway, but postcopy should be offered only to
+front-ends that are trusted with this process.
+"""
+
+import ctypes
+import errno
+import os
+import threading
+
+from . import syscalls
+from .errors import PostcopyError, UsageError
+from .memory import GuestMemory
+
+# The ioctls of linux/userfaultfd.h, computed there from the sizes of their structures.
+_API = 0xC018AA3F
+_REGISTER = 0xC020AA00
+_UNREGISTER = 0x8010AA01
+_WAKE = 0x8010AA02
+_NEW = 0x0000AA00  # on /dev/userfaultfd
+_MODE_MISSING = 1
+_API_VERSION = 0xAA
+_CAN_COPY = 1 << 3
+_CAN_WAKE = 1 << 2
+
+
+def _open() -> int:
+    """A new userfaultfd that also reports faults inside of system calls, as preadv makes them."""
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
+    fd: int = syscalls.syscall(syscalls.USERFAULTFD, flags, 0, 0, 0, 0, 0)
+    if fd >= 0:
+        return fd
+    failure = ctypes.get_errno()
+    if failure == errno.EPERM:  # needs a capability; the device node needs file permissions only
+        try:
+            device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            raise PostcopyError(failure, "userfaultfd") from None
+        try:
+            fd = syscalls.ioctl(device, _NEW, flags)
+            if fd >= 0:
+                return fd
+            failure = ctypes.get_errno()
+        finally:
+            os.close(device)
+    raise PostcopyError(failure, "userfaultfd")
+
+
+class Userfault:
+    """The back-end's part of a postcopy migration.
+
+    The order of things, with the messages of the specification ("Postcopy"):
+
+    1. POSTCOPY_ADVISE: make a `Userfault` and send its descriptor to the front-end.
+    2. SET_MEM_TABLE: map, answer with `GuestMemory.host_addresses`, and once the front-end has
+       acknowledged, `register` the new snapshot and use it with ``with_postcopy(True)``.
+    3. POSTCOPY_END: `close`, and use the memory with ``with_postcopy(False)``.
+
+    Raises:
+        PostcopyError: the kernel has no userfaultfd or does not allow it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ranges: list[tuple[int, int]] = []
+        self._memory: list[GuestMemory] = []  # registered ranges must stay what they are
+        self._fd: int | None = _open()
+        try:
+            self._ioctl("UFFDIO_API", _API, _API_VERSION, 0, 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def fileno(self) -> int:
+        """The descriptor; this object owns it. Sending it to the front-end makes another one.
+
+        Raises:
+            UsageError: closed.
+        """
+        if self._fd is None:
+            raise UsageError("the userfaultfd is closed")
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        """True after `close`."""
+        return self._fd is None
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """The registered (host address, length) ranges."""
+        return tuple(self._ranges)
+
+    def register(self, memory: GuestMemory) -> None:
+        """Have accesses to missing pages of all mapped regions wait for the front-end.
+
+        Ranges that are registered already are skipped, so that a table may grow. The memory stays
+        mapped until `close`.
+
+        Raises:
+            PostcopyError: the kernel cannot do that for this memory; what this call had registered
+                is not registered any more.
+            UsageError: closed.
+        """
+        with self._lock:
+            self.fileno()
+            known = set(self._ranges)
+            fresh: list[tuple[int, int]] = []
+            try:
+                for start, length, page_size in memory.ranges:
+                    if (start, length) in known:
+                        continue
+                    if page_size == syscalls.PAGE_SIZE:
+                        syscalls.no_huge_pages(start, length)
+                    answer = self._ioctl(
+                        "UFFDIO_REGISTER", _REGISTER, start, length, _MODE_MISSING, 0
+                    )
+                    fresh.append((start, length))
+                    if ~answer[3] & (_CAN_COPY | _CAN_WAKE):
+                        raise PostcopyError(0, "UFFDIO_REGISTER")
+            except BaseException:
+                self._unregister(fresh)
+                raise
+            self._ranges += fresh
+            self._memory.append(memory)
+
+    def close(self) -> None:
+        """End postcopy: nobody waits any more, and missing pages read as zeroes.
+
+        The front-end may still hold its copy of the descriptor, so everything is unregistered
+        before ours is closed. Harmless when repeated.
+        """
+        with self._lock:
+            if self._fd is None:
+                return
+            self._unregister(self._ranges)
+            os.close(self._fd)
+            self._fd = None
+            self._ranges = []
+            self._memory = []
+
+    def __enter__(self) -> "Userfault":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", None) is not None:
+            self.close()
+
+    def _unregister(self, ranges: list[tuple[int, int]]) -> None:
+        for start, length in ranges:
+            # A failure leaves nothing to be done: the range may be gone from this process.
+            argument = (ctypes.c_uint64 * 2)(start, length)
+            syscalls.ioctl(self.fileno(), _UNREGISTER, ctypes.addressof(argument))
+            syscalls.ioctl(self.fileno(), _WAKE, ctypes.addressof(argument))
+
+    def _ioctl(self, name: str, request: int, *words: int) -> list[int]:
+        argument = (ctypes.c_uint64 * len(words))(*words)
+        if syscalls.ioctl(self.fileno(), request, ctypes.addressof(argument)) < 0:
+            raise PostcopyError(ctypes.get_errno(), name)
+        return list(argument)
