@@ -53,10 +53,10 @@ def walk(node: ast.AST, where: str, *, at_import: bool) -> Iterator[Import]:
         "typing.TYPE_CHECKING",
     ):
         # Names for annotations: never imported when the program runs.
-        for child in node.body:
-            yield from walk(child, where, at_import=False)
-        for child in node.orelse:
-            yield from walk(child, where, at_import=at_import)
+        for hidden in node.body:
+            yield from walk(hidden, where, at_import=False)
+        for other in node.orelse:
+            yield from walk(other, where, at_import=at_import)
         return
     inside = at_import and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
     for child in ast.iter_child_nodes(node):
