@@ -1,0 +1,114 @@
+"""A worker whose thread runs an event loop, for devices with `async def handle`.
+
+The worker's epoll descriptor is itself readable when one of its descriptors is, so the loop watches
+just that and lets the worker have its round; between rounds coroutines run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from virtqueue import Chain
+
+from .device import Queue, Request, VirtioDevice
+from .device_backend import BATCH, DeviceBackend
+from .vring import Vring
+from .worker import VringEpollHandler
+
+
+class AsyncVringEpollHandler(VringEpollHandler):
+    """One worker thread with an event loop of its own."""
+
+    _loop: asyncio.AbstractEventLoop
+    _ended: asyncio.Event
+    _timer: asyncio.TimerHandle | None = None
+
+    def _run(self) -> None:
+        asyncio.run(self._main())
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+        self._loop.add_reader(self._epoll.fileno(), self._turn)
+        self._turn()
+        await self._ended.wait()
+        self._loop.remove_reader(self._epoll.fileno())
+        # asyncio.run cancels the requests that are still being worked on.
+
+    def _turn(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        timeout = self._round(0)
+        if self._stopping:
+            self._ended.set()
+        elif timeout is not None:
+            self._timer = self._loop.call_later(timeout, self._turn)
+
+
+class AsyncDeviceBackend(DeviceBackend):
+    """A device whose `handle` is a coroutine function, each request a task of the worker's loop."""
+
+    worker_type = AsyncVringEpollHandler
+
+    def __init__(self, device: VirtioDevice) -> None:
+        super().__init__(device)
+        self._tasks: set[asyncio.Task[None]] = set()
+        #: Vrings with completions staged, to be published once the loop gets to it.
+        self._staged: set[int] = set()
+
+    def handle_event(
+        self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
+    ) -> bool:
+        """Start a task for each request that waits."""
+        vring = vrings[device_event]
+        with vring.get_mut() as state:
+            if not state.running:
+                return False
+            state.disable_notification()
+            batch = state.take(BATCH)
+            if not batch:
+                return False  # the driver has been asked for kicks
+            generation = state.generation
+            view = self._view(state)
+            requests = [Request(chain) for chain in batch]
+        loop = asyncio.get_running_loop()
+        for request in requests:
+            task = loop.create_task(self._serve_one(vring, generation, view, request))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return True
+
+    async def _serve_one(
+        self, vring: Vring, generation: int, queue: Queue, request: Request
+    ) -> None:
+        flags = int(self.device.status_byte)
+        try:
+            waiting = self.device.handle(queue, request)
+            if waiting is not None:
+                await waiting
+            status, written = request.status, request.written + flags
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            status, written = self.device.failed(queue, error), flags
+        self._complete(vring, generation, request.chain, written, status)
+
+    def _complete(
+        self, vring: Vring, generation: int, chain: Chain, written: int, status: int
+    ) -> None:
+        with vring.get_mut() as state:
+            if state.generation != generation or state.queue is None:
+                return
+            state.queue.complete(chain, written, status)
+            index = state.index
+        if index not in self._staged:
+            # What completes in this turn of the loop is published, and signalled, together.
+            self._staged.add(index)
+            asyncio.get_running_loop().call_soon(self._publish, vring, index)
+
+    def _publish(self, vring: Vring, index: int) -> None:
+        self._staged.discard(index)
+        with vring.get_mut() as state:
+            state.signal_used_queue()

@@ -1,0 +1,94 @@
+"""`vhost-backend blk`: a disk out of a file, by the specification's "Backend program conventions"."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+from virtqueue import default_engine
+
+from ..devices.blk import SECTOR, BlockDevice
+from ..listener import Listener
+from ..serve import serve
+
+HELP = "serve a file or block device as a virtio disk"
+DESCRIPTION = "Serve a file or block device as a virtio disk, in the foreground, until SIGTERM."
+EPILOG = """\
+attach it to QEMU (guest memory has to be shared):
+  qemu-system-x86_64 -m 1G \\
+    -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
+    -chardev socket,id=disk,path=PATH \\
+    -device vhost-user-blk-pci,chardev=disk,num-queues=N
+"""
+CAPABILITIES = json.dumps({"type": "block", "features": ["read-only", "blk-file"]}, indent=2)
+
+MAX_QUEUES = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--socket-path", metavar="PATH", help="Unix socket to listen on")
+    where.add_argument(
+        "--fd", type=_fd, metavar="N", help="inherited descriptor: a connected or listening socket"
+    )
+    parser.add_argument("--blk-file", metavar="IMG", required=True, help="image or block device")
+    parser.add_argument("--read-only", action="store_true", help="refuse every change")
+    parser.add_argument(
+        "--num-queues", type=_queues, default=1, metavar="N", help=f"1 to {MAX_QUEUES} (default 1)"
+    )
+    parser.add_argument("--serial", default="", metavar="S", help="serial number, up to 20 ASCII bytes")
+    parser.add_argument(
+        "--print-capabilities", action="store_true", help="print capabilities as JSON and exit"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until a signal."""
+    # The image first: nobody should find a socket behind which there is no disk.
+    device = BlockDevice(
+        options.blk_file,
+        read_only=options.read_only,
+        num_queues=options.num_queues,
+        serial=options.serial,
+    )
+    try:
+        if options.fd is not None:
+            listener = Listener.from_fd(options.fd)
+        else:
+            listener = Listener(options.socket_path)
+        print(f"vhost-backend: {_describe(device, options)}", file=sys.stderr, flush=True)
+        serve(device, listener)
+    finally:
+        device.close()
+    return 0
+
+
+def _describe(device: BlockDevice, options: argparse.Namespace) -> str:
+    where = options.socket_path if options.fd is None else f"descriptor {options.fd}"
+    access = "read-only" if device.read_only else "read-write"
+    queues = "1 queue" if device.num_queues == 1 else f"{device.num_queues} queues"
+    return (
+        f"serving {device.path} ({device.capacity * SECTOR / 2**20:g} MiB, {access}, {queues}, "
+        f"engine {default_engine()}) on {where}"
+    )
+
+
+def _queues(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if not 1 <= number <= MAX_QUEUES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_QUEUES}")
+    return number
+
+
+def _fd(text: str) -> int:
+    try:
+        number = int(text)
+        os.fstat(number)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a descriptor number") from None
+    except OSError:
+        raise argparse.ArgumentTypeError(f"descriptor {text} is not open") from None
+    return number

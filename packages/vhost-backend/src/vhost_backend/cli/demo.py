@@ -1,0 +1,277 @@
+"""`vhost-backend demo`: the whole thing at once, without a virtual machine.
+
+A disk image is made and served by the real daemon in a process of its own over a real Unix socket;
+the embedded driver attaches to it, writes, reads back and checks every block, one request at a time
+and many at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from virtqueue import default_engine
+
+from ..devices.blk import S_OK, SECTOR, T_IN, T_OUT
+from ..driver import BlockDriver, DriverSession
+from ..driver.block import DRIVER_FEATURES
+from ..errors import VhostBackendError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+HELP = "make a disk, serve it, use it and check it, without a virtual machine"
+DESCRIPTION = (
+    "Make a disk image, serve it by the daemon in a process of its own, attach the embedded driver,\n"
+    "write, read back and verify, and print how to give the same image to QEMU."
+)
+EPILOG = "The image stays where it was made, so that the printed commands work."
+
+BLOCK = 4096
+DEPTHS = (1, 32)
+SEED = 20240229
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument(
+        "--size", type=_size, default=32, metavar="MIB", help="image size, 1 to 1024 (default 32)"
+    )
+    parser.add_argument(
+        "--image", type=Path, metavar="IMG", help="where to make the image (it is overwritten)"
+    )
+    parser.add_argument(
+        "--qemu", action="store_true", help="boot the guest tests of a checkout under QEMU instead"
+    )
+
+
+class Result(NamedTuple):
+    """One phase: `latencies` in seconds, one for each operation."""
+
+    name: str
+    depth: int
+    latencies: list[float]
+    seconds: float
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the demo; 0 when every checksum was right."""
+    if options.qemu:
+        return _guest_tests()
+    if importlib.util.find_spec("rich") is None:
+        raise VhostBackendError(
+            "the demo draws with rich: install vhost-backend with its [cli] extra"
+        )
+    image = options.image if options.image is not None else _default_image()
+    blocks = options.size * 2**20 // BLOCK
+    with open(image, "wb") as file:
+        file.truncate(blocks * BLOCK)
+    with tempfile.TemporaryDirectory(prefix="vhost-demo-") as directory:
+        path = os.path.join(directory, "disk.sock")
+        with _daemon(path, image):
+            results = _exercise(path, blocks)
+    _check_image(image, blocks)
+    _report(results)
+    _print_qemu(image)
+    return 0
+
+
+# -- the daemon, in its own process ---------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _daemon(path: str, image: Path) -> Iterator[None]:
+    command = [sys.executable, "-m", "vhost_backend", "blk"]
+    command += [f"--socket-path={path}", f"--blk-file={image}", "--serial=demo"]
+    process = subprocess.Popen(command)
+    try:
+        deadline = time.monotonic() + 20
+        while not os.path.exists(path):
+            if process.poll() is not None:
+                raise VhostBackendError(f"the daemon ended with status {process.returncode}")
+            if time.monotonic() > deadline:
+                raise VhostBackendError("the daemon did not listen within 20 s")
+            time.sleep(0.01)
+        yield
+        process.send_signal(signal.SIGTERM)
+        if process.wait(20) != 0:
+            raise VhostBackendError(f"the daemon ended with status {process.returncode}")
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+# -- the work -------------------------------------------------------------------------------------
+
+
+def _content(index: int) -> bytes:
+    """What block `index` has to hold: different in every block."""
+    return random.Random(SEED + index).randbytes(BLOCK)
+
+
+def _exercise(path: str, blocks: int) -> list[Result]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    results = []
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with (
+        DriverSession.connect(path, features=DRIVER_FEATURES) as session,
+        Progress(*columns, TimeRemainingColumn()) as progress,
+    ):
+        driver = BlockDriver(session, depth=max(DEPTHS), max_io=BLOCK)
+        if driver.capacity != blocks * BLOCK:
+            raise VhostBackendError(f"the disk has {driver.capacity} bytes, not {blocks * BLOCK}")
+        contents = [_content(index) for index in range(blocks)]
+        sums = [zlib.crc32(content) for content in contents]
+        order = list(range(blocks))
+        for depth in DEPTHS:
+            random.Random(SEED + depth).shuffle(order)
+            # Each round writes other content, so that a read cannot pass on what the last one left.
+            order_of = {block: (block + depth) % blocks for block in order}
+            results.append(
+                _phase(
+                    progress, f"write, queue depth {depth}", driver, depth, order,
+                    lambda block: (T_OUT, contents[order_of[block]], 0),
+                    lambda block, data: None,
+                )
+            )  # fmt: skip
+            driver.flush()
+
+            def verify(block: int, data: bytes) -> None:
+                if zlib.crc32(data) != sums[order_of[block]]:
+                    raise VhostBackendError(f"block {block} does not hold what was written")
+
+            results.append(
+                _phase(
+                    progress, f"read and verify, depth {depth}", driver, depth, order,
+                    lambda block: (T_IN, b"", BLOCK),
+                    verify,
+                )
+            )  # fmt: skip
+    return results
+
+
+def _phase(
+    progress: Progress,
+    name: str,
+    driver: BlockDriver,
+    depth: int,
+    order: list[int],
+    make: Callable[[int], tuple[int, bytes, int]],
+    finish: Callable[[int, bytes], None],
+) -> Result:
+    task = progress.add_task(name, total=len(order))
+    started: dict[int, float] = {}
+    latencies: list[float] = []
+    todo = iter(order)
+    begin = time.perf_counter()
+    exhausted = False
+    while not exhausted or driver.in_flight:
+        while driver.in_flight < depth and not exhausted:
+            block = next(todo, None)
+            if block is None:
+                exhausted = True
+                break
+            kind, payload, length = make(block)
+            driver.submit(kind, block * (BLOCK // SECTOR), payload, length, tag=block)
+            started[block] = time.perf_counter()
+        driver.kick()
+        if not driver.in_flight:
+            break
+        for completion, data in driver.collect():
+            if completion.status != S_OK:
+                raise VhostBackendError(f"{name}: status {completion.status}")
+            done = completion.tag
+            assert isinstance(done, int)
+            latencies.append(time.perf_counter() - started.pop(done))
+            finish(done, data)
+        progress.update(task, completed=len(latencies))
+    return Result(name, depth, latencies, time.perf_counter() - begin)
+
+
+def _check_image(image: Path, blocks: int) -> None:
+    """The file itself has to hold what the last round wrote."""
+    expected = hashlib.sha256()
+    for block in range(blocks):
+        expected.update(_content((block + DEPTHS[-1]) % blocks))
+    with open(image, "rb") as file:
+        actual = hashlib.file_digest(file, "sha256")
+    if actual.digest() != expected.digest():
+        raise VhostBackendError(f"{image} does not hold what was written")
+
+
+# -- what it prints -------------------------------------------------------------------------------
+
+
+def _report(results: list[Result]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"embedded driver and daemon, 4 KiB random, ring engine {default_engine()}")
+    table.add_column("phase")
+    for name in ("operations", "MiB/s", "p50 µs", "p99 µs"):
+        table.add_column(name, justify="right")
+    for result in results:
+        ordered = sorted(result.latencies)
+        count = len(ordered)
+        table.add_row(
+            result.name,
+            f"{count:,}",
+            f"{count * BLOCK / 2**20 / result.seconds:.1f}",
+            f"{ordered[count // 2] * 1e6:.0f}",
+            f"{ordered[min(count - 1, count * 99 // 100)] * 1e6:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print("every block was read back with the right checksum, and the image file agrees")
+
+
+def _print_qemu(image: Path) -> None:
+    quoted = shlex.quote(str(image))
+    command = shlex.join([sys.executable, "-m", "vhost_backend"])
+    print(f"""
+the same image, for QEMU:
+  {command} blk --socket-path=/tmp/vhost-demo.sock --blk-file={quoted}
+  qemu-system-x86_64 -m 1G \\
+    -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
+    -chardev socket,id=disk,path=/tmp/vhost-demo.sock -device vhost-user-blk-pci,chardev=disk
+(add a bootable disk or -kernel; the image is then /dev/vda in the guest)""")
+
+
+def _guest_tests() -> int:
+    tests = Path("tests/guest")
+    if not tests.is_dir():
+        raise VhostBackendError("--qemu runs the guest tests of a checkout: start it there")
+    if importlib.util.find_spec("pytest") is None:
+        raise VhostBackendError("--qemu runs the guest tests with pytest: install it first")
+    return subprocess.call([sys.executable, "-m", "pytest", "-v", str(tests)])
+
+
+def _default_image() -> Path:
+    directory = Path(tempfile.gettempdir()) / f"vhost-demo-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    if directory.stat().st_uid != os.getuid():
+        raise VhostBackendError(f"{directory} belongs to somebody else: use --image")
+    return directory / "disk.img"
+
+
+def _size(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if not 1 <= number <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1024")
+    return number

@@ -1,0 +1,38 @@
+"""Counters of one queue: plain integers that only the queue's worker adds to."""
+
+from __future__ import annotations
+
+
+class QueueCounters:
+    """What one queue has done since the device was created; reading them needs no lock.
+
+    requests: chains taken; batches: takes that returned at least one chain; bytes: bytes written
+    into the guest's buffers as reported in the used ring; notifications_sent / _suppressed: call
+    signals given, or not wanted by the driver; kicks: wake-ups by the driver; errors: requests
+    that a handler failed; guest_errors: times the queue was broken by the guest.
+    """
+
+    __slots__ = (
+        "batches",
+        "bytes",
+        "errors",
+        "guest_errors",
+        "kicks",
+        "notifications_sent",
+        "notifications_suppressed",
+        "requests",
+    )
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.batches = 0
+        self.bytes = 0
+        self.kicks = 0
+        self.notifications_sent = 0
+        self.notifications_suppressed = 0
+        self.errors = 0
+        self.guest_errors = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """The counters by name."""
+        return {name: getattr(self, name) for name in self.__slots__}

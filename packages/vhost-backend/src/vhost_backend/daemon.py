@@ -1,0 +1,302 @@
+"""The daemon: one device, one connection at a time, and the workers that serve its queues.
+
+Threads: the connection's thread (made by `start` or `start_client`, or the caller's in `serve`)
+reads messages and runs the control plane; each worker serves the queues of its mask. Workers live
+as long as the daemon, rings as long as a connection.
+
+Ending: `shutdown()` may be called from any thread and from a signal handler. It wakes the
+connection's thread wherever it waits, rings are stopped, workers end. Requests that a handler is
+still working on are given `drain_timeout` seconds; what completes later touches nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import vhost_protocol as vp
+from guest_memory import Mapper, MemoryHolder
+
+from .backend import VhostUserBackend
+from .control import Answer, ControlPlane, Draining
+from .errors import BackendUsageError, Refused, VhostBackendError
+from .eventfd import WakeFd
+from .listener import Listener
+from .vring import Vring, VringMutex, VringRwLock, VringState
+from .worker import VringEpollHandler
+
+log = logging.getLogger("vhost_backend")
+
+#: Seconds between attempts of a client to connect: the first, and the longest after doubling.
+RECONNECT_INTERVAL = (0.1, 5.0)
+
+
+class VhostUserDaemon:
+    """Serves `backend` to front-ends that connect one after another.
+
+    Args:
+        name: names the daemon's threads and log lines.
+        backend: the device.
+        memory: holds the current snapshot of guest memory; a new holder when None.
+        mapper: how regions are mapped; guest_memory's mmap when None.
+        engine: ring engine, "c" or "python"; None for VIRTQUEUE_ENGINE's or the best there is.
+        vring: `VringMutex` (default) or `VringRwLock`.
+        drain_timeout: seconds that requests in flight get when a ring is stopped.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backend: VhostUserBackend,
+        memory: MemoryHolder | None = None,
+        *,
+        mapper: Mapper | None = None,
+        engine: str | None = None,
+        vring: type[VringMutex] | type[VringRwLock] = VringMutex,
+        drain_timeout: float = 10.0,
+    ) -> None:
+        self.name = name
+        self.memory = memory if memory is not None else MemoryHolder()
+        self._backend = backend
+        self._drain_timeout = drain_timeout
+        self._stopping = False
+        self._wake = WakeFd()
+        self._drained = WakeFd()
+        self._connection: socket.socket | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        status_byte = bool(getattr(backend, "status_byte", False))
+        self.vrings: list[Vring] = [
+            vring(
+                VringState(
+                    index, backend.max_queue_size(), engine=engine, status_byte=status_byte
+                )
+            )
+            for index in range(backend.num_queues())
+        ]
+        self._workers = _make_workers(name, backend, self.vrings)
+        self._control = ControlPlane(
+            backend,
+            self.vrings,
+            self._workers,
+            self.memory,
+            mapper=mapper,
+            on_drained=self._drained.wake,
+        )
+        for worker in self._workers:
+            worker.start()
+
+    # -- running --------------------------------------------------------------------------------
+
+    def start(self, listener: Listener) -> None:
+        """Accept front-ends from `listener`, one after another, on a thread of the daemon's.
+
+        The listener stays the caller's. Use `wait` for the end.
+        """
+        self._spawn(lambda: self._accept_all(listener))
+
+    def start_client(self, path: str | os.PathLike[str], *, reconnect: bool = True) -> None:
+        """Connect to a front-end that listens on `path`, on a thread of the daemon's.
+
+        With `reconnect` it connects again whenever the connection is lost or not to be had, at
+        intervals that grow; without, the daemon ends with the connection.
+        """
+        self._spawn(lambda: self._connect_all(os.fspath(path), reconnect))
+
+    def start_connection(self, connection: socket.socket) -> None:
+        """Serve one connected socket, which the daemon takes over, on a thread of the daemon's."""
+        self._spawn(lambda: self._serve_connection(connection))
+
+    def wait(self) -> None:
+        """Wait until the daemon has ended; raises what ended it, if it was not `shutdown`."""
+        if self._thread is None:
+            raise BackendUsageError("the daemon was not started")
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def serve(self, path: str | os.PathLike[str]) -> None:
+        """Listen on `path` and serve until `shutdown`. Raises `ListenError`."""
+        with Listener(path) as listener:
+            self.start(listener)
+            self.wait()
+
+    def shutdown(self) -> None:
+        """End the daemon, from any thread or a signal handler; `wait` returns soon after."""
+        self._stopping = True
+        self._wake.wake()
+        self._drained.wake()
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Shut down, wait, and release the workers. Harmless when repeated."""
+        self.shutdown()
+        if self._thread is not None:
+            self._thread.join()
+        for worker in self._workers:
+            if not worker.stop(self._drain_timeout):
+                log.warning("%s: a worker is stuck in a handler and is left behind", self.name)
+        self._workers = []
+        self._wake.close()
+        self._drained.close()
+
+    def get_epoll_handlers(self) -> list[VringEpollHandler]:
+        """The workers, by thread number: where a device registers descriptors of its own."""
+        return list(self._workers)
+
+    def __enter__(self) -> VhostUserDaemon:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- the connection's thread ----------------------------------------------------------------
+
+    def _spawn(self, target: Callable[[], None]) -> None:
+        if self._thread is not None:
+            raise BackendUsageError("the daemon was started already")
+
+        def run() -> None:
+            try:
+                target()
+            except BaseException as error:
+                self._failure = error
+
+        self._thread = threading.Thread(target=run, name=f"{self.name}-control", daemon=True)
+        self._thread.start()
+
+    def _accept_all(self, listener: Listener) -> None:
+        while self._wait_readable(listener.fileno()):
+            try:
+                connection = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                continue
+            self._serve_connection(connection)
+
+    def _connect_all(self, path: str, reconnect: bool) -> None:
+        interval = RECONNECT_INTERVAL[0]
+        while not self._stopping:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                connection.connect(path)
+            except OSError as error:
+                connection.close()
+                if not reconnect:
+                    raise VhostBackendError(f"{path}: {error.strerror}") from None
+                self._sleep(interval)
+                interval = min(interval * 2, RECONNECT_INTERVAL[1])
+                continue
+            interval = RECONNECT_INTERVAL[0]
+            self._serve_connection(connection)
+            if not reconnect:
+                return
+
+    def _serve_connection(self, sock: socket.socket) -> None:
+        self._connection = sock
+        connection = vp.BackendConnection(sock)
+        log.info("%s: a front-end has connected", self.name)
+        try:
+            if not self._stopping:
+                self._converse(connection)
+        except vp.RemoteProtocolError as error:
+            log.warning("%s: closing the connection: %s", self.name, error)
+        except Refused as error:
+            log.warning("%s: closing the connection: %s", self.name, error)
+        except (vp.ConnectionClosed, OSError) as error:
+            log.info("%s: the connection was lost: %s", self.name, error)
+        finally:
+            self._connection = None
+            self._release()
+            connection.close()
+            log.info("%s: the front-end has gone", self.name)
+
+    def _converse(self, connection: vp.BackendConnection) -> None:
+        while not self._stopping:
+            received = connection.receive()
+            if received is None:
+                return
+            with received:
+                try:
+                    outcome = self._control.handle(received.message, received.fds)
+                except Refused as error:
+                    # Where no answer can say "no", only hanging up can.
+                    if not connection.acknowledge(received, False):
+                        raise
+                    log.warning("%s: %s", self.name, error)
+                    continue
+                if isinstance(outcome, Draining):
+                    self._drain([outcome.ring], connection)
+                    outcome = self._control.stopped(outcome.ring)
+                if isinstance(outcome, Answer):
+                    connection.reply(received, outcome.message, outcome.fds)
+                else:
+                    connection.acknowledge(received, True)
+
+    def _release(self) -> None:
+        """The front-end is gone: let requests in flight end, then forget its rings and memory."""
+        self._drain(self._control.begin_disconnect(), None)
+        self._control.disconnect()
+
+    def _drain(self, indices: Sequence[int], connection: vp.BackendConnection | None) -> None:
+        """Wait until the rings have no request in flight, for the time a drain may take.
+
+        Workers go on meanwhile. A front-end that hangs up ends its wait.
+        """
+        deadline = time.monotonic() + self._drain_timeout
+        poller = select.poll()
+        poller.register(self._drained.fd, select.POLLIN)
+        if connection is not None:
+            poller.register(connection.fileno(), select.POLLRDHUP)
+        while any(self._control.in_flight(index) for index in indices):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                log.warning("%s: requests in flight did not end in time", self.name)
+                return
+            for fd, _ in poller.poll(left * 1000):
+                if fd != self._drained.fd:
+                    return
+                self._drained.clear()
+
+    def _wait_readable(self, fd: int) -> bool:
+        """Wait for `fd` or the end; False for the end."""
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        poller.register(self._wake.fd, select.POLLIN)
+        while not self._stopping:
+            if any(ready == fd for ready, _ in poller.poll()):
+                return not self._stopping
+        return False
+
+    def _sleep(self, seconds: float) -> None:
+        if not self._stopping:
+            poller = select.poll()
+            poller.register(self._wake.fd, select.POLLIN)
+            poller.poll(seconds * 1000)
+
+
+def _make_workers(
+    name: str, backend: VhostUserBackend, vrings: Sequence[Vring]
+) -> list[VringEpollHandler]:
+    # A back-end of this package says which kind of worker it needs; any other gets plain threads.
+    worker_type: type[VringEpollHandler] = getattr(backend, "worker_type", VringEpollHandler)
+    workers = []
+    seen = 0
+    for thread_id, mask in enumerate(backend.queues_per_thread()):
+        mask &= (1 << len(vrings)) - 1
+        if mask & seen:
+            raise BackendUsageError("a queue belongs to two workers")
+        seen |= mask
+        owned = [vring for index, vring in enumerate(vrings) if mask >> index & 1]
+        workers.append(worker_type(backend, owned, thread_id, f"{name}-{thread_id}"))
+    if seen != (1 << len(vrings)) - 1:
+        raise BackendUsageError("a queue belongs to no worker")
+    return workers

@@ -1,0 +1,169 @@
+"""Devices the comfortable way: derive from `VirtioDevice` and override one of three methods.
+
+- `handle(queue, request)` is called for each request, which completes when it returns.
+- `async def handle(queue, request)`: requests of a queue run concurrently on their worker's event
+  loop and complete in whatever order their coroutines end.
+- `handle_batch(queue, batch)` is called with everything that was waiting: the fastest way.
+
+A handler that raises fails its request (with `error_status`, where the device type has a status
+byte), is logged, and takes nothing else down.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Sequence
+
+from guest_memory import GuestMemory
+from virtqueue import DONE, Batch, Chain
+
+from .counters import QueueCounters
+from .errors import Refused
+from .ratelimit import RateLimited
+
+log = logging.getLogger("vhost_backend")
+
+
+class Queue:
+    """A queue as a handler sees it.
+
+    `index` is its number, `counters` what it has done. `window` is the flat view of guest memory
+    that the offsets in a batch's records refer to (None when there is no such view), valid for the
+    batch that came with it.
+    """
+
+    __slots__ = ("counters", "index", "window")
+
+    def __init__(self, index: int, counters: QueueCounters) -> None:
+        self.index = index
+        self.counters = counters
+        self.window: memoryview | None = None
+
+
+class Request:
+    """One request: the driver's bytes to read, and room for the device's answer.
+
+    `status` is what the status byte will say, for device types that have one; it is not part of
+    what `write` fills. A request that has completed raises `virtqueue.UsageError` when used.
+    """
+
+    __slots__ = ("_written", "chain", "status")
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain = chain
+        self.status = 0
+        self._written: int | None = None
+
+    @property
+    def readable_length(self) -> int:
+        """Bytes the driver sent."""
+        return self.chain.readable_length
+
+    @property
+    def writable_length(self) -> int:
+        """Bytes the driver has room for, a status byte included."""
+        return self.chain.writable_length
+
+    @property
+    def readable(self) -> list[memoryview]:
+        """The driver's bytes in place, piece by piece; nothing is copied."""
+        return self.chain.readable
+
+    @property
+    def writable(self) -> list[memoryview]:
+        """The room for the answer in place, piece by piece. Set `written` after filling it."""
+        return self.chain.writable
+
+    def read(self, size: int = -1) -> bytes:
+        """The next `size` bytes of what the driver sent; all that is left when negative."""
+        return self.chain.read(size)
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append to the answer; returns how many bytes there was room for."""
+        return self.chain.write(data)
+
+    @property
+    def written(self) -> int:
+        """Bytes reported to the driver: what `write` wrote, unless set."""
+        return self.chain.written if self._written is None else self._written
+
+    @written.setter
+    def written(self, count: int) -> None:
+        self._written = count
+
+
+class VirtioDevice:
+    """A virtio device: what it is, and what it does with a request.
+
+    Class or instance attributes describe it: `device_id` (virtio 1.3, section 5), `num_queues`,
+    `queue_size` (the largest accepted, in descriptors), `features` (the device type's own bits),
+    `status_byte` (requests end in a status byte that completion writes), `error_status` (its value
+    for a failed request), `config` (the configuration space, little-endian).
+    """
+
+    device_id: int = 0
+    num_queues: int = 1
+    queue_size: int = 1024
+    features: int = 0
+    status_byte: bool = False
+    error_status: int = 1
+    config: bytes = b""
+
+    _failures: RateLimited | None = None
+
+    def handle(self, queue: Queue, request: Request) -> Awaitable[None] | None:
+        """Serve one request. Override this, as `def` or `async def`, or `handle_batch`."""
+        raise NotImplementedError(f"{type(self).__name__} overrides neither handle nor handle_batch")
+
+    def handle_batch(self, queue: Queue, batch: Batch) -> None:
+        """Serve every chain of the batch; `batch.done` says how each one went.
+
+        The entries (`virtqueue.DONE`: head, status, flags, written) are filled in beforehand as
+        success with everything written; the default calls `handle` for each and records the rest.
+        """
+        done = batch.done
+        flags = int(self.status_byte)
+        for position, chain in enumerate(batch):
+            request = Request(chain)
+            try:
+                self.handle(queue, request)
+                status, written = request.status, request.written + flags
+            except Exception as error:
+                status, written = self.failed(queue, error), flags
+            DONE.pack_into(done, position * 8, chain.head, status, flags, written)
+
+    def failed(self, queue: Queue, error: Exception) -> int:
+        """Log a handler's exception (rate-limited) and count it; returns `error_status`."""
+        queue.counters.errors += 1
+        if self._failures is None:
+            self._failures = RateLimited(log)
+        self._failures.error(
+            "%s failed a request of queue %d", type(self).__name__, queue.index, exc_info=error
+        )
+        return self.error_status
+
+    # -- life cycle, called on the connection's thread ------------------------------------------
+
+    def acked_features(self, features: int) -> None:
+        """Told which feature bits the driver accepted."""
+
+    def reset(self) -> None:
+        """Bring the device's state back to the beginning."""
+
+    def update_memory(self, memory: GuestMemory) -> None:
+        """Told of every new snapshot of the guest's memory."""
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        """Read `config`; bytes behind its end are zero."""
+        return self.config[offset : offset + size].ljust(size, b"\0")
+
+    def set_config(self, offset: int, data: bytes) -> None:
+        """Refuse: no field is writable."""
+        raise Refused("SET_CONFIG", "no field of this device's configuration is writable")
+
+    def queues_per_thread(self) -> Sequence[int]:
+        """One worker for each queue."""
+        return [1 << index for index in range(self.num_queues)]
+
+    def close(self) -> None:
+        """Release what the device holds."""

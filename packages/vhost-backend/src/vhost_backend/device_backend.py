@@ -1,0 +1,139 @@
+"""`DeviceBackend`: runs a `VirtioDevice` behind the `VhostUserBackend` interface.
+
+Here is the whole life of a batch: take it under the ring's lock, have the device work on it with no
+lock held, complete it and take the next in one engine call, until the ring is empty; then ask for
+kicks, look once more, and sleep.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+from guest_memory import GuestMemory
+from vhost_protocol import ProtocolFeatures
+from virtqueue import DONE, Batch
+
+from .backend import VhostUserBackendBase
+from .device import Queue, VirtioDevice
+from .features import RING_FEATURES
+from .vring import Vring, VringState
+from .worker import VringEpollHandler
+
+#: Chains taken at once.
+BATCH = 128
+#: Batches in a row for one queue before its neighbours on the same worker get their turn.
+TURN = 8
+
+
+class DeviceBackend(VhostUserBackendBase):
+    """A device as a back-end. `DeviceBackend.of(device)` picks the kind its `handle` needs."""
+
+    #: The kind of worker that serves it.
+    worker_type = VringEpollHandler
+
+    @staticmethod
+    def of(device: VirtioDevice) -> DeviceBackend:
+        """A back-end for `device`: on an event loop when its `handle` is a coroutine function."""
+        if inspect.iscoroutinefunction(device.handle):
+            from .async_worker import AsyncDeviceBackend
+
+            return AsyncDeviceBackend(device)
+        return DeviceBackend(device)
+
+    def __init__(self, device: VirtioDevice) -> None:
+        self.device = device
+        self._queues: dict[int, Queue] = {}
+
+    @property
+    def status_byte(self) -> bool:
+        """Whether completions write a status byte."""
+        return self.device.status_byte
+
+    def num_queues(self) -> int:
+        """The device's."""
+        return self.device.num_queues
+
+    def max_queue_size(self) -> int:
+        """The device's `queue_size`."""
+        return self.device.queue_size
+
+    def features(self) -> int:
+        """The device's own bits and what the rings offer for every device."""
+        return self.device.features | RING_FEATURES
+
+    def acked_features(self, features: int) -> None:
+        """Told to the device."""
+        self.device.acked_features(features)
+
+    def protocol_features(self) -> ProtocolFeatures:
+        """CONFIG, for a device that has a configuration space."""
+        device = self.device
+        has_config = device.config or type(device).get_config is not VirtioDevice.get_config
+        return ProtocolFeatures.CONFIG if has_config else ProtocolFeatures(0)
+
+    def reset_device(self) -> None:
+        """Told to the device."""
+        self.device.reset()
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        """Asked of the device."""
+        return self.device.get_config(offset, size)
+
+    def set_config(self, offset: int, data: bytes) -> None:
+        """Told to the device."""
+        self.device.set_config(offset, data)
+
+    def update_memory(self, memory: GuestMemory) -> None:
+        """Told to the device."""
+        self.device.update_memory(memory)
+
+    def queues_per_thread(self) -> Sequence[int]:
+        """The device's choice."""
+        return self.device.queues_per_thread()
+
+    def handle_event(
+        self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
+    ) -> bool:
+        """Serve a queue until it is empty or has had its turn."""
+        vring = vrings[device_event]
+        with vring.get_mut() as state:
+            if not state.running:
+                return False
+            # A ring that is stopped, broken or moved meanwhile gets a new generation: then nobody
+            # waits for the batch in hand any more.
+            generation = state.generation
+            view = self._view(state)
+            state.disable_notification()
+        for _ in range(TURN):
+            with vring.get_mut() as state:
+                if state.generation != generation:
+                    return False
+                batch = state.cycle(BATCH)
+                if batch is None:
+                    return False
+                if not batch:
+                    return False  # the driver has been asked for kicks
+                assert state.queue is not None
+                view.window = state.queue.window
+            self._serve(view, batch)
+        with vring.get_mut() as state:
+            if state.generation == generation:
+                state.cycle(0)
+        return True
+
+    def _serve(self, queue: Queue, batch: Batch) -> None:
+        try:
+            self.device.handle_batch(queue, batch)
+        except Exception as error:
+            # It is not known how far the device came: fail the batch rather than lie about it.
+            status = self.device.failed(queue, error)
+            flags = int(self.device.status_byte)
+            for position, chain in enumerate(batch):
+                DONE.pack_into(batch.done, position * 8, chain.head, status, flags, flags)
+
+    def _view(self, state: VringState) -> Queue:
+        view = self._queues.get(state.index)
+        if view is None:
+            view = self._queues[state.index] = Queue(state.index, state.counters)
+        return view

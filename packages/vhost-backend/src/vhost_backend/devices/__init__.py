@@ -1,0 +1,5 @@
+"""The devices that come with the library."""
+
+from .blk import BlockDevice
+
+__all__ = ["BlockDevice"]

@@ -1,0 +1,340 @@
+"""virtio-blk over a file or block device.
+
+Requests (virtio 1.3, 5.2.6): a header {le32 type, le32 reserved, le64 sector}, data, and a status
+byte last. A sector is 512 bytes. Reads and writes go straight between guest memory and the file
+with `preadv`/`pwritev`; nothing is copied on the way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import stat
+import struct
+from typing import Final
+
+from virtqueue import DONE, RECORD, Batch, Chain
+
+from ..device import Queue, VirtioDevice
+from ..errors import DeviceError, Refused
+from ..ratelimit import RateLimited
+
+log = logging.getLogger("vhost_backend.blk")
+
+SECTOR: Final = 512
+ID_LENGTH: Final = 20
+
+# Feature bits (virtio 1.3, 5.2.3), as masks.
+F_SEG_MAX: Final = 1 << 2
+F_RO: Final = 1 << 5
+F_BLK_SIZE: Final = 1 << 6
+F_FLUSH: Final = 1 << 9
+F_TOPOLOGY: Final = 1 << 10
+F_MQ: Final = 1 << 12
+F_DISCARD: Final = 1 << 13
+F_WRITE_ZEROES: Final = 1 << 14
+
+# Request types and states (5.2.6).
+T_IN: Final = 0
+T_OUT: Final = 1
+T_FLUSH: Final = 4
+T_GET_ID: Final = 8
+T_DISCARD: Final = 11
+T_WRITE_ZEROES: Final = 13
+S_OK: Final = 0
+S_IOERR: Final = 1
+S_UNSUPP: Final = 2
+
+_HEADER: Final = struct.Struct("<I4xQ")
+_RANGE: Final = struct.Struct("<QII")
+# capacity, size_max, seg_max, cylinders, heads, sectors, blk_size, topology (exponent, alignment,
+# minimum and optimal I/O size), writeback, num_queues, discard (sectors, segments, alignment),
+# write zeroes (sectors, segments, may unmap), secure erase (sectors, segments, alignment).
+_CONFIG: Final = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3xIII")
+
+_WRITABLE_CONTIGUOUS: Final = 2
+_READABLE_CONTIGUOUS: Final = 1
+_UNMAP: Final = 1
+# One request may discard or zero this much, so that no request keeps its queue for long.
+_MAX_RANGE_SECTORS: Final = (1 << 31) // SECTOR
+_MAX_RANGES: Final = 16
+
+_FALLOC_KEEP_SIZE: Final = 1
+_FALLOC_PUNCH_HOLE: Final = 2
+_FALLOC_ZERO_RANGE: Final = 16
+_BLKGETSIZE64: Final = 0x80081272
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.fallocate.restype = ctypes.c_int
+
+
+class BlockDevice(VirtioDevice):
+    """A disk whose content is the file at `path`.
+
+    `read_only` refuses every change; `num_queues` is how many queues the driver may use, each on a
+    worker thread of its own; `serial` is up to 20 bytes of ASCII that the guest reads as the disk's
+    identity; `seg_max` the most data segments of one request.
+
+    Raises `DeviceError` when the image is missing, cannot be opened or holds no whole sector.
+    """
+
+    device_id = 2
+    status_byte = True
+    error_status = S_IOERR
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        num_queues: int = 1,
+        queue_size: int = 1024,
+        serial: str = "",
+        seg_max: int = 126,
+    ) -> None:
+        self.path = os.fspath(path)
+        self.read_only = read_only
+        self.num_queues = num_queues
+        self.queue_size = queue_size
+        self._fd = -1
+        try:
+            self.serial = serial.encode("ascii")
+        except UnicodeEncodeError:
+            raise DeviceError(f"serial {serial!r} is not ASCII") from None
+        if len(self.serial) > ID_LENGTH:
+            raise DeviceError(f"serial {serial!r} is longer than {ID_LENGTH} bytes")
+        self._fd, size = _open_image(self.path, read_only)
+        self.capacity = size // SECTOR
+        if size % SECTOR:
+            log.warning(
+                "%s: %d bytes after the last whole sector are not visible to the guest",
+                self.path,
+                size % SECTOR,
+            )
+        self.seg_max = seg_max
+        # Until the driver accepts FLUSH it knows no way to ask for durability (5.2.6.2).
+        self._durable_writes = True
+        self._faults = RateLimited(log)
+        self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ
+        self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
+        self._config = self._build_config()
+
+    def _build_config(self) -> bytes:
+        ranges = 0 if self.read_only else _MAX_RANGE_SECTORS
+        segments = 0 if self.read_only else _MAX_RANGES
+        return _CONFIG.pack(
+            *(self.capacity, 0, self.seg_max, 0, 0, 0, SECTOR),
+            *(3, 0, 1, 0),  # physical blocks of 4 KiB
+            *(0, self.num_queues),
+            *(ranges, segments, 8),
+            *(ranges, segments, 1),
+            *(0, 0, 0),
+        )
+
+    def close(self) -> None:
+        """Close the image."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def acked_features(self, features: int) -> None:
+        """Without FLUSH every write has to be durable when it completes."""
+        self._durable_writes = not features & F_FLUSH
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        """`struct virtio_blk_config`, little-endian; bytes behind it read as zero."""
+        return self._config[offset : offset + size].ljust(size, b"\0")
+
+    def set_config(self, offset: int, data: bytes) -> None:
+        """No field is writable: the writeback field belongs to CONFIG_WCE, which is not offered."""
+        raise Refused("SET_CONFIG", "no field of this disk's configuration is writable")
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def handle_batch(self, queue: Queue, batch: Batch) -> None:
+        """Work on a batch in the order it was taken; each entry of `batch.done` says how it went.
+
+        A request that is in one piece in the flat window is served from its record alone; the
+        `Chain` object is only built for the others.
+        """
+        window = queue.window
+        done = batch.done
+        fd = self._fd
+        capacity = self.capacity * SECTOR
+        position = 0
+        for (
+            header, readable, writable, _status, readable_length, writable_length,
+            head, flags, _segments, _first,
+        ) in RECORD.iter_unpack(batch.records):  # fmt: skip
+            kind, sector = _HEADER.unpack(header)
+            offset = sector * SECTOR
+            status = S_OK
+            written = 1
+            try:
+                if kind == T_IN:
+                    length = writable_length - 1
+                    written = writable_length
+                    if length % SECTOR or offset + length > capacity:
+                        status = S_IOERR
+                    elif flags & _WRITABLE_CONTIGUOUS and window is not None:
+                        if os.preadv(fd, [window[writable : writable + length]], offset) != length:
+                            status = self._read(batch[position], offset, length)
+                    else:
+                        status = self._read(batch[position], offset, length)
+                elif kind == T_OUT:
+                    length = readable_length
+                    if length % SECTOR or offset + length > capacity or self.read_only:
+                        status = S_IOERR
+                    elif (
+                        flags & _READABLE_CONTIGUOUS
+                        and window is not None
+                        and not self._durable_writes
+                    ):
+                        if os.pwritev(fd, [window[readable : readable + length]], offset) != length:
+                            status = self._write(batch[position], offset, length)
+                    else:
+                        status = self._write(batch[position], offset, length)
+                else:
+                    status, written = self._other(kind, batch[position])
+            except OSError as error:
+                self._faults.warning("%s: request type %d: %s", self.path, kind, error)
+                status = S_IOERR
+            if status:
+                queue.counters.errors += 1
+                written = 1 if kind != T_IN else written
+            DONE.pack_into(done, position * 8, head, status, 1, written)
+            position += 1
+
+    def _read(self, chain: Chain, offset: int, length: int) -> int:
+        """Any shape, and what a short read left: the file may have been truncated under us."""
+        for view in _data(chain.writable, length):
+            position = 0
+            while position < len(view):
+                count = os.preadv(self._fd, [view[position:]], offset)
+                if not count:
+                    return S_IOERR
+                position += count
+                offset += count
+        return S_OK
+
+    def _write(self, chain: Chain, offset: int, length: int) -> int:
+        skip = _HEADER.size
+        flags = os.RWF_DSYNC if self._durable_writes else 0
+        for piece in chain.readable:
+            view = piece[skip:] if skip < len(piece) else piece[:0]
+            skip -= len(piece) - len(view)
+            position = 0
+            while position < len(view):
+                count = os.pwritev(self._fd, [view[position:]], offset, flags)
+                position += count
+                offset += count
+        return S_OK
+
+    def _other(self, kind: int, chain: Chain) -> tuple[int, int]:
+        """Everything that is not a read or write: (status, bytes written into the chain)."""
+        if kind == T_FLUSH:
+            os.fdatasync(self._fd)
+            return S_OK, 1
+        if kind == T_GET_ID:
+            if chain.writable_length - 1 < ID_LENGTH:
+                return S_IOERR, 1
+            chain.write(self.serial.ljust(ID_LENGTH, b"\0"))
+            return S_OK, ID_LENGTH + 1
+        if kind in (T_DISCARD, T_WRITE_ZEROES):
+            if self.read_only:
+                return S_IOERR, 1
+            return self._ranges(kind, chain.read()[_HEADER.size :]), 1
+        return S_UNSUPP, 1
+
+    def _ranges(self, kind: int, payload: bytes) -> int:
+        """DISCARD and WRITE_ZEROES: {le64 sector, le32 num_sectors, le32 flags} each (5.2.6)."""
+        if not payload or len(payload) % _RANGE.size or len(payload) > _MAX_RANGES * _RANGE.size:
+            return S_IOERR
+        ranges = list(_RANGE.iter_unpack(payload))
+        for sector, count, flags in ranges:
+            if flags & ~(_UNMAP if kind == T_WRITE_ZEROES else 0):
+                return S_UNSUPP
+            if count > _MAX_RANGE_SECTORS or sector + count > self.capacity:
+                return S_IOERR
+        for sector, count, flags in ranges:
+            offset, length = sector * SECTOR, count * SECTOR
+            if not length:
+                continue
+            if kind == T_DISCARD:
+                # A hint: where the file system cannot punch holes the data stays.
+                _fallocate(self._fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
+            elif not (
+                (
+                    flags & _UNMAP
+                    and _fallocate(self._fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
+                )
+                or _fallocate(self._fd, _FALLOC_ZERO_RANGE | _FALLOC_KEEP_SIZE, offset, length)
+            ):
+                _write_zeroes(self._fd, offset, length)
+        if self._durable_writes:
+            os.fdatasync(self._fd)
+        return S_OK
+
+
+def _data(views: list[memoryview], length: int) -> list[memoryview]:
+    """The first `length` bytes of the pieces: all but the status byte."""
+    data = []
+    for view in views:
+        if length <= 0:
+            break
+        data.append(view[:length])
+        length -= len(view)
+    return data
+
+
+def _open_image(path: str, read_only: bool) -> tuple[int, int]:
+    """Descriptor and size in bytes."""
+    try:
+        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    except OSError as error:
+        raise DeviceError(f"{path}: {error.strerror}") from None
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISBLK(mode):
+            buffer = bytearray(8)
+            fcntl.ioctl(fd, _BLKGETSIZE64, buffer)
+            size = int.from_bytes(buffer, "little")
+        elif stat.S_ISREG(mode):
+            size = os.fstat(fd).st_size
+        else:
+            raise DeviceError(f"{path}: neither a regular file nor a block device")
+        if size < SECTOR:
+            raise DeviceError(f"{path}: {size} bytes hold no sector of {SECTOR} bytes")
+        # Writers exclude each other and readers, so that two daemons cannot corrupt one image.
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DeviceError(f"{path}: in use by another back-end") from None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, size
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
+    """False where the file system cannot do it."""
+    while _libc.fallocate(fd, mode, offset, length):
+        number = ctypes.get_errno()
+        if number == errno.EINTR:
+            continue
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return False
+        raise OSError(number, os.strerror(number))
+    return True
+
+
+def _write_zeroes(fd: int, offset: int, length: int) -> None:
+    zeroes = bytes(min(length, 1 << 20))
+    while length:
+        count = os.pwrite(fd, zeroes[:length], offset)
+        offset += count
+        length -= count

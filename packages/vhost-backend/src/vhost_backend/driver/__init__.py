@@ -1,0 +1,18 @@
+"""The other end: a driver attached to a vhost-user back-end, without a virtual machine.
+
+`DriverSession` does what a VMM and a guest do together: it shares memory with the back-end,
+negotiates, sets up rings, submits requests and waits for them. `BlockDriver` speaks virtio-blk on
+top. The demo, the tests and `vhost_backend.testing` are made of these.
+"""
+
+from .block import BlockDriver, BlockError, Completion
+from .session import DriverSession, DriverVring, SessionError
+
+__all__ = [
+    "BlockDriver",
+    "BlockError",
+    "Completion",
+    "DriverSession",
+    "DriverVring",
+    "SessionError",
+]

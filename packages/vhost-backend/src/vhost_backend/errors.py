@@ -1,0 +1,43 @@
+"""What goes wrong in a back-end, by whose fault it is.
+
+The front-end's and the guest's faults never surface as a traceback: they are a refused message
+(`Refused`), a closed connection (the protocol package's `RemoteProtocolError`) or a broken queue
+(the virtqueue package's `QueueBroken`). What is raised to the caller is either a fact of this
+machine (`ListenError`, `DeviceError`) or a mistake in the program (`BackendUsageError`).
+"""
+
+from __future__ import annotations
+
+
+class VhostBackendError(Exception):
+    """Base of every error that this package raises."""
+
+
+class BackendUsageError(VhostBackendError):
+    """The program that uses this package broke one of its rules."""
+
+
+class ListenError(VhostBackendError):
+    """The socket cannot be listened on. `path` is the socket's, `reason` a sentence."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class DeviceError(VhostBackendError):
+    """A device cannot be set up from what it was given (an image that cannot be opened, ...)."""
+
+
+class Refused(VhostBackendError):
+    """A message is well-formed but not acceptable in the present state.
+
+    The connection answers it with a failure where the protocol has a way to say so, and is closed
+    where it has none. `request` names the message, `reason` says which rule it breaks.
+    """
+
+    def __init__(self, request: str, reason: str) -> None:
+        super().__init__(f"{request} refused: {reason}")
+        self.request = request
+        self.reason = reason

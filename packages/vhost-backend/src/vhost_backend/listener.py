@@ -1,0 +1,110 @@
+"""Listening on a Unix socket path: who may take it over, and who removes it.
+
+A path that a living program listens on is refused; a socket file that nobody answers on is a
+leftover of a program that was killed, and is replaced. The directory is locked meanwhile, so that
+two programs that start at the same moment do not both find it stale. The socket file is removed on
+close if it is still ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Iterator
+
+from .errors import ListenError
+
+
+class Listener:
+    """A listening Unix stream socket.
+
+    `Listener(path)` binds; `Listener.from_fd(fd)` adopts a descriptor that is listening already.
+    Raises `ListenError` when the path cannot be listened on.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], backlog: int = 8) -> None:
+        self.path: str | None = os.fspath(path)
+        self._identity: tuple[int, int] | None = None
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._bind(self.path, backlog)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def from_fd(cls, fd: int) -> Listener:
+        """Adopt a descriptor that is a listening Unix stream socket; nothing is removed later."""
+        listener = cls.__new__(cls)
+        listener.path = None
+        listener._identity = None
+        listener.socket = socket.socket(fileno=fd)
+        return listener
+
+    def _bind(self, path: str, backlog: int) -> None:
+        try:
+            with _directory_lock(os.path.dirname(path) or "."):
+                _remove_stale(path)
+                self.socket.bind(path)
+                status = os.stat(path)
+                self._identity = (status.st_dev, status.st_ino)
+                self.socket.listen(backlog)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ListenError(path, reason) from None
+
+    def accept(self) -> socket.socket:
+        """The next connection (blocking if the socket is)."""
+        return self.socket.accept()[0]
+
+    def fileno(self) -> int:
+        """The listening descriptor."""
+        return self.socket.fileno()
+
+    def close(self) -> None:
+        """Remove the socket file unless someone has replaced it, and stop listening."""
+        if self.path is not None and self._identity is not None:
+            with contextlib.suppress(OSError):
+                status = os.stat(self.path)
+                if (status.st_dev, status.st_ino) == self._identity:
+                    os.unlink(self.path)
+            self._identity = None
+        self.socket.close()
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def _directory_lock(directory: str) -> Iterator[None]:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ListenError(path, "exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            pass  # a full backlog is somebody's
+    raise ListenError(path, "another program listens on this socket")

@@ -1,0 +1,59 @@
+"""A device, its daemon and a driver in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import vhost_protocol as vp
+
+from ..backend import VhostUserBackend
+from ..daemon import VhostUserDaemon
+from ..device import VirtioDevice
+from ..device_backend import DeviceBackend
+from ..driver import DriverSession
+from ..listener import Listener
+
+
+@contextlib.contextmanager
+def attached(
+    device: VirtioDevice | VhostUserBackend,
+    *,
+    engine: str | None = None,
+    timeout: float = 10.0,
+    **options: Any,
+) -> Iterator[DriverSession]:
+    """Run `device` and attach a driver to it; both end with the context.
+
+    `engine` chooses the device's ring engine, `timeout` (seconds) bounds every answer that the
+    driver waits for, `options` are `DriverSession`'s.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with VhostUserDaemon("test", _backend(device), engine=engine) as daemon:
+        daemon.start_connection(ours)
+        with DriverSession(vp.Frontend(theirs, timeout=timeout), **options) as session:
+            yield session
+
+
+@contextlib.contextmanager
+def served(
+    device: VirtioDevice | VhostUserBackend, *, engine: str | None = None
+) -> Iterator[str]:
+    """Run `device` behind a socket in a temporary folder; gives the socket's path."""
+    with (
+        tempfile.TemporaryDirectory(prefix="vhost-") as directory,
+        Listener(os.path.join(directory, "device.sock")) as listener,
+        VhostUserDaemon("test", _backend(device), engine=engine) as daemon,
+    ):
+        daemon.start(listener)
+        assert listener.path is not None
+        yield listener.path
+        daemon.close()
+
+
+def _backend(device: VirtioDevice | VhostUserBackend) -> VhostUserBackend:
+    return DeviceBackend.of(device) if isinstance(device, VirtioDevice) else device

@@ -1,0 +1,532 @@
+"""Vrings: what the front-end configured for one queue, and the queue made of it.
+
+`VringState` is the state itself and knows no lock. The control thread and a worker share it, so a
+daemon holds each one in a locked flavour, `VringMutex` or `VringRwLock`: both hand the state out
+through `get_ref()` / `get_mut()` and carry its operations for single calls.
+
+The lock guards configuration and engine calls, never a handler: a request that a device works on
+holds no lock, and stopping a ring waits for requests separately (`begin_drain`).
+
+Ring states (vhost-user specification, "Ring states"): a ring is started or stopped and,
+independently, enabled or disabled. It is *running* here when it is started, enabled, not draining,
+and has a queue that the guest has not broken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from guest_memory import DirtyLog, GuestMemory
+from virtqueue import Batch, Chain, DeviceQueue, QueueBroken, Reason, RingConfig
+
+from . import eventfd
+from .counters import QueueCounters
+from .errors import BackendUsageError
+from .features import VirtioFeature
+from .ratelimit import RateLimited
+
+log = logging.getLogger("vhost_backend")
+
+
+class VringState:
+    """One vring, unsynchronised.
+
+    `index` is the queue's number, `max_size` the largest ring size accepted, `engine` the ring
+    engine to use ("c", "python", or None for the best there is), `status_byte` whether a
+    completion writes a status into the last writable byte of its chain (block, SCSI, crypto).
+
+    `addresses` are the descriptor, driver (available) and device (used) areas as the front-end
+    sent them: user addresses, or IOVAs with ACCESS_PLATFORM. The queue resolves them, anew at each
+    change of the memory table.
+    """
+
+    def __init__(
+        self,
+        index: int = 0,
+        max_size: int = 1024,
+        *,
+        engine: str | None = None,
+        status_byte: bool = False,
+    ) -> None:
+        self.index = index
+        self.max_size = max_size
+        self.engine = engine
+        self.status_byte = status_byte
+        self.counters = QueueCounters()
+        self._guest_errors = RateLimited(log)
+        self.queue: DeviceQueue | None = None
+        self.kick_fd = self.call_fd = self.err_fd = -1
+        #: How many queues were built for this ring; a completion of an earlier one is dropped.
+        self.generation = 0
+        self._on_drained: Callable[[], None] | None = None
+        #: Chains that the next cycle completes.
+        self._working = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.size = self.max_size
+        self.addresses: tuple[int, int, int] | None = None
+        self.log_used: int | None = None
+        self.base = 0
+        self.features = VirtioFeature(0)
+        self.big_endian = False
+        self.enabled = False
+        self.started = False
+        self.draining = False
+        self._homeless = False
+
+    # -- configuration: the control plane's side ------------------------------------------------
+
+    def set_queue_size(self, size: int) -> None:
+        """Ring size in descriptors, for the next start."""
+        self.size = size
+
+    def set_queue_info(self, descriptor: int, driver: int, device: int) -> None:
+        """Addresses of the descriptor, driver (available) and device (used) area."""
+        self.addresses = (descriptor, driver, device)
+
+    def set_queue_event_idx(self, enabled: bool) -> None:
+        """Whether EVENT_IDX was negotiated, for the next start."""
+        if enabled:
+            self.features |= VirtioFeature.EVENT_IDX
+        else:
+            self.features &= ~VirtioFeature.EVENT_IDX
+
+    def set_queue_next_avail(self, base: int) -> None:
+        """Where to start, as SET_VRING_BASE gives it (packed: both indices and wrap counters)."""
+        self.base = base
+
+    def queue_next_avail(self) -> int:
+        """Where the ring stands, as GET_VRING_BASE wants it."""
+        return self.queue.base if self.queue is not None else self.base
+
+    def set_enabled(self, enabled: bool) -> None:
+        """SET_VRING_ENABLE: tracked also while the ring is stopped."""
+        self.enabled = enabled
+
+    def set_kick(self, fd: int) -> None:
+        """Take over a kick descriptor; -1 for none. The previous one is closed."""
+        _close(self.kick_fd)
+        self.kick_fd = eventfd.adopt(fd) if fd >= 0 else -1
+
+    def set_call(self, fd: int) -> None:
+        """Take over a call descriptor; -1 for none (the driver polls)."""
+        _close(self.call_fd)
+        self.call_fd = eventfd.adopt(fd) if fd >= 0 else -1
+
+    def set_err(self, fd: int) -> None:
+        """Take over the descriptor that a broken ring is reported on; -1 for none."""
+        _close(self.err_fd)
+        self.err_fd = eventfd.adopt(fd) if fd >= 0 else -1
+
+    def set_queue_ready(self, memory: GuestMemory, dirty_log: DirtyLog | None = None) -> None:
+        """Build the queue from the configuration: the ring is started.
+
+        A ring that does not lie in guest memory shows at the first take. Raises
+        `BackendUsageError` without addresses, `virtqueue.UsageError` when there can be no such ring
+        (see `config`).
+        """
+        config = self.config()
+        config.check()
+        self.queue = DeviceQueue(config, memory, base=self.base, engine=self.engine, log=dirty_log)
+        self.started = True
+        self.draining = False
+        self._homeless = False
+        self._working = 0
+        self.generation += 1
+
+    def config(self) -> RingConfig:
+        """The ring as it would be started now."""
+        if self.addresses is None:
+            raise BackendUsageError(f"vring {self.index} has no addresses")
+        features = self.features
+        return RingConfig(
+            size=self.size,
+            descriptor_address=self.addresses[0],
+            driver_address=self.addresses[1],
+            device_address=self.addresses[2],
+            packed=bool(features & VirtioFeature.RING_PACKED),
+            event_idx=bool(features & VirtioFeature.EVENT_IDX),
+            indirect=bool(features & VirtioFeature.INDIRECT_DESC),
+            in_order=bool(features & VirtioFeature.IN_ORDER),
+            iommu=bool(features & VirtioFeature.ACCESS_PLATFORM),
+            big_endian=self.big_endian,
+            status_byte=self.status_byte,
+            log_used=self.log_used,
+        )
+
+    def begin_drain(self, on_drained: Callable[[], None]) -> None:
+        """Take no new chains; call `on_drained` (lock held) once no request is in flight."""
+        self.draining = True
+        if self.queue is None or not self.queue.in_flight:
+            on_drained()
+        else:
+            self._on_drained = on_drained
+
+    def stop(self) -> int:
+        """Drop the queue, whatever is still in flight, and return the base to report.
+
+        Completions of the requests that were in flight are dropped when they come.
+        """
+        self._on_drained = None
+        if self.queue is not None:
+            self.base = self.queue.base
+            self.queue.close()
+            self.queue = None
+        self.started = False
+        self.draining = False
+        self.generation += 1
+        return self.base
+
+    def reset(self) -> None:
+        """Back to how the ring was created; descriptors are closed."""
+        self.stop()
+        self.set_kick(-1)
+        self.set_call(-1)
+        self.set_err(-1)
+        self._forget()
+
+    def set_memory(self, memory: GuestMemory) -> None:
+        """Go on with a new snapshot: the ring is looked up anew before the next take.
+
+        A ring that could not be found in the old table gets its chance in the new one.
+        """
+        self._homeless = False
+        if self.queue is not None:
+            self.queue.set_memory(memory)
+
+    # -- the data path: the worker's side -------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Whether chains may be taken now."""
+        return (
+            self.enabled
+            and self.started
+            and self.queue is not None
+            and not self.draining
+            and not self._homeless
+        )
+
+    def cycle(self, limit: int) -> Batch | None:
+        """Complete the batch before, signal the driver if it wants that, and take the next.
+
+        An empty batch means that the driver has been asked for kicks. Returns None when the guest
+        has broken the queue. A draining or disabled ring completes and takes nothing.
+        """
+        queue = self.queue
+        if queue is None:
+            return None
+        completes = self._working
+        self._working = 0
+        try:
+            batch = queue.cycle(limit if self.enabled and not self.draining else 0)
+        except QueueBroken as error:
+            if error.notify:
+                self.signal_call()
+            self.break_queue(error)
+            return None
+        if completes:
+            if batch.notify:
+                self.signal_call()
+            else:
+                self.counters.notifications_suppressed += 1
+        taken = len(batch)
+        if taken:
+            self._working = taken
+            self.counters.batches += 1
+            self.counters.requests += taken
+        elif self.draining:
+            self._check_drained()
+        return batch
+
+    def take(self, limit: int) -> Batch | None:
+        """Take without completing; None when nothing may be taken or the queue is broken."""
+        if not self.running:
+            return None
+        assert self.queue is not None
+        try:
+            batch = self.queue.take(limit)
+        except QueueBroken as error:
+            self.break_queue(error)
+            return None
+        if batch:
+            self.counters.batches += 1
+            self.counters.requests += len(batch)
+        return batch
+
+    def add_used(self, chain: Chain | int, written: int, status: int = 0) -> None:
+        """Stage the completion of one chain (or head); visible at `signal_used_queue`."""
+        if self.queue is not None:
+            self.queue.complete(chain, written, status)
+
+    def needs_notification(self) -> bool:
+        """Publish what is staged; whether the driver asked to be signalled for it."""
+        return self.queue.publish() if self.queue is not None else False
+
+    def signal_used_queue(self) -> None:
+        """Publish what is staged and signal the driver unless it said not to."""
+        if self.queue is None:
+            return
+        try:
+            wanted = self.queue.publish()
+        except QueueBroken as error:
+            self.break_queue(error)
+            return
+        self._published(wanted)
+        self._check_drained()
+
+    def enable_notification(self) -> bool:
+        """Ask for kicks; True when chains came in meanwhile, so that the ring must be looked at."""
+        if self.queue is None or not self.running:
+            return False
+        try:
+            return self.queue.enable_notification()
+        except QueueBroken as error:
+            self.break_queue(error)
+            return False
+
+    def disable_notification(self) -> None:
+        """Spare the driver its kicks while the ring is being worked on."""
+        if self.queue is not None:
+            self.queue.disable_notification()
+
+    def read_kick(self) -> bool:
+        """Consume a pending kick; False when the descriptor has no writer any more."""
+        self.counters.kicks += 1
+        return eventfd.drain(self.kick_fd)
+
+    def break_queue(self, error: QueueBroken) -> None:
+        """The guest broke its ring: report it; the ring is not looked at until it is set up anew.
+
+        One that is not in guest memory is only left alone until the memory changes.
+        """
+        if error.reason == Reason.RING_MEMORY:
+            self._homeless = True
+            self.report_guest_error(error)
+            self._check_drained()
+            return
+        if self.queue is not None:
+            self.base = self.queue.base
+            self.queue.close()
+            self.queue = None
+        self.generation += 1
+        self.report_guest_error(error)
+        self._check_drained()
+
+    def report_guest_error(self, error: QueueBroken) -> None:
+        """Log (rate-limited) and signal the error descriptor."""
+        self.counters.guest_errors += 1
+        self._guest_errors.warning("vring %d is broken: %s", self.index, error)
+        if self.err_fd >= 0:
+            eventfd.signal(self.err_fd)
+
+    def signal_call(self) -> None:
+        """Signal the call descriptor, if there is one."""
+        if self.call_fd >= 0:
+            self.counters.notifications_sent += 1
+            eventfd.signal(self.call_fd)
+
+    def _published(self, wanted: bool) -> None:
+        if wanted:
+            self.signal_call()
+        else:
+            self.counters.notifications_suppressed += 1
+
+    def _check_drained(self) -> None:
+        if self._on_drained and (self.queue is None or not self.queue.in_flight):
+            callback, self._on_drained = self._on_drained, None
+            callback()
+
+
+class Vring(Protocol):
+    """A vring that threads share: the state behind a lock of its own."""
+
+    def get_ref(self) -> AbstractContextManager[VringState]:
+        """The state for reading; held until the context ends."""
+
+    def get_mut(self) -> AbstractContextManager[VringState]:
+        """The state for reading and changing; held until the context ends."""
+
+
+class _Operations:
+    """Single operations, each under the flavour's lock."""
+
+    def get_ref(self) -> AbstractContextManager[VringState]:
+        raise NotImplementedError
+
+    def get_mut(self) -> AbstractContextManager[VringState]:
+        raise NotImplementedError
+
+    def add_used(self, chain: Chain | int, written: int) -> None:
+        """See `VringState.add_used`."""
+        with self.get_mut() as state:
+            state.add_used(chain, written)
+
+    def signal_used_queue(self) -> None:
+        """See `VringState.signal_used_queue`."""
+        with self.get_mut() as state:
+            state.signal_used_queue()
+
+    def needs_notification(self) -> bool:
+        """See `VringState.needs_notification`."""
+        with self.get_mut() as state:
+            return state.needs_notification()
+
+    def enable_notification(self) -> bool:
+        """See `VringState.enable_notification`."""
+        with self.get_mut() as state:
+            return state.enable_notification()
+
+    def disable_notification(self) -> None:
+        """See `VringState.disable_notification`."""
+        with self.get_mut() as state:
+            state.disable_notification()
+
+    def set_enabled(self, enabled: bool) -> None:
+        """See `VringState.set_enabled`."""
+        with self.get_mut() as state:
+            state.set_enabled(enabled)
+
+    def set_queue_info(self, descriptor: int, driver: int, device: int) -> None:
+        """See `VringState.set_queue_info`."""
+        with self.get_mut() as state:
+            state.set_queue_info(descriptor, driver, device)
+
+    def queue_next_avail(self) -> int:
+        """See `VringState.queue_next_avail`."""
+        with self.get_ref() as state:
+            return state.queue_next_avail()
+
+    def set_queue_next_avail(self, base: int) -> None:
+        """See `VringState.set_queue_next_avail`."""
+        with self.get_mut() as state:
+            state.set_queue_next_avail(base)
+
+    def set_queue_size(self, size: int) -> None:
+        """See `VringState.set_queue_size`."""
+        with self.get_mut() as state:
+            state.set_queue_size(size)
+
+    def set_queue_event_idx(self, enabled: bool) -> None:
+        """See `VringState.set_queue_event_idx`."""
+        with self.get_mut() as state:
+            state.set_queue_event_idx(enabled)
+
+    def set_queue_ready(self, memory: GuestMemory, dirty_log: DirtyLog | None = None) -> None:
+        """See `VringState.set_queue_ready`."""
+        with self.get_mut() as state:
+            state.set_queue_ready(memory, dirty_log)
+
+    def set_kick(self, fd: int) -> None:
+        """See `VringState.set_kick`."""
+        with self.get_mut() as state:
+            state.set_kick(fd)
+
+    def read_kick(self) -> bool:
+        """See `VringState.read_kick`."""
+        with self.get_mut() as state:
+            return state.read_kick()
+
+    def set_call(self, fd: int) -> None:
+        """See `VringState.set_call`."""
+        with self.get_mut() as state:
+            state.set_call(fd)
+
+    def set_err(self, fd: int) -> None:
+        """See `VringState.set_err`."""
+        with self.get_mut() as state:
+            state.set_err(fd)
+
+
+class VringMutex(_Operations):
+    """A vring behind one lock: the flavour for a ring that one worker serves (the default)."""
+
+    def __init__(self, state: VringState) -> None:
+        self._state = state
+        self._lock = threading.Lock()
+        self._guard = _Guard(self._lock, state)
+
+    def get_ref(self) -> AbstractContextManager[VringState]:
+        """The state; the same lock as `get_mut`."""
+        return self._guard
+
+    def get_mut(self) -> AbstractContextManager[VringState]:
+        """The state, exclusively."""
+        return self._guard
+
+
+class _Guard:
+    """`with` over a lock that yields the state; one object for all uses, so it costs no call."""
+
+    __slots__ = ("_lock", "_state")
+
+    def __init__(self, lock: threading.Lock, state: VringState) -> None:
+        self._lock = lock
+        self._state = state
+
+    def __enter__(self) -> VringState:
+        self._lock.acquire()
+        return self._state
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+
+class VringRwLock(_Operations):
+    """A vring that many may read at once and one may change.
+
+    Writers go first: once one waits, new readers wait behind it.
+    """
+
+    def __init__(self, state: VringState) -> None:
+        self._state = state
+        self._condition = threading.Condition(threading.Lock())
+        self._readers = 0
+        self._writers_waiting = 0
+        self._writing = False
+
+    @contextlib.contextmanager
+    def get_ref(self) -> Iterator[VringState]:
+        """The state, shared with other readers."""
+        with self._condition:
+            while self._writing or self._writers_waiting:
+                self._condition.wait()
+            self._readers += 1
+        try:
+            yield self._state
+        finally:
+            with self._condition:
+                self._readers -= 1
+                if not self._readers:
+                    self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def get_mut(self) -> Iterator[VringState]:
+        """The state, exclusively."""
+        with self._condition:
+            self._writers_waiting += 1
+            try:
+                while self._writing or self._readers:
+                    self._condition.wait()
+            finally:
+                self._writers_waiting -= 1
+            self._writing = True
+        try:
+            yield self._state
+        finally:
+            with self._condition:
+                self._writing = False
+                self._condition.notify_all()
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        with contextlib.suppress(OSError):
+            os.close(fd)

@@ -1,0 +1,28 @@
+"""Fixtures for the daemon's tests: an image, and both ring engines."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from virtqueue import available_engines
+
+IMAGE_SIZE = 4 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A disk image of zeroes."""
+    path = tmp_path / "disk.img"
+    with open(path, "wb") as file:
+        file.truncate(IMAGE_SIZE)
+    return path
+
+
+@pytest.fixture(params=["c", "python"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each ring engine; the C engine is left out only where it was not built on purpose."""
+    name = str(request.param)
+    if name not in available_engines():
+        pytest.skip("this installation has no C engine")
+    yield name

@@ -1,0 +1,192 @@
+"""The block device over a real socket pair, driven by the embedded driver, with both engines."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from vhost_backend import BlockDevice, DeviceError
+from vhost_backend.devices import blk
+from vhost_backend.driver import BlockDriver, BlockError
+from vhost_backend.driver.block import DRIVER_FEATURES
+from vhost_backend.testing import attached
+
+SIZE = 4 << 20
+
+
+def test_write_read_back_and_what_the_image_holds(image: Path, engine: str) -> None:
+    data = random.Random(1).randbytes(1 << 20)
+    with attached(BlockDevice(image), engine=engine, features=DRIVER_FEATURES) as session:
+        driver = BlockDriver(session)
+        assert driver.capacity == SIZE
+        driver.write(4096, data)
+        assert driver.read(4096, len(data)) == data
+        driver.flush()
+        assert image.read_bytes()[4096 : 4096 + len(data)] == data
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_many_requests_in_flight(image: Path, engine: str, indirect: bool, event_idx: bool) -> None:
+    rng = random.Random(2)
+    model = bytearray(SIZE)
+    with attached(
+        BlockDevice(image), engine=engine, features=DRIVER_FEATURES, event_idx=event_idx
+    ) as session:
+        driver = BlockDriver(session, depth=32, max_io=4096, indirect=indirect)
+        for _ in range(60):
+            busy: set[int] = set()
+            expected: dict[int, bytes | None] = {}
+            for _ in range(rng.randint(1, 32)):
+                block = rng.randrange(SIZE // 4096)
+                if block in busy:
+                    continue
+                busy.add(block)
+                if rng.random() < 0.5:
+                    data = rng.randbytes(4096)
+                    model[block * 4096 : block * 4096 + 4096] = data
+                    expected[block] = None
+                    driver.submit(blk.T_OUT, block * 8, data, tag=block)
+                else:
+                    expected[block] = bytes(model[block * 4096 : block * 4096 + 4096])
+                    driver.submit(blk.T_IN, block * 8, length=4096, tag=block)
+            driver.kick()
+            while driver.in_flight:
+                for completion, data in driver.collect():
+                    assert completion.status == blk.S_OK
+                    assert isinstance(completion.tag, int)
+                    wanted = expected.pop(completion.tag)
+                    assert completion.written == (1 if wanted is None else 4097)
+                    assert wanted is None or data == wanted
+            assert not expected
+        driver.flush()
+    assert image.read_bytes() == model
+
+
+def test_identity_discard_and_write_zeroes(image: Path, engine: str) -> None:
+    device = BlockDevice(image, serial="serial-0123456789abc")
+    with attached(device, engine=engine, features=DRIVER_FEATURES) as session:
+        driver = BlockDriver(session)
+        assert driver.get_id() == b"serial-0123456789abc"
+        driver.write(0, b"\xaa" * 65536)
+        driver.write_zeroes(4096, 8192)
+        assert driver.read(0, 65536) == b"\xaa" * 4096 + bytes(8192) + b"\xaa" * 53248
+        driver.write_zeroes(16384, 4096, unmap=True)
+        assert driver.read(16384, 4096) == bytes(4096)
+        driver.discard(0, 4096)
+        assert os.path.getsize(image) == SIZE
+
+
+def test_a_read_only_disk_refuses_every_change(image: Path, engine: str) -> None:
+    device = BlockDevice(image, read_only=True)
+    with attached(device, engine=engine, features=DRIVER_FEATURES) as session:
+        driver = BlockDriver(session)
+        assert driver.read_only
+        assert driver.read(0, 512) == bytes(512)
+        for change in (
+            lambda: driver.write(0, b"x" * 512),
+            lambda: driver.discard(0, 4096),
+            lambda: driver.write_zeroes(0, 4096),
+        ):
+            with pytest.raises(BlockError) as caught:
+                change()
+            assert caught.value.status == blk.S_IOERR
+        driver.flush()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sector", "payload", "length", "status"),
+    [
+        (blk.T_IN, SIZE // 512, b"", 512, blk.S_IOERR),  # behind the end
+        (blk.T_IN, SIZE // 512 - 1, b"", 1024, blk.S_IOERR),  # across the end
+        (blk.T_IN, (1 << 64) // 512 - 1, b"", 512, blk.S_IOERR),  # wraps in bytes
+        (blk.T_IN, (1 << 64) - 1, b"", 512, blk.S_IOERR),
+        (blk.T_IN, 0, b"", 100, blk.S_IOERR),  # no whole sector
+        (blk.T_OUT, SIZE // 512, b"x" * 512, 0, blk.S_IOERR),
+        (blk.T_OUT, 0, b"x" * 511, 0, blk.S_IOERR),
+        (blk.T_GET_ID, 0, b"", 19, blk.S_IOERR),
+        (blk.T_DISCARD, 0, b"x" * 15, 0, blk.S_IOERR),
+        (blk.T_DISCARD, 0, b"", 0, blk.S_IOERR),
+        (blk.T_DISCARD, 0, (0).to_bytes(8, "little") + b"\xff" * 4 + bytes(4), 0, blk.S_IOERR),
+        (blk.T_DISCARD, 0, bytes(12) + b"\x01\0\0\0", 0, blk.S_UNSUPP),  # discard has no unmap
+        (blk.T_WRITE_ZEROES, 0, bytes(12) + b"\x02\0\0\0", 0, blk.S_UNSUPP),
+        (blk.T_DISCARD, 0, bytes(16) * 17, 0, blk.S_IOERR),  # more ranges than offered
+        (99, 0, b"", 0, blk.S_UNSUPP),
+    ],
+)
+def test_bad_requests_fail_alone(
+    image: Path, engine: str, kind: int, sector: int, payload: bytes, length: int, status: int
+) -> None:
+    with attached(BlockDevice(image), engine=engine, features=DRIVER_FEATURES) as session:
+        driver = BlockDriver(session)
+        with pytest.raises(BlockError) as caught:
+            driver.request(kind, sector, payload, length)
+        assert caught.value.status == status
+        driver.write(0, b"y" * 512)
+        assert driver.read(0, 512) == b"y" * 512
+
+
+def test_an_image_that_shrinks_under_us_is_an_io_error(image: Path, engine: str) -> None:
+    with attached(BlockDevice(image), engine=engine, features=DRIVER_FEATURES) as session:
+        driver = BlockDriver(session)
+        os.truncate(image, 4096)
+        assert driver.read(0, 4096) == bytes(4096)
+        with pytest.raises(BlockError):
+            driver.read(4096, 4096)
+        with pytest.raises(BlockError):
+            driver.read(2048, 4096)
+
+
+def test_two_queues_work_side_by_side(image: Path, engine: str) -> None:
+    device = BlockDevice(image, num_queues=2)
+    with attached(device, engine=engine, features=DRIVER_FEATURES, num_queues=2) as session:
+        drivers = [BlockDriver(session, queue=index, max_io=4096) for index in range(2)]
+        for round_ in range(50):
+            for index, driver in enumerate(drivers):
+                driver.submit(blk.T_OUT, (2 * round_ + index) * 8, bytes([index + 1]) * 4096)
+                driver.kick()
+            for driver in drivers:
+                ((completion, _),) = driver.collect()
+                assert completion.status == blk.S_OK
+    content = image.read_bytes()
+    assert content[: 100 * 4096] == (b"\1" * 4096 + b"\2" * 4096) * 50
+
+
+def test_configuration_space(image: Path) -> None:
+    device = BlockDevice(image, num_queues=3)
+    assert device.get_config(0, 8) == (SIZE // 512).to_bytes(8, "little")
+    assert device.get_config(20, 4) == (512).to_bytes(4, "little")
+    assert device.get_config(34, 2) == (3).to_bytes(2, "little")
+    assert len(device.get_config(0, 256)) == 256
+    device.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: path.write_bytes(b"x" * 511), "hold no sector"),
+        (lambda path: (path.unlink(), path.mkdir()), "directory|neither"),
+    ],
+)
+def test_an_unusable_image_is_a_device_error(image: Path, make: object, message: str) -> None:
+    make(image)  # type: ignore[operator]
+    with pytest.raises(DeviceError, match=message):
+        BlockDevice(image)
+
+
+def test_an_image_belongs_to_one_writer(image: Path) -> None:
+    first = BlockDevice(image)
+    with pytest.raises(DeviceError, match="in use"):
+        BlockDevice(image, read_only=True)
+    first.close()
+    readers = [BlockDevice(image, read_only=True) for _ in range(2)]
+    for reader in readers:
+        reader.close()
+
+
+@pytest.mark.parametrize("serial", ["x" * 21, "ümlaut"])
+def test_a_serial_has_to_fit(image: Path, serial: str) -> None:
+    with pytest.raises(DeviceError, match="serial"):
+        BlockDevice(image, serial=serial)
