@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from .layout import QueueBlock
+from .table import Memory
 
 
 class Engine(Protocol):
@@ -26,12 +27,21 @@ class Engine(Protocol):
     name: str
     """"c" or "python"."""
 
+    def set_memory(self, memory: Memory) -> None:
+        """The snapshot whose table the next `attach` finds in ``block.table``.
+
+        Only the Python engine has to remember it; `DeviceQueue` keeps it alive either way.
+        """
+
     def attach(self) -> int:
         """Adopt `descriptors`, `driver`, `device`, `table`, `log`, `log_used` and the window.
 
         Called once before the first take and after each change of these fields.  Chains that
         are in flight keep the snapshot they were taken with.  The queue keeps a snapshot alive
-        while its ``gm_table.pins`` is not 0.
+        while its ``gm_table.pins`` is not 0.  The position (`next_avail`, `next_used`, the wrap
+        counters, `signalled_used`, `signalled_valid`) is set by the queue before the first
+        attach and belongs to the engine from then on.  ``descriptors`` 0 means that the ring is
+        not in memory yet.
         """
 
     def recover(self) -> int:
@@ -60,6 +70,8 @@ class Engine(Protocol):
         """Complete `done[0:count]` except the entries marked KEEP, set `notify`, then take.
 
         When the take ends with BROKEN or NEED the completions have been published all the same.
+        Completions are published on a queue that a wrong chain broke, too: the chains before it
+        were good.  After RING_MEMORY, TRUNCATED, USED_RING and INFLIGHT they only release.
         """
 
     def rewind(self) -> int:
@@ -84,9 +96,8 @@ class Engine(Protocol):
 class EngineFactory(Protocol):
     """How an engine module makes one: ``create(block)``, raising `EngineUnavailable`.
 
-    ``memory`` is only there for the Python engine, which reads regions through guest_memory; the
-    C engine reads ``block.table``.
+    ``memory`` is the snapshot of ``block.table``, for the Python engine to keep alive.
     """
 
-    def __call__(self, block: QueueBlock, memory: object) -> Engine:
+    def __call__(self, block: QueueBlock, memory: Memory) -> Engine:
         """Check magic, ABI and sizes; allocate the private state."""

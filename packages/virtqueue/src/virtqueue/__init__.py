@@ -1,0 +1,59 @@
+"""Virtqueues, split and packed, the device's side and the driver's, a batch at a time.
+
+`DeviceQueue` takes the chains that a driver offers and gives them back; `DriverQueue` is the
+other end.  The ring work is done by an engine in C or, where that is not to be had, in Python.
+"""
+
+from __future__ import annotations
+
+from ._version import __version__
+from .batch import DONE_FIELDS, RECORD_FIELDS, Batch, Chain, Segment
+from .config import RingConfig, RingLayout, ring_layout
+from .device_queue import DeviceQueue, DirtyLog, RingState
+from .driver_queue import DriverQueue
+from .engines import available_engines, default_engine
+from .errors import (
+    ChainCompleted,
+    EngineUnavailable,
+    Need,
+    QueueBroken,
+    UsageError,
+    VirtqueueError,
+)
+from .inflight import InflightRegion, inflight_size
+from .layout import DONE, RECORD, SEGMENT, DoneFlags, Reason, RecordFlags, SegmentFlags
+from .table import Memory
+
+__all__ = [
+    "DONE",
+    "DONE_FIELDS",
+    "RECORD",
+    "RECORD_FIELDS",
+    "SEGMENT",
+    "Batch",
+    "Chain",
+    "ChainCompleted",
+    "DeviceQueue",
+    "DirtyLog",
+    "DoneFlags",
+    "DriverQueue",
+    "EngineUnavailable",
+    "InflightRegion",
+    "Memory",
+    "Need",
+    "QueueBroken",
+    "Reason",
+    "RecordFlags",
+    "RingConfig",
+    "RingLayout",
+    "RingState",
+    "Segment",
+    "SegmentFlags",
+    "UsageError",
+    "VirtqueueError",
+    "__version__",
+    "available_engines",
+    "default_engine",
+    "inflight_size",
+    "ring_layout",
+]

@@ -1,0 +1,643 @@
+"""The device's side of one ring, whichever engine drives it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, Protocol
+
+from . import barrier
+from .batch import Batch, Chain
+from .config import RingConfig, ring_parts
+from .engines import make_engine
+from .errors import ChainCompleted, Need, QueueBroken, UsageError
+from .inflight import InflightRegion
+from .layout import (
+    ABI,
+    DONE,
+    DONE_SIZE,
+    MAGIC,
+    RECORD_SIZE,
+    SEGMENT_SIZE,
+    DoneFlags,
+    More,
+    Provision,
+    QueueBlock,
+    Reason,
+    Result,
+)
+from .table import READ, WRITE, Broken, Memory, Missing, Table
+
+PROVISIONS: Final = 1024
+"""Pieces mapped on demand that a queue can use at a time."""
+
+
+class DirtyLog(Protocol):
+    """What a queue asks of a dirty log (`guest_memory.DirtyLog` is one)."""
+
+    @property
+    def struct_address(self) -> int:
+        """Host address of its ``gm_log``."""
+
+
+class RingState(NamedTuple):
+    """The position of a drained ring, to be saved and restored."""
+
+    next_avail: int
+    next_used: int
+    avail_wrap: int
+    used_wrap: int
+    signalled_used: int
+    signalled_valid: int
+
+
+class DeviceQueue:
+    """Takes the chains that a driver offers and gives them back, a batch at a time.
+
+    Not thread-safe: one thread works on a queue at a time (another may hold other queues).
+
+    ``base`` is what SET_VRING_BASE brought: for a split ring the next available index, for a
+    packed one bits 0 to 14 the next available slot, 15 its wrap counter, 16 to 30 and 31 the
+    same for used; None for a ring that was never used.  ``engine`` is "c", "python" or None for
+    what VIRTQUEUE_ENGINE says, else the best there is.  ``batch`` is the most chains that a take
+    returns.  ``inflight`` is this queue's part of the in-flight region: chains that a back-end
+    before us took and did not complete are taken first, and the region decides the position
+    instead of ``base``.  ``log`` is the dirty log.  ``state`` restores a saved position.
+
+    Raises `UsageError` for settings that cannot be, `EngineUnavailable`.  A ring outside of
+    guest memory shows at the first take.
+    """
+
+    def __init__(
+        self,
+        config: RingConfig,
+        memory: Memory,
+        *,
+        base: int | None = None,
+        engine: str | None = None,
+        batch: int = 128,
+        inflight: InflightRegion | None = None,
+        log: DirtyLog | None = None,
+        state: RingState | None = None,
+    ) -> None:
+        config.check()
+        if not 1 <= batch <= 65535:
+            raise UsageError(f"a batch has 1 to 65535 chains, not {batch}")
+        size = config.size
+        self._config = config
+        self._limit = batch
+        self._memory = memory
+        self._log = log
+        self._inflight = inflight
+        self._ring_memory = memory
+        self._former: list[tuple[Memory, Table]] = []
+        self._chains: dict[int, Chain] = {}
+        self._staged_count = 0
+        self._releases: dict[int, Callable[[], object]] = {}
+        self._closed = False
+
+        # Room for the longest chain and the regions it may cross, and for usual batches.
+        segments = max(size + 1024, 16 * batch)
+        block = QueueBlock()
+        self._records = ctypes.create_string_buffer(batch * RECORD_SIZE)
+        self._segments = ctypes.create_string_buffer(segments * SEGMENT_SIZE)
+        self._done = ctypes.create_string_buffer(batch * DONE_SIZE)
+        self._staged = ctypes.create_string_buffer(size * DONE_SIZE)
+        self._provisions: ctypes.Array[Provision] = (Provision * PROVISIONS)()
+        block.magic, block.abi, block.size = MAGIC, ABI, ctypes.sizeof(QueueBlock)
+        block.queue_size = size
+        block.features = config.features
+        block.records = ctypes.addressof(self._records)
+        block.segments = ctypes.addressof(self._segments)
+        block.done = ctypes.addressof(self._done)
+        block.staged = ctypes.addressof(self._staged)
+        block.provisions = ctypes.addressof(self._provisions)
+        block.record_capacity = batch
+        block.segment_capacity = segments
+        block.staged_capacity = size
+        block.provision_capacity = PROVISIONS
+        block.limit = batch
+        block.table = memory.table_address
+        if inflight is not None:
+            block.inflight, block.inflight_size = inflight.address, inflight.size
+        self._block = block
+        self._used_known = config.packed or state is not None
+        self._set_position(base, state)
+        self._batch = Batch(
+            memoryview(self._records).cast("B"),
+            memoryview(self._done).cast("B"),
+            memoryview(self._segments).cast("B"),
+            self._chains,
+        )
+        self._staged_view = memoryview(self._staged).cast("B")
+        self._engine = make_engine(engine, block, memory)
+        self._take = self._engine.take
+        self._cycle = self._engine.cycle
+        self._recovered = inflight is None
+        self._unresolved: Missing | Broken | None = None
+        self._attach()
+
+    # Set-up.
+
+    def _set_position(self, base: int | None, state: RingState | None) -> None:
+        block, size = self._block, self._config.size
+        if state is not None:
+            (
+                block.next_avail,
+                block.next_used,
+                block.avail_wrap,
+                block.used_wrap,
+                block.signalled_used,
+                block.signalled_valid,
+            ) = state
+        elif self._config.packed:
+            base = 0x8000_8000 if base is None else base
+            block.next_avail, block.avail_wrap = base & 0x7FFF, base >> 15 & 1
+            block.next_used, block.used_wrap = base >> 16 & 0x7FFF, base >> 31 & 1
+        else:
+            block.next_avail = (base or 0) & 0xFFFF
+            block.next_used = block.next_avail
+        if self._config.packed and max(block.next_avail, block.next_used) >= size:
+            raise UsageError(f"base {base!r} lies outside of a ring of {size}")
+
+    def _attach(self) -> None:
+        """Resolve the ring's addresses and tell the engine; what is missing shows at a take."""
+        block, config = self._block, self._config
+        table = Table.of(self._memory)
+        hosts: list[int] = []
+        self._unresolved = None
+        try:
+            for (name, _, length), address in zip(
+                ring_parts(config.size, config.packed),
+                (config.descriptor_address, config.driver_address, config.device_address),
+                strict=True,
+            ):
+                written = name == "device" or (config.packed and name == "descriptors")
+                hosts.append(
+                    table.ring_part(
+                        address,
+                        length,
+                        READ | WRITE if written else READ,
+                        config.iommu,
+                        self._provisions,
+                    )
+                )
+            if any(host % 4 for host in hosts[::2]) or hosts[1] % 2 or hosts[0] % 16:
+                raise Broken(Reason.RING_MEMORY, hosts[0])
+        except (Missing, Broken) as error:
+            # A ring that was mapped stays so: completions still go where the driver looks.
+            self._unresolved = error
+        else:
+            block.descriptors, block.driver, block.device = hosts
+            self._ring_memory = self._memory
+        block.table = table.address
+        block.log = self._log.struct_address if self._log is not None else 0
+        block.log_used = config.log_used or 0
+        if not self._used_known and block.descriptors:
+            # The used ring itself says where the device before us stopped.
+            index = barrier.words16(block.device + 2, 1, config.big_endian)[0]
+            block.next_used = block.signalled_used = index
+            self._used_known = True
+        self._engine.set_memory(self._memory)
+        self._check(self._engine.attach())
+        if not self._recovered and block.descriptors:
+            self._recovered = True
+            self._engine.recover()
+
+    def _check(self, result: int) -> int:
+        if result < 0:
+            self._fail(result, notify=False)
+        return result
+
+    def _fail(self, result: int, notify: bool) -> None:
+        block = self._block
+        if result == Result.NEED:
+            raise Need(block.need_address, block.need_length, block.need_access, notify)
+        if result == Result.BROKEN:
+            raise QueueBroken(Reason(block.reason), block.detail, notify)
+        if result == Result.USAGE:
+            raise UsageError(
+                f"head {block.detail} is not in flight, or more was written than it has room for"
+            )
+        if result == Result.NO_MEMORY:
+            raise MemoryError("the ring engine is out of memory")
+        raise UsageError(f"a structure shared with the engine has another ABI ({result})")
+
+    # Taking.
+
+    def take(self, limit: int | None = None) -> Batch:
+        """Up to ``limit`` available chains; completes nothing.
+
+        An empty batch that is not ``stalled`` has asked the driver for kicks, passed a full
+        barrier and looked again.  Raises `QueueBroken` and `Need`.
+        """
+        if limit is not None or self._unresolved is not None:
+            self._prepare(limit)
+        count = self._take()
+        if limit is not None:
+            self._block.limit = self._limit
+        self._block.notify = 0
+        return self._begin(count)
+
+    def cycle(self, limit: int | None = None) -> Batch:
+        """Complete the current batch as ``batch.done`` says, publish, take the next.
+
+        ``batch.notify`` of the result says whether to signal the driver.  Raises `QueueBroken`
+        and `Need`, whose ``notify`` says the same: what was completed has been published.
+        """
+        notify = False
+        if self._chains:
+            self._close_batch()
+        if self._staged_count:
+            notify = self.publish()
+        if limit is not None or self._unresolved is not None:
+            try:
+                self._prepare(limit)
+            except (QueueBroken, Need) as error:
+                # Complete the batch all the same, without a take.
+                error.notify = self._finish_batch() or notify
+                raise
+        count = self._cycle()
+        if limit is not None:
+            self._block.limit = self._limit
+        if notify:
+            self._block.notify = 1
+        return self._begin(count)
+
+    def _prepare(self, limit: int | None) -> None:
+        error = self._unresolved
+        if error is not None and not self._block.stopped and not self._block.reason:
+            self._attach()
+            error = self._unresolved
+            if isinstance(error, Missing):
+                raise Need(error.address, error.length, error.access)
+            if error is not None:
+                raise QueueBroken(Reason.RING_MEMORY, error.detail)
+        if limit is not None:
+            if limit < 0:
+                raise UsageError(f"a take of {limit} chains")
+            self._block.limit = min(limit, self._limit)
+
+    def _finish_batch(self) -> bool:
+        block = self._block
+        heads = self._batch.done
+        staged = 0
+        for entry in DONE.iter_unpack(heads):
+            if not entry[2] & DoneFlags.KEEP:
+                DONE.pack_into(self._staged_view, staged * DONE_SIZE, *entry)
+                staged += 1
+        block.count = 0
+        self._begin(0, arm=False)
+        self._staged_count = staged
+        return self.publish()
+
+    def _begin(self, count: int, arm: bool = True) -> Batch:
+        block, batch = self._block, self._batch
+        notify = block.notify != 0
+        if count <= 0:
+            batch._count = 0
+            batch._serial += 1
+            batch.records = batch._record_views[0]
+            batch.done = batch._done_views[0]
+            if batch._built or batch._gone:
+                batch._built, batch._gone = {}, set()
+            if count < 0:
+                batch.notify = notify
+                self._fail(count, notify)
+            # Nothing there: ask for kicks, then look again, as the driver may have decided not
+            # to kick just before.
+            wait = arm and not block.more and not block.stopped and block.limit
+            if wait and self._engine.arm() > 0:
+                count = self._take()
+                if count < 0:
+                    batch.notify = notify
+                    self._fail(count, notify)
+            if not count:
+                batch.notify = notify
+                batch.more = False
+                batch.stalled = bool(block.more & More.STALLED)
+                return batch
+        batch._count = count
+        batch._serial += 1
+        batch._memory = self._memory
+        batch.records = batch._record_views[count]
+        batch.done = batch._done_views[count]
+        batch.notify = notify
+        batch.more = block.more != 0
+        batch.stalled = False
+        if batch._built or batch._gone:
+            batch._built, batch._gone = {}, set()
+        if self._former:
+            self._drop_former()
+        return batch
+
+    def rewind(self, count: int) -> None:
+        """Give back the last ``count`` chains of the current batch; they are taken again."""
+        batch, block = self._batch, self._block
+        if not 0 <= count <= len(batch):
+            raise UsageError(f"the batch has {len(batch)} chains, {count} cannot be given back")
+        left = len(batch) - count
+        heads = [entry[0] for entry in DONE.iter_unpack(batch._done_views[left + count])]
+        block.limit = count
+        try:
+            self._check(self._engine.rewind())
+        finally:
+            block.limit = self._limit
+        for head in heads[left:]:
+            chain = self._chains.pop(head, None)
+            if chain is not None:
+                chain._close()
+        batch._count = left
+        batch.records = batch._record_views[left]
+        batch.done = batch._done_views[left]
+        batch.more = True
+
+    # Completing.
+
+    def complete(self, chain: Chain | int, written: int | None = None, status: int = 0) -> None:
+        """Stage the completion of a chain, or of a head; `publish` makes it visible.
+
+        ``written`` counts bytes from the first device-writable one; None is what `Chain.write`
+        wrote, with the status byte if that is next (0 for a head).  ``status`` goes into the
+        last writable byte of rings with status bytes.  A chain that was completed before raises
+        `ChainCompleted`.
+        """
+        batch = self._batch
+        flags = DoneFlags.STATUS if self._config.status_byte else DoneFlags(0)
+        if isinstance(chain, Chain):
+            head, known = chain.head, chain
+            if chain.completed or self._chains.get(head) is not chain:
+                raise ChainCompleted(f"chain {head} has been completed")
+        else:
+            head = chain
+            found = self._chains.get(head)
+            known = found  # type: ignore[assignment]
+        if known is not None:
+            if known.wrote_anywhere:
+                flags |= DoneFlags.WROTE_ALL
+            if written is None:
+                written = known.written
+                if self._config.status_byte and written == known.writable_length - 1:
+                    written += 1
+            if not 0 <= written <= known.writable_length:
+                raise UsageError(
+                    f"chain {head} has room for {known.writable_length} bytes, not {written}"
+                )
+        if self._staged_count >= self._config.size:
+            raise UsageError("more completions are staged than chains can be in flight")
+        if batch._count:
+            self._keep(head, known)
+        if known is not None:
+            known._close()
+            self._chains.pop(head, None)
+        DONE.pack_into(
+            self._staged_view, self._staged_count * DONE_SIZE, head, status, flags, written or 0
+        )
+        self._staged_count += 1
+
+    def _keep(self, head: int, chain: Chain | None) -> None:
+        """Take a head out of what the next cycle completes on its own."""
+        batch = self._batch
+        if chain is not None:
+            if chain.serial != batch._serial:
+                return
+            index = chain.index
+        else:
+            heads = [entry[0] for entry in DONE.iter_unpack(batch.done)]
+            if head not in heads:
+                return
+            index = heads.index(head)
+        batch._gone.add(index)
+        batch.done[index * DONE_SIZE + 3] |= DoneFlags.KEEP
+
+    def publish(self) -> bool:
+        """Return the staged chains to the driver; true when it wants to be signalled."""
+        staged = self._staged_count
+        if not staged:
+            return False
+        block = self._block
+        block.staged_count = staged
+        self._staged_count = 0
+        result = self._engine.publish()
+        if result < 0:
+            block.staged_count = 0
+            self._fail(result, notify=False)
+        if self._former:
+            self._drop_former()
+        return block.notify != 0
+
+    def _close_batch(self) -> None:
+        """The chains that the next cycle completes can no longer be used."""
+        batch = self._batch
+        if not batch._built:
+            return
+        for index, chain in batch._built.items():
+            entry = index * DONE_SIZE
+            flags = batch.done[entry + 3]
+            if flags & DoneFlags.KEEP:
+                continue
+            if chain.wrote_anywhere:
+                batch.done[entry + 3] = flags | DoneFlags.WROTE_ALL
+            chain._close()
+            self._chains.pop(chain.head, None)
+
+    # Notifications.
+
+    def enable_notification(self) -> bool:
+        """Ask the driver for kicks; true when chains are available already: take them first."""
+        return self._check(self._engine.arm()) > 0
+
+    def disable_notification(self) -> None:
+        """Tell the driver that kicks are not needed while we look at the ring anyway.
+
+        Take until a batch is empty before sleeping: that asks for kicks again.
+        """
+        self._check(self._engine.disarm())
+
+    def ready(self) -> bool:
+        """Whether a chain is available; asks nobody for anything."""
+        return self._engine.ready() > 0
+
+    # Memory.
+
+    def set_memory(self, memory: Memory) -> None:
+        """Use a new snapshot for later takes, and find the ring anew in it.
+
+        Chains in flight keep the snapshot they were taken with.
+        """
+        if self._closed:
+            raise UsageError("the queue is closed")
+        if memory is not self._memory:
+            self._former.append((self._memory, Table.of(self._memory)))
+            self._memory = memory
+        self._attach()
+        self._drop_former()
+
+    def _drop_former(self) -> None:
+        self._former = [
+            entry for entry in self._former if entry[0] is self._ring_memory or entry[1].pins
+        ]
+
+    def set_log(self, log: DirtyLog | None, log_used: int | None = None) -> None:
+        """Log what is written from now on; ``log_used`` as in `RingConfig`."""
+        self._log = log
+        self._config = self._config._replace(log_used=log_used)
+        self._block.features = self._config.features
+        self._attach()
+
+    @property
+    def memory(self) -> Memory:
+        """The snapshot that takes use."""
+        return self._memory
+
+    @property
+    def window(self) -> memoryview | None:
+        """The flat window that offsets in records refer to."""
+        return self._memory.window
+
+    def provide(
+        self,
+        address: int,
+        length: int,
+        access: int,
+        host_address: int,
+        release: Callable[[], object] | None = None,
+    ) -> bool:
+        """Say where memory that is mapped on demand lies, after `Need`.
+
+        ``release`` is called once no chain uses the piece and its place is wanted, or at
+        `reclaim` and `close`.  False when there is no place left: complete something first.
+        """
+        for attempt in range(2):
+            for index in range(PROVISIONS):
+                entry = self._provisions[index]
+                if not entry.length:
+                    entry.guest_address = address
+                    entry.host_address = host_address
+                    entry.access = access
+                    entry.uses = 0
+                    entry.length = length
+                    if release is not None:
+                        self._releases[index] = release
+                    return True
+            if not attempt:
+                self.reclaim()
+        return False
+
+    def reclaim(self) -> int:
+        """Release every provided piece that no chain in flight uses; how many."""
+        count = 0
+        for index in range(PROVISIONS):
+            entry = self._provisions[index]
+            if entry.length and not entry.uses and not self._holds_ring(entry):
+                self._release(index)
+                count += 1
+        return count
+
+    def _holds_ring(self, entry: Provision) -> bool:
+        block = self._block
+        return any(
+            entry.host_address <= host < entry.host_address + entry.length
+            for host in (block.descriptors, block.driver, block.device)
+        )
+
+    def _release(self, index: int) -> None:
+        self._provisions[index].length = 0
+        release = self._releases.pop(index, None)
+        if release is not None:
+            release()
+
+    # State.
+
+    @property
+    def config(self) -> RingConfig:
+        """How the ring is set up."""
+        return self._config
+
+    @property
+    def base(self) -> int:
+        """The position as GET_VRING_BASE wants it; see the class for the encoding."""
+        block = self._block
+        if not self._config.packed:
+            return block.next_avail
+        avail = block.next_avail | block.avail_wrap << 15
+        return avail | (block.next_used | block.used_wrap << 15) << 16
+
+    def save(self) -> RingState:
+        """The position, to give to another queue as ``state``; nothing may be in flight."""
+        block = self._block
+        if block.in_flight or block.resubmit:
+            raise UsageError(f"{block.in_flight + block.resubmit} chains are in flight")
+        return RingState(
+            block.next_avail,
+            block.next_used,
+            block.avail_wrap,
+            block.used_wrap,
+            block.signalled_used,
+            block.signalled_valid,
+        )
+
+    @property
+    def in_flight(self) -> int:
+        """Chains taken and not completed."""
+        return self._block.in_flight
+
+    @property
+    def resubmitted(self) -> int:
+        """Chains of the in-flight region that have not been taken again yet."""
+        return self._block.resubmit
+
+    @property
+    def broken(self) -> QueueBroken | None:
+        """Why the queue takes nothing more, or None."""
+        block = self._block
+        if not block.reason:
+            return None
+        return QueueBroken(Reason(block.reason), block.detail)
+
+    @property
+    def engine(self) -> str:
+        """ "c" or "python"."""
+        return self._engine.name
+
+    @property
+    def taken(self) -> int:
+        """Chains taken, ever."""
+        return self._block.taken
+
+    @property
+    def completed(self) -> int:
+        """Chains returned to the driver, ever."""
+        return self._block.completed
+
+    def stop(self) -> None:
+        """Touch the ring no more: takes are empty, completions only release what they hold."""
+        self._block.stopped = 1
+
+    def close(self) -> None:
+        """Stop, and release everything.  Chains and views keep their memory mapped."""
+        if self._closed:
+            return
+        self._closed = True
+        self.stop()
+        self._engine.close()
+        for chain in self._chains.values():
+            chain._close()
+        self._chains.clear()
+        self._batch._count = 0
+        self._take = self._cycle = _closed_call
+        for index in range(PROVISIONS):
+            if self._provisions[index].length:
+                self._release(index)
+        self._former.clear()
+        self._block.count = self._block.staged_count = self._staged_count = 0
+
+    def __enter__(self) -> DeviceQueue:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _closed_call() -> int:
+    raise UsageError("the queue is closed")

@@ -1,0 +1,45 @@
+"""Marking pages in the dirty log (vhost-user specification, "Migration")."""
+
+from __future__ import annotations
+
+import ctypes
+
+from .barrier import atomic_or_bit, full_barrier
+from .errors import UsageError
+from .table import LOG_MAGIC, MEMORY_ABI, MemoryLog
+
+
+class Log:
+    """A ``gm_log`` seen from an engine.
+
+    Bits are set by an atomic OR in the kernel (see `barrier`): the front-end reads and clears
+    the bitmap meanwhile.  Every mark follows the write that it stands for.
+    """
+
+    def __init__(self, address: int) -> None:
+        self._log = MemoryLog.from_address(address)
+        found = (self._log.magic, self._log.abi, self._log.size, self._log.page_shift)
+        if found != (LOG_MAGIC, MEMORY_ABI, ctypes.sizeof(MemoryLog), 12):
+            raise UsageError(f"dirty log has magic {found[0]:#x}, ABI {found[1]}")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether writes to buffers are logged."""
+        return self._log.enabled != 0
+
+    def mark(self, guest_address: int, length: int) -> None:
+        """Mark the pages of a write; what lies beyond the bitmap has no bit."""
+        if not length:
+            return
+        # Partner: the front-end's atomic read-and-clear before it copies the page.  Without the
+        # barrier a bit could be seen set here while the write is not visible there yet.
+        full_barrier()
+        bitmap, size = self._log.bitmap, self._log.bitmap_size
+        last = min((guest_address + length - 1) >> 12, size * 8 - 1)
+        for page in range(guest_address >> 12, last + 1):
+            address = bitmap + (page >> 3)
+            if ctypes.c_uint8.from_address(address).value >> (page & 7) & 1:
+                continue
+            # The word that holds the byte; its other bytes keep their value.
+            word = address & ~3
+            atomic_or_bit(word, (address - word) * 8 + (page & 7))

@@ -1,0 +1,59 @@
+"""Choosing a ring engine."""
+
+from __future__ import annotations
+
+import os
+from typing import Final, Literal
+
+from .errors import EngineUnavailable, UsageError
+from .interface import Engine
+from .layout import QueueBlock
+from .table import Memory
+
+EngineName = Literal["c", "python"]
+
+VARIABLE: Final = "VIRTQUEUE_ENGINE"
+
+
+def wanted_engine(name: str | None) -> EngineName | None:
+    """What the caller, or else the environment, asks for; None for the best there is."""
+    chosen = name or os.environ.get(VARIABLE) or None
+    if chosen is None:
+        return None
+    if chosen == "c":
+        return "c"
+    if chosen == "python":
+        return "python"
+    raise UsageError(f"no engine is called {chosen!r}: {VARIABLE} is c or python")
+
+
+def make_engine(name: str | None, block: QueueBlock, memory: Memory) -> Engine:
+    """An engine for the block; raises `EngineUnavailable` when ``c`` is asked for in vain."""
+    wanted = wanted_engine(name)
+    if wanted != "python":
+        try:
+            from .c_engine import create as create_c
+
+            return create_c(block, memory)
+        except (ImportError, EngineUnavailable) as error:
+            if wanted == "c":
+                raise EngineUnavailable(f"the C engine cannot be used: {error}") from error
+    from .python_engine import create
+
+    return create(block, memory)
+
+
+def available_engines() -> tuple[EngineName, ...]:
+    """The engines that can be used here, the best first."""
+    try:
+        from .c_engine import library
+
+        library()
+    except (ImportError, EngineUnavailable):
+        return ("python",)
+    return ("c", "python")
+
+
+def default_engine() -> EngineName:
+    """The engine that a queue gets when nothing else is said: VIRTQUEUE_ENGINE's, or the best."""
+    return wanted_engine(None) or available_engines()[0]

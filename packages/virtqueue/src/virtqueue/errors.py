@@ -1,0 +1,60 @@
+"""The errors of this package, by whose fault they are."""
+
+from __future__ import annotations
+
+from .layout import Reason
+
+
+class VirtqueueError(Exception):
+    """Base of every error that this package raises."""
+
+
+class QueueBroken(VirtqueueError):
+    """The other side of the ring broke its rules; the queue takes nothing more.
+
+    ``reason`` says which rule, ``detail`` is the wrong value (an index, an address or a length;
+    0 when there is none).  ``notify`` is true when the same call published completions that the
+    driver wants to be signalled for.
+    """
+
+    def __init__(self, reason: Reason, detail: int = 0, notify: bool = False) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+        self.notify = notify
+
+    def __str__(self) -> str:
+        return f"queue broken: {self.reason.name.lower().replace('_', ' ')} ({self.detail:#x})"
+
+
+class Need(VirtqueueError):
+    """A take cannot go on before guest memory is provided; the ring has not advanced.
+
+    ``address`` is a guest physical address (an IOVA when the ring works behind an IOMMU),
+    ``length`` is in bytes, ``access`` is 1 for read, 2 for write, 3 for both.  Provide it (an
+    IOTLB entry: `DeviceQueue.set_memory` with the new snapshot; a page that is mapped on demand:
+    `DeviceQueue.provide`) and take again.  ``notify`` is true when the same call published
+    completions that the driver wants to be signalled for.
+    """
+
+    def __init__(self, address: int, length: int, access: int, notify: bool = False) -> None:
+        super().__init__(address, length, access)
+        self.notify = notify
+        self.address = address
+        self.length = length
+        self.access = access
+
+    def __str__(self) -> str:
+        return f"need {self.length} bytes at {self.address:#x} (access {self.access})"
+
+
+class EngineUnavailable(VirtqueueError):
+    """The engine that was asked for cannot be loaded; the message says why."""
+
+
+class UsageError(VirtqueueError):
+    """The caller broke the rules of this package: a bug on our side of the ring."""
+
+
+class ChainCompleted(UsageError):
+    """A chain was used after its completion, or a batch after the next take."""

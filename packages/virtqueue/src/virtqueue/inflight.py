@@ -1,0 +1,382 @@
+"""The in-flight region of a queue (vhost-user specification, "Inflight I/O tracking").
+
+The region is memory shared with the front-end, which keeps it while the back-end is away.  It
+says which chains were taken and not yet used, so that a new process can take them again.  The
+stores are made in an order in which the death of the process between any two of them loses no
+chain and completes none twice; each method below says why its order does.
+
+Two things differ from a literal reading of the specification, in what is stored in one go:
+
+* Packed rings are used one chain at a time.  In a batch the flags of later descriptors are
+  written before those of the first; a death in between would leave used flags in slots that the
+  rolled back index comes to again, and the driver would see them as used.
+* ``old_used_idx`` and ``old_used_wrap_counter`` are committed by one 8-byte store, as are they
+  compared: with a chain as long as the ring only the wrap counter tells old from new.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Final
+
+from .barrier import order
+from .errors import UsageError
+from .layout import Reason
+from .table import Broken
+
+VERSION: Final = 1
+SPLIT_HEADER: Final = 16
+SPLIT_ENTRY: Final = 16
+PACKED_HEADER: Final = 32
+PACKED_ENTRY: Final = 32
+
+
+def inflight_size(size: int, packed: bool) -> int:
+    """Bytes of one queue's region, aligned to 64 as front-ends expect from the back-end."""
+    header, entry = (PACKED_HEADER, PACKED_ENTRY) if packed else (SPLIT_HEADER, SPLIT_ENTRY)
+    return -(-(header + entry * size) // 64) * 64
+
+
+class InflightRegion:
+    """Where one queue's region is: ``address`` in this process, ``size`` in bytes.
+
+    ``owner`` is whatever keeps the mapping alive.
+    """
+
+    __slots__ = ("address", "owner", "size")
+
+    def __init__(self, address: int, size: int, owner: object = None) -> None:
+        if address % 8:
+            raise UsageError(f"in-flight region at {address:#x} is not aligned to 8")
+        self.address = address
+        self.size = size
+        self.owner = owner
+
+
+class SplitRegion(ctypes.Structure):
+    """``QueueRegionSplit`` without its array."""
+
+    features: int
+    version: int
+    desc_num: int
+    last_batch_head: int
+    used_idx: int
+
+    _fields_ = [
+        ("features", ctypes.c_uint64),
+        ("version", ctypes.c_uint16),
+        ("desc_num", ctypes.c_uint16),
+        ("last_batch_head", ctypes.c_uint16),
+        ("used_idx", ctypes.c_uint16),
+    ]
+
+
+class SplitState(ctypes.Structure):
+    """``DescStateSplit``."""
+
+    inflight: int
+    padding: ctypes.Array[ctypes.c_uint8]
+    next: int
+    counter: int
+
+    _fields_ = [
+        ("inflight", ctypes.c_uint8),
+        ("padding", ctypes.c_uint8 * 5),
+        ("next", ctypes.c_uint16),
+        ("counter", ctypes.c_uint64),
+    ]
+
+
+class PackedRegion(ctypes.Structure):
+    """``QueueRegionPacked`` without its array."""
+
+    features: int
+    version: int
+    desc_num: int
+    free_head: int
+    old_free_head: int
+    used_idx: int
+    old_used_idx: int
+    used_wrap_counter: int
+    old_used_wrap_counter: int
+    padding: ctypes.Array[ctypes.c_uint8]
+
+    _fields_ = [
+        ("features", ctypes.c_uint64),
+        ("version", ctypes.c_uint16),
+        ("desc_num", ctypes.c_uint16),
+        ("free_head", ctypes.c_uint16),
+        ("old_free_head", ctypes.c_uint16),
+        ("used_idx", ctypes.c_uint16),
+        ("old_used_idx", ctypes.c_uint16),
+        ("used_wrap_counter", ctypes.c_uint8),
+        ("old_used_wrap_counter", ctypes.c_uint8),
+        ("padding", ctypes.c_uint8 * 7),
+    ]
+
+
+class PackedState(ctypes.Structure):
+    """``DescStatePacked``."""
+
+    inflight: int
+    padding: int
+    next: int
+    last: int
+    num: int
+    counter: int
+    id: int
+    flags: int
+    len: int
+    addr: int
+
+    _fields_ = [
+        ("inflight", ctypes.c_uint8),
+        ("padding", ctypes.c_uint8),
+        ("next", ctypes.c_uint16),
+        ("last", ctypes.c_uint16),
+        ("num", ctypes.c_uint16),
+        ("counter", ctypes.c_uint64),
+        ("id", ctypes.c_uint16),
+        ("flags", ctypes.c_uint16),
+        ("len", ctypes.c_uint32),
+        ("addr", ctypes.c_uint64),
+    ]
+
+
+def _check_size(size: int, available: int, packed: bool) -> None:
+    header, entry = (PACKED_HEADER, PACKED_ENTRY) if packed else (SPLIT_HEADER, SPLIT_ENTRY)
+    if available < header + entry * size:
+        raise Broken(Reason.INFLIGHT, available)
+
+
+class SplitInflight:
+    """The region of a split ring."""
+
+    def __init__(self, address: int, available: int, size: int) -> None:
+        _check_size(size, available, packed=False)
+        self._size = size
+        self._region: Any = SplitRegion.from_address(address)
+        self._states: Any = (SplitState * size).from_address(address + SPLIT_HEADER)
+        self._counter = 0
+
+    def recover(self, used_idx: int) -> tuple[bool, list[int]]:
+        """Whether the region was in use, and the heads to take again, oldest first."""
+        region = self._region
+        if region.version == 0:
+            region.desc_num = self._size
+            region.used_idx = used_idx
+            order()
+            region.version = VERSION  # last: a death before leaves an uninitialised region
+            return False, []
+        if region.version != VERSION or region.desc_num != self._size:
+            raise Broken(Reason.INFLIGHT, region.version)
+        last_batch = (used_idx - region.used_idx) & 0xFFFF
+        if last_batch > self._size:
+            raise Broken(Reason.INFLIGHT, region.used_idx)
+        # The batch had reached the driver when the process died: these are not in flight.
+        head = region.last_batch_head
+        for _ in range(last_batch):
+            if head >= self._size:
+                raise Broken(Reason.INFLIGHT, head)
+            self._states[head].inflight = 0
+            head = self._states[head].next
+        order()
+        region.used_idx = used_idx
+        found = [(state.counter, head) for head, state in enumerate(self._states) if state.inflight]
+        found.sort()
+        self._counter = found[-1][0] + 1 if found else 0
+        return True, [head for _, head in found]
+
+    def take(self, head: int) -> None:
+        """A chain was fetched.  The counter first: a marked entry always has its own."""
+        state = self._states[head]
+        state.counter = self._counter
+        self._counter += 1
+        order()
+        state.inflight = 1
+
+    def give_back(self, head: int) -> None:
+        """The chain was rewound: the ring still offers it."""
+        self._states[head].inflight = 0
+
+    def using(self, head: int) -> None:
+        """The chain belongs to the batch that the used index is about to cover.
+
+        The list is followed only for as many entries as the used index moved, so its older
+        links may be stale; linked before it is the head, or a walk would miss the rest.
+        """
+        region = self._region
+        self._states[head].next = region.last_batch_head
+        order()
+        region.last_batch_head = head
+
+    def used(self, heads: list[int], used_idx: int) -> None:
+        """The used index covers the batch.
+
+        ``used_idx`` last: as long as it differs from the ring's, recovery clears the batch.
+        """
+        for head in heads:
+            self._states[head].inflight = 0
+        order()
+        self._region.used_idx = used_idx
+
+
+class PackedInflight:
+    """The region of a packed ring."""
+
+    def __init__(self, address: int, available: int, size: int) -> None:
+        _check_size(size, available, packed=True)
+        self._size = size
+        self._region: Any = PackedRegion.from_address(address)
+        self._states: Any = (PackedState * size).from_address(address + PACKED_HEADER)
+        # used_idx, old_used_idx, used_wrap_counter, old_used_wrap_counter and padding in one.
+        offset: int = PackedRegion.used_idx.offset  # type: ignore[attr-defined]
+        self._position: Any = (ctypes.c_uint64 * 1).from_address(address + offset)
+        self._counter = 0
+
+    def _store_position(self, used: int, wrap: int, old_used: int, old_wrap: int) -> None:
+        raw = b"".join(
+            (
+                used.to_bytes(2, "little"),
+                old_used.to_bytes(2, "little"),
+                bytes((wrap, old_wrap)),
+            )
+        )
+        self._position[0] = int.from_bytes(raw, "little")
+
+    def recover(
+        self, used: int, wrap: int, flags_at: Any
+    ) -> tuple[tuple[int, int, int, int] | None, list[tuple[int, list[PackedState]]]]:
+        """((available, wrap, used, wrap) or None for a new region, entries to take again).
+
+        ``flags_at`` loads the flags of a slot of the ring.
+        """
+        region, states, size = self._region, self._states, self._size
+        if region.version == 0:
+            for index, state in enumerate(states):
+                state.inflight = 0
+                state.next = index + 1
+            region.desc_num = size
+            region.free_head = 0
+            region.old_free_head = 0
+            self._store_position(used, wrap, used, wrap)
+            order()
+            region.version = VERSION
+            return None, []
+        if region.version != VERSION or region.desc_num != size:
+            raise Broken(Reason.INFLIGHT, region.version)
+        if max(region.used_idx, region.old_used_idx) >= size:
+            raise Broken(Reason.INFLIGHT, region.used_idx)
+        new = (region.used_idx, region.used_wrap_counter & 1)
+        old = (region.old_used_idx, region.old_used_wrap_counter & 1)
+        if new != old:
+            flags = flags_at(old[0])
+            available = (old[1] << 7) | ((old[1] ^ 1) << 15)
+            if flags & 0x8080 != available:
+                # The driver has been given the chain: finish what was under way.
+                old = new
+                region.old_free_head = region.free_head
+        # Roll back, or do nothing after the step above; the free list first, as it is only read
+        # again by a recovery that comes to the same result.
+        region.free_head = region.old_free_head
+        self._store_position(*old, *old)
+        free: set[int] = set()
+        index = region.free_head
+        while index < size and index not in free:
+            free.add(index)
+            states[index].inflight = 0
+            index = states[index].next
+        heads = sorted(
+            (state.counter, index) for index, state in enumerate(states) if state.inflight
+        )
+        self._counter = heads[-1][0] + 1 if heads else 0
+        chains: list[tuple[int, list[PackedState]]] = []
+        seen = set(free)
+        for _, head in heads:
+            entries: list[PackedState] = []
+            index = head
+            count = states[head].num
+            for _ in range(count):
+                if index >= size or index in seen:
+                    raise Broken(Reason.INFLIGHT, index)
+                seen.add(index)
+                entries.append(PackedState.from_buffer_copy(states[index]))
+                last = index
+                index = states[index].next
+            if not count or last != states[head].last:
+                raise Broken(Reason.INFLIGHT, head)
+            chains.append((head, entries))
+        slots = sum(len(entries) for _, entries in chains)
+        if slots > size:
+            raise Broken(Reason.INFLIGHT, slots)
+        position = old[0] + slots
+        avail_wrap = old[1]
+        if position >= size:
+            position -= size
+            avail_wrap ^= 1
+        return (position, avail_wrap, old[0], old[1]), chains
+
+    def take(self, descriptors: list[tuple[int, int, int, int]]) -> int:
+        """A chain was fetched: its (address, length, id, flags) in ring order; its entry.
+
+        Nothing of this counts before ``old_free_head`` moves: until then the entries are still
+        in the free list, whose members recovery clears.
+        """
+        region, states = self._region, self._states
+        head: int = region.old_free_head
+        if head >= self._size:
+            raise Broken(Reason.INFLIGHT, head)
+        state = states[head]
+        state.num = 0
+        state.counter = self._counter
+        self._counter += 1
+        order()
+        state.inflight = 1
+        index = head
+        for number, (address, length, identity, flags) in enumerate(descriptors, 1):
+            if index >= self._size:
+                raise Broken(Reason.INFLIGHT, index)
+            entry = states[index]
+            if number == len(descriptors):
+                state.last = index
+            state.num = number
+            entry.addr = address
+            entry.len = length
+            entry.flags = flags
+            entry.id = identity
+            index = entry.next
+            region.free_head = index
+        order()
+        region.old_free_head = index
+        return head
+
+    def give_back(self, head: int) -> None:
+        """The latest chain was rewound: its entries become the front of the free list again."""
+        region, states = self._region, self._states
+        states[states[head].last].next = region.old_free_head
+        region.free_head = head
+        order()
+        region.old_free_head = head
+        states[head].inflight = 0
+
+    def using(self, head: int, used: int, wrap: int) -> None:
+        """The chain is about to be used; the ring's position will be (used, wrap)."""
+        region, states = self._region, self._states
+        states[states[head].last].next = region.free_head
+        order()
+        region.free_head = head
+        order()
+        self._store_position(used, wrap, region.old_used_idx, region.old_used_wrap_counter)
+
+    def used(self, head: int) -> None:
+        """The flags have been written.
+
+        Until the last store recovery finds used flags at the old position and finishes this.
+        """
+        region = self._region
+        self._states[head].inflight = 0
+        order()
+        region.old_free_head = region.free_head
+        order()
+        used, wrap = region.used_idx, region.used_wrap_counter
+        self._store_position(used, wrap, used, wrap)

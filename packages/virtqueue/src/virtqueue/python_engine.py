@@ -1,0 +1,576 @@
+"""The ring engine in Python: the readable statement of the specification, and the oracle.
+
+`RingEngine` is what both formats share: walking a chain into pieces, the record of each taken
+chain, completion, logging.  `split_engine` and `packed_engine` add where chains are found and
+how used ones are returned.
+
+Every value read from a ring is copied once into a Python integer and checked after that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from . import barrier
+from .dirty import Log
+from .errors import UsageError
+from .layout import (
+    ABI,
+    DONE,
+    DONE_SIZE,
+    HEADER_SIZE,
+    MAGIC,
+    MAX_CHAIN_LENGTH,
+    RECORD,
+    RECORD_SIZE,
+    SEGMENT,
+    SEGMENT_SIZE,
+    DoneFlags,
+    Features,
+    More,
+    Provision,
+    QueueBlock,
+    Reason,
+    RecordFlags,
+    Result,
+    SegmentFlags,
+)
+from .table import PINS_OFFSET, READ, WRITE, Broken, Memory, Missing, Piece, Table
+
+NEXT: Final = 1
+WRITABLE: Final = 2
+INDIRECT: Final = 4
+
+Descriptor = tuple[int, int, int, int]
+"""(address, length, flags, next) of a split ring, (address, length, id, flags) of a packed one."""
+
+_FATAL: Final = frozenset((Reason.RING_MEMORY, Reason.TRUNCATED, Reason.USED_RING, Reason.INFLIGHT))
+"""After these nothing is written to the ring any more; after a wrong chain the good ones are."""
+
+
+class Room(Exception):
+    """A chain does not fit: into the batch's segments, or with what is in flight."""
+
+    def __init__(self, stalled: bool) -> None:
+        super().__init__(stalled)
+        self.stalled = stalled
+
+
+class Taken:
+    """The record of a chain from its take to its completion."""
+
+    __slots__ = (
+        "done",
+        "entry",
+        "flags",
+        "head",
+        "kept",
+        "poison",
+        "resubmitted",
+        "room",
+        "slots",
+        "status",
+        "table",
+        "writable",
+        "writable_length",
+        "written",
+    )
+
+    def __init__(self, head: int, slots: int, table: Table) -> None:
+        self.head = head
+        self.slots = slots
+        """Descriptors of the ring that the chain covers."""
+        self.table = table
+        self.writable: list[Piece] = []
+        self.writable_length = 0
+        self.kept: list[int] = []
+        """Provisions whose use counts were raised."""
+        self.poison: list[Any] = []
+        self.room = 0
+        self.entry = 0
+        """Entry of the in-flight region (packed)."""
+        self.done = False
+        self.written = 0
+        self.status = 0
+        self.flags = 0
+        self.resubmitted: Any = None
+        """What offers the chain again after a rewind when it came from the in-flight region."""
+
+
+class RingEngine:
+    """One queue's engine; the subclasses know the format."""
+
+    name = "python"
+
+    def __init__(self, block: QueueBlock, memory: Memory) -> None:
+        if (block.magic, block.abi, block.size) != (MAGIC, ABI, ctypes.sizeof(QueueBlock)):
+            raise UsageError("the queue block has another ABI")
+        self._block = block
+        self._size: int = block.queue_size
+        features = Features(block.features)
+        self._event_idx = Features.EVENT_IDX in features
+        self._indirect = Features.INDIRECT in features
+        self._in_order = Features.IN_ORDER in features
+        self._big_endian = Features.BIG_ENDIAN in features
+        self._iommu = Features.IOMMU in features
+        self._status_byte = Features.STATUS_BYTE in features
+        self._log_used = Features.LOG_USED in features
+        self._descriptor = struct.Struct("<QIHH" if not self._big_endian else ">QIHH")
+        self._records = _buffer(block.records, RECORD_SIZE * block.record_capacity)
+        self._segments = _buffer(block.segments, SEGMENT_SIZE * block.segment_capacity)
+        self._done = _buffer(block.done, DONE_SIZE * block.record_capacity)
+        self._staged = _buffer(block.staged, DONE_SIZE * block.staged_capacity)
+        self._provisions: Any = (Provision * block.provision_capacity).from_address(
+            block.provisions
+        )
+        self._memory = memory
+        self._table = Table.of(memory)
+        self._log: Log | None = None
+        self._ring_poison: list[Any] = []
+        self._taken: dict[int, Taken] = {}
+        # In the order they were taken; only kept where it decides the order of completion.
+        self._ordered: deque[Taken] = deque()
+        self._batch: list[Taken] = []
+        self._room = 0
+        """Private pieces of all chains in flight."""
+        self._room_limit = 16 * self._size + 65536
+        self._slots_out = 0
+        """Descriptors of the ring covered by chains in flight."""
+
+    # What a format adds.
+
+    def _map_ring(self) -> None:
+        raise NotImplementedError
+
+    def _load_available(self) -> int:
+        """How many chains (split) or whether one (packed) can be taken, after the barrier that
+        makes them readable."""
+        raise NotImplementedError
+
+    def _fetch(self) -> tuple[int, int, list[tuple[int, int, bool]], Any]:
+        """The next chain: (head, slots, descriptors as (address, length, writable), what
+        `_advance` needs)."""
+        raise NotImplementedError
+
+    def _advance(self, taken: Taken, found: Any) -> None:
+        raise NotImplementedError
+
+    def _retreat(self, taken: Taken) -> None:
+        raise NotImplementedError
+
+    def _use(self, chains: list[Taken]) -> bool:
+        """Return chains to the driver; whether it wants to be told."""
+        raise NotImplementedError
+
+    def recover(self) -> int:
+        raise NotImplementedError
+
+    def arm(self) -> int:
+        raise NotImplementedError
+
+    def disarm(self) -> int:
+        raise NotImplementedError
+
+    # The engine's calls.
+
+    def set_memory(self, memory: Memory) -> None:
+        """The snapshot that the next `attach` adopts."""
+        self._memory = memory
+
+    def attach(self) -> int:
+        block = self._block
+        self._table = Table.of(self._memory)
+        self._log = Log(block.log) if block.log else None
+        if block.descriptors:
+            self._ring_poison = [
+                word
+                for host in (block.descriptors, block.driver, block.device)
+                for word in self._table.poison_words(host)
+            ]
+            self._map_ring()
+        return 0
+
+    def ready(self) -> int:
+        block = self._block
+        if block.reason or block.stopped:
+            return 0
+        if block.resubmit:
+            return 1
+        return int(self._load_available() != 0)
+
+    def take(self) -> int:
+        block = self._block
+        block.count = 0
+        block.segment_count = 0
+        block.more = 0
+        self._batch = []
+        if block.reason:
+            return Result.BROKEN
+        if block.stopped:
+            return 0
+        limit = min(block.limit, block.record_capacity)
+        count = 0
+        try:
+            self._check_ring()
+            available = 1
+            while count < limit:
+                if not block.resubmit:
+                    available = self._load_available()
+                    if not available:
+                        break
+                self._take_one(count)
+                count += 1
+            else:
+                if block.resubmit or self._load_available():
+                    block.more = More.AVAILABLE
+        except Broken as error:
+            self._break(error)
+            if not count:
+                return Result.BROKEN
+            block.more = More.AVAILABLE
+        except Missing as missing:
+            if not count:
+                block.need_address = missing.address
+                block.need_length = missing.length
+                block.need_access = missing.access
+                return Result.NEED
+            block.more = More.AVAILABLE
+        except Room as room:
+            block.more = More.STALLED if room.stalled else More.AVAILABLE
+        finally:
+            block.count = count
+            if count:
+                barrier.atomic_add(self._table.address + PINS_OFFSET, count)
+        return count
+
+    def publish(self) -> int:
+        block = self._block
+        result = self._complete(self._staged, block.staged_count)
+        if result >= 0:
+            block.staged_count = 0
+        return result
+
+    def cycle(self) -> int:
+        result = self._complete(self._done, self._block.count)
+        if result < 0:
+            return result
+        return self.take()
+
+    def rewind(self) -> int:
+        block = self._block
+        count: int = block.limit
+        if count > len(self._batch) or any(
+            self._taken.get(taken.head) is not taken or taken.done
+            for taken in self._batch[len(self._batch) - count :]
+        ):
+            return Result.USAGE
+        for _ in range(count):
+            taken = self._batch.pop()
+            self._retreat(taken)
+            if self._in_order:
+                self._ordered.pop()
+            self._release([taken])
+            block.taken -= 1
+            block.segment_count -= RECORD.unpack_from(
+                self._records, RECORD_SIZE * (block.count - 1)
+            )[8]
+            block.count -= 1
+        if count:
+            block.more |= More.AVAILABLE
+        return count
+
+    def close(self) -> None:
+        self._release(list(self._taken.values()))
+        self._ordered.clear()
+        self._batch = []
+
+    # One chain.
+
+    def _check_ring(self) -> None:
+        if not self._block.descriptors:
+            raise Broken(Reason.RING_MEMORY)
+        for word in self._ring_poison:
+            if word.value:
+                raise Broken(Reason.TRUNCATED)
+
+    def _break(self, error: Broken) -> None:
+        block = self._block
+        block.reason = error.reason
+        block.detail = error.detail & 0xFFFF_FFFF_FFFF_FFFF
+
+    def _take_one(self, position: int) -> None:
+        head, slots, descriptors, found = self._fetch()
+        taken = Taken(head, slots, self._table)
+        pieces = self._resolve(taken, descriptors)
+        first = self._block.segment_count
+        if first + len(pieces) > self._block.segment_capacity:
+            raise Room(stalled=False)
+        if self._taken and self._room + taken.room > self._room_limit:
+            raise Room(stalled=True)
+        self._describe(position, first, taken, pieces, resubmitted=self._block.resubmit > 0)
+        for index in taken.kept:
+            self._provisions[index].uses += 1
+        self._advance(taken, found)
+        self._taken[head] = taken
+        self._room += taken.room
+        self._slots_out += slots
+        if self._in_order:
+            self._ordered.append(taken)
+        self._batch.append(taken)
+        block = self._block
+        block.segment_count = first + len(pieces)
+        block.taken += 1
+        block.in_flight = len(self._taken)
+
+    def _resolve(
+        self, taken: Taken, descriptors: Iterable[tuple[int, int, bool]]
+    ) -> list[tuple[Piece, bool]]:
+        """The pieces of a chain, with every rule about its buffers checked."""
+        total = 0
+        writable_seen = False
+        pieces: list[tuple[Piece, bool]] = []
+        for address, length, writable in descriptors:
+            if not length:
+                raise Broken(Reason.ZERO_LENGTH, address)
+            if writable:
+                writable_seen = True
+            elif writable_seen:
+                raise Broken(Reason.READABLE_AFTER_WRITABLE, address)
+            total += length
+            if total > MAX_CHAIN_LENGTH:
+                raise Broken(Reason.TOTAL_LENGTH, total)
+            # Without crossing regions `size` descriptors always fit; more crossings than the
+            # whole buffer holds will not fit later either.
+            if len(pieces) > self._block.segment_capacity:
+                raise Broken(Reason.CHAIN_TOO_LONG, len(pieces))
+            found = self._table.pieces(
+                address, length, WRITE if writable else READ, self._iommu, self._provisions
+            )
+            for piece in found:
+                pieces.append((piece, writable))
+                if writable:
+                    taken.writable.append(piece)
+                    taken.writable_length += piece.length
+                if piece.provision:
+                    taken.kept.append(piece.provision - 1)
+                if piece.poison is None:
+                    continue
+                if piece.poison.value:
+                    raise Broken(Reason.TRUNCATED, piece.guest)
+                if piece.poison not in taken.poison:
+                    taken.poison.append(piece.poison)
+        if len(pieces) > self._block.segment_capacity:
+            raise Broken(Reason.CHAIN_TOO_LONG, len(pieces))
+        if self._status_byte and not writable_seen:
+            raise Broken(Reason.STATUS_BYTE, taken.head)
+        taken.room = len(taken.writable) + len(taken.kept)
+        return pieces
+
+    def _indirect_table(self, address: int, length: int) -> list[Descriptor]:
+        """The descriptors of an indirect table, copied."""
+        if not self._indirect:
+            raise Broken(Reason.INDIRECT_NOT_NEGOTIATED, address)
+        if not length or length % 16 or length > 16 * self._size:
+            raise Broken(Reason.INDIRECT_LENGTH, length)
+        pieces = self._table.pieces(address, length, READ, self._iommu, self._provisions)
+        raw = b"".join(ctypes.string_at(piece.host, piece.length) for piece in pieces)
+        return list(self._descriptor.iter_unpack(raw))
+
+    def _describe(
+        self,
+        position: int,
+        first: int,
+        taken: Taken,
+        pieces: list[tuple[Piece, bool]],
+        resubmitted: bool,
+    ) -> None:
+        """Write the record, the segments and the default completion of a chain."""
+        base, end = self._table.window_base, self._table.window_end
+        flags = RecordFlags(0)
+        header = b""
+        readable = 0
+        readable_length = 0
+        payload: list[Piece] = []
+        for number, (piece, writable) in enumerate(pieces, first):
+            SEGMENT.pack_into(
+                self._segments,
+                SEGMENT_SIZE * number,
+                piece.host,
+                piece.guest,
+                piece.length,
+                SegmentFlags.WRITABLE if writable else 0,
+                piece.provision,
+            )
+            if not base <= piece.host <= end - piece.length:
+                flags |= RecordFlags.EXTERNAL
+            if writable:
+                continue
+            copied = min(HEADER_SIZE - len(header), piece.length)
+            if copied:
+                header += ctypes.string_at(piece.host, copied)
+            if piece.length > copied:
+                rest = piece.length - copied
+                payload.append(piece._replace(host=piece.host + copied, length=rest))
+                readable_length += rest
+
+        def offset(host: int) -> int:
+            return host - base if base <= host < end else 0
+
+        if len(payload) <= 1:
+            flags |= RecordFlags.READABLE_CONTIGUOUS
+        if payload:
+            readable = offset(payload[0].host)
+        writable_offset = status = 0
+        if taken.writable:
+            last = taken.writable[-1]
+            writable_offset = offset(taken.writable[0].host)
+            status = offset(last.host + last.length - 1)
+        parts = len(taken.writable)
+        if self._status_byte and parts and taken.writable[-1].length == 1:
+            parts -= 1
+        if parts <= 1:
+            flags |= RecordFlags.WRITABLE_CONTIGUOUS
+        if flags & RecordFlags.EXTERNAL:
+            flags &= ~(RecordFlags.READABLE_CONTIGUOUS | RecordFlags.WRITABLE_CONTIGUOUS)
+            readable = writable_offset = status = 0
+        if resubmitted:
+            flags |= RecordFlags.RESUBMITTED
+        RECORD.pack_into(
+            self._records,
+            RECORD_SIZE * position,
+            header,
+            readable,
+            writable_offset,
+            status,
+            readable_length,
+            taken.writable_length,
+            taken.head,
+            flags,
+            len(pieces),
+            first,
+        )
+        DONE.pack_into(
+            self._done,
+            DONE_SIZE * position,
+            taken.head,
+            0,
+            DoneFlags.STATUS if self._status_byte else 0,
+            taken.writable_length,
+        )
+
+    # Completion.
+
+    def _complete(self, source: memoryview, count: int) -> int:
+        block = self._block
+        block.notify = 0
+        chains: list[Taken] = []
+        for head, status, flags, written in DONE.iter_unpack(source[: count * DONE_SIZE]):
+            if flags & DoneFlags.KEEP:
+                continue
+            taken = self._taken.get(head)
+            if taken is None or taken.done:
+                self._undo(chains)
+                block.detail = head
+                return Result.USAGE
+            wants_status = flags & DoneFlags.STATUS
+            if written > taken.writable_length or (wants_status and not taken.writable):
+                self._undo(chains)
+                block.detail = head
+                return Result.USAGE
+            taken.done = True
+            taken.written, taken.status, taken.flags = written, status, flags
+            chains.append(taken)
+        if not chains:
+            return 0
+        if block.stopped or block.reason in _FATAL:
+            return self._drop(chains)
+        try:
+            self._check_ring()
+            for taken in chains:
+                for word in taken.poison:
+                    if word.value:
+                        raise Broken(Reason.TRUNCATED, taken.head)
+            for taken in chains:
+                self._finish(taken)
+            ready = chains
+            if self._in_order:
+                ready = []
+                while self._ordered and self._ordered[0].done:
+                    ready.append(self._ordered.popleft())
+            if ready and self._use(ready):
+                block.notify = 1
+        except Broken as error:
+            self._break(error)
+            return self._drop(chains)
+        self._release(ready)
+        block.completed += len(ready)
+        return len(chains)
+
+    @staticmethod
+    def _undo(chains: list[Taken]) -> None:
+        for taken in chains:
+            taken.done = False
+
+    def _drop(self, chains: list[Taken]) -> int:
+        """Release records without touching the ring."""
+        self._release(chains)
+        if self._in_order:
+            dropped = set(map(id, chains))
+            self._ordered = deque(t for t in self._ordered if id(t) not in dropped)
+        return len(chains)
+
+    def _finish(self, taken: Taken) -> None:
+        """The status byte, and the log of what was written to the chain's buffers."""
+        status = taken.flags & DoneFlags.STATUS
+        if status:
+            last = taken.writable[-1]
+            ctypes.c_uint8.from_address(last.host + last.length - 1).value = taken.status
+        log = self._log
+        if log is None or not log.enabled or not taken.writable:
+            return
+        left = taken.written
+        # A failed request may have written anywhere before it failed.
+        if taken.flags & DoneFlags.WROTE_ALL or (status and taken.status):
+            left = taken.writable_length
+        for piece in taken.writable:
+            if not left:
+                break
+            log.mark(piece.guest, min(left, piece.length))
+            left -= min(left, piece.length)
+        if status:
+            last = taken.writable[-1]
+            log.mark(last.guest + last.length - 1, 1)
+
+    def _release(self, chains: list[Taken]) -> None:
+        for taken in chains:
+            if self._taken.pop(taken.head, None) is None:
+                continue
+            self._room -= taken.room
+            self._slots_out -= taken.slots
+            for index in taken.kept:
+                self._provisions[index].uses -= 1
+            barrier.atomic_add(taken.table.address + PINS_OFFSET, -1)
+        self._block.in_flight = len(self._taken)
+
+    def _mark_ring(self, offset: int, length: int) -> None:
+        """Log a write to the device's part of the ring."""
+        if self._log_used and self._log is not None:
+            self._log.mark(self._block.log_used + offset, length)
+
+
+def _buffer(address: int, length: int) -> memoryview:
+    return memoryview((ctypes.c_uint8 * length).from_address(address)).cast("B")
+
+
+def create(block: QueueBlock, memory: Memory) -> RingEngine:
+    """An engine for the ring that the block describes."""
+    from .packed_engine import PackedEngine
+    from .split_engine import SplitEngine
+
+    kind: Callable[[QueueBlock, Memory], RingEngine]
+    kind = PackedEngine if Features.PACKED in Features(block.features) else SplitEngine
+    return kind(block, memory)

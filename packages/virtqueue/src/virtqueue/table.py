@@ -1,0 +1,340 @@
+"""Reading a snapshot of guest memory out of the structure that guest_memory publishes.
+
+The same bytes serve the C engine; nothing of guest_memory's Python is needed to translate.  The
+structures mirror its ``abi.py`` and are refused when magic, version or size differ.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from bisect import bisect_right
+from typing import Any, Final, NamedTuple, Protocol
+from weakref import WeakValueDictionary
+
+from .errors import UsageError
+from .layout import Reason
+
+TABLE_MAGIC: Final = 0x4D454D47
+LOG_MAGIC: Final = 0x474F4C47
+MEMORY_ABI: Final = 1
+REGION_ON_DEMAND: Final = 1
+REGION_READ_ONLY: Final = 2
+READ: Final = 1
+WRITE: Final = 2
+
+
+class Memory(Protocol):
+    """What a queue asks of a snapshot of guest memory (`guest_memory.GuestMemory` is one)."""
+
+    @property
+    def table_address(self) -> int:
+        """Host address of the snapshot's ``gm_table``."""
+
+    @property
+    def window(self) -> memoryview | None:
+        """The flat window over all mapped regions, or None."""
+
+
+class MemoryRegion(ctypes.Structure):
+    """``struct gm_region``."""
+
+    guest_address: int
+    size: int
+    user_address: int
+    host_address: int
+    poison: int
+    page_size: int
+    flags: int
+    reserved: ctypes.Array[ctypes.c_uint64]
+
+    _fields_ = [
+        ("guest_address", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("user_address", ctypes.c_uint64),
+        ("host_address", ctypes.c_uint64),
+        ("poison", ctypes.c_uint64),
+        ("page_size", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint64 * 2),
+    ]
+
+
+class MemoryIotlbEntry(ctypes.Structure):
+    """``struct gm_iotlb_entry``."""
+
+    iova: int
+    size: int
+    user_address: int
+    access: int
+    reserved: int
+
+    _fields_ = [
+        ("iova", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("user_address", ctypes.c_uint64),
+        ("access", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+    ]
+
+
+class MemoryTable(ctypes.Structure):
+    """``struct gm_table``."""
+
+    magic: int
+    abi: int
+    size: int
+    region_count: int
+    regions: int
+    by_user: int
+    iotlb: int
+    iotlb_count: int
+    flags: int
+    window_base: int
+    window_size: int
+    pins: int
+    reserved: int
+
+    _fields_ = [
+        ("magic", ctypes.c_uint32),
+        ("abi", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("region_count", ctypes.c_uint32),
+        ("regions", ctypes.c_uint64),
+        ("by_user", ctypes.c_uint64),
+        ("iotlb", ctypes.c_uint64),
+        ("iotlb_count", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("window_base", ctypes.c_uint64),
+        ("window_size", ctypes.c_uint64),
+        ("pins", ctypes.c_uint64),
+        ("reserved", ctypes.c_uint64),
+    ]
+
+
+class MemoryLog(ctypes.Structure):
+    """``struct gm_log``."""
+
+    magic: int
+    abi: int
+    size: int
+    page_shift: int
+    bitmap: int
+    bitmap_size: int
+    enabled: int
+    reserved: int
+    reserved2: int
+
+    _fields_ = [
+        ("magic", ctypes.c_uint32),
+        ("abi", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("page_shift", ctypes.c_uint32),
+        ("bitmap", ctypes.c_uint64),
+        ("bitmap_size", ctypes.c_uint64),
+        ("enabled", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("reserved2", ctypes.c_uint64),
+    ]
+
+
+PINS_OFFSET: Final[int] = MemoryTable.pins.offset  # type: ignore[attr-defined]
+
+
+class Missing(Exception):
+    """Memory that has to be provided first; internal, turned into NEED."""
+
+    def __init__(self, address: int, length: int, access: int) -> None:
+        super().__init__(address, length, access)
+        self.address = address
+        self.length = length
+        self.access = access
+
+
+class Broken(Exception):
+    """The ring is wrong; internal, turned into BROKEN."""
+
+    def __init__(self, reason: Reason, detail: int = 0) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class Piece(NamedTuple):
+    """Host memory behind part of a guest range."""
+
+    host: int
+    guest: int
+    length: int
+    provision: int
+    poison: Any
+    """The region's poison word, or None."""
+
+
+class Region(NamedTuple):
+    """One region, copied out of the table."""
+
+    guest: int
+    size: int
+    user: int
+    host: int
+    flags: int
+    poison: Any
+
+
+class Table:
+    """One snapshot, ready for look-ups; reads nothing but provisions afterwards."""
+
+    def __init__(self, memory: Memory) -> None:
+        address = memory.table_address
+        table = MemoryTable.from_address(address)
+        if (table.magic, table.abi, table.size) != (
+            TABLE_MAGIC,
+            MEMORY_ABI,
+            ctypes.sizeof(MemoryTable),
+        ):
+            raise UsageError(
+                f"memory table has magic {table.magic:#x}, ABI {table.abi}, {table.size} bytes"
+            )
+        self.memory = memory
+        self.address = address
+        self.window_base: int = table.window_base
+        self.window_end: int = table.window_base + table.window_size
+        raw = (MemoryRegion * table.region_count).from_address(table.regions or address)
+        self.regions = [
+            Region(
+                r.guest_address,
+                r.size,
+                r.user_address,
+                r.host_address,
+                r.flags,
+                ctypes.c_uint32.from_address(r.poison) if r.poison else None,
+            )
+            for r in raw
+        ]
+        self._starts = [region.guest for region in self.regions]
+        self._by_user = sorted(self.regions, key=lambda region: region.user)
+        self._user_starts = [region.user for region in self._by_user]
+        self._entries: list[tuple[int, int, int, int]] = []
+        if table.iotlb:
+            entries = (MemoryIotlbEntry * table.iotlb_count).from_address(table.iotlb)
+            self._entries = [(e.iova, e.size, e.user_address, e.access) for e in entries]
+        self._iovas = [entry[0] for entry in self._entries]
+
+    @classmethod
+    def of(cls, memory: Memory) -> Table:
+        """The table of a snapshot, parsed once for all queues that use it."""
+        # A table keeps its snapshot alive, so that the address stands for one snapshot.
+        table = _tables.get(memory.table_address)
+        if table is None:
+            table = _tables[memory.table_address] = cls(memory)
+        return table
+
+    @property
+    def pins(self) -> int:
+        """Requests taken with this snapshot and not completed, in all engines."""
+        return MemoryTable.from_address(self.address).pins
+
+    def poison_words(self, host: int) -> list[Any]:
+        """The poison word of the region that is mapped at a host address."""
+        return [
+            region.poison
+            for region in self.regions
+            if region.poison is not None and region.host <= host < region.host + region.size
+        ]
+
+    def pieces(
+        self, address: int, length: int, access: int, iommu: bool, provisions: Any
+    ) -> list[Piece]:
+        """Host memory behind ``length`` bytes at a guest address, or at an IOVA.
+
+        Raises `Broken` (ADDRESS, ACCESS) and `Missing`.
+        """
+        if address + length > 1 << 64:
+            raise Broken(Reason.ADDRESS, address)
+        if not iommu:
+            return self._guest_pieces(address, length, access, provisions)
+        pieces: list[Piece] = []
+        while length:
+            index = bisect_right(self._iovas, address) - 1
+            if index < 0:
+                raise Missing(address, length, access)
+            iova, size, user, granted = self._entries[index]
+            offset = address - iova
+            # A grant that does not cover the access is a miss too: the front-end decides.
+            if offset >= size or access & ~granted:
+                raise Missing(address, length, access)
+            step = min(length, size - offset)
+            pieces += self.user_pieces(user + offset, step, access, provisions)
+            address += step
+            length -= step
+        return pieces
+
+    def user_pieces(self, user: int, length: int, access: int, provisions: Any) -> list[Piece]:
+        """Host memory behind front-end user addresses."""
+        pieces: list[Piece] = []
+        while length:
+            index = bisect_right(self._user_starts, user) - 1
+            region = self._by_user[index] if index >= 0 else None
+            if region is None or user - region.user >= region.size:
+                raise Broken(Reason.ADDRESS, user)
+            offset = user - region.user
+            step = min(length, region.size - offset)
+            pieces += self._in_region(region, offset, step, access, provisions)
+            user += step
+            length -= step
+        return pieces
+
+    def _guest_pieces(self, address: int, length: int, access: int, provisions: Any) -> list[Piece]:
+        pieces: list[Piece] = []
+        while length:
+            index = bisect_right(self._starts, address) - 1
+            region = self.regions[index] if index >= 0 else None
+            if region is None or address - region.guest >= region.size:
+                raise Broken(Reason.ADDRESS, address)
+            offset = address - region.guest
+            step = min(length, region.size - offset)
+            pieces += self._in_region(region, offset, step, access, provisions)
+            address += step
+            length -= step
+        return pieces
+
+    def _in_region(
+        self, region: Region, offset: int, length: int, access: int, provisions: Any
+    ) -> list[Piece]:
+        guest = region.guest + offset
+        if access & WRITE and region.flags & REGION_READ_ONLY:
+            raise Broken(Reason.ACCESS, guest)
+        if not region.flags & REGION_ON_DEMAND:
+            return [Piece(region.host + offset, guest, length, 0, region.poison)]
+        pieces: list[Piece] = []
+        while length:
+            for index, entry in enumerate(provisions):
+                inside = guest - entry.guest_address
+                if 0 <= inside < entry.length and not access & ~entry.access:
+                    step = min(length, entry.length - inside)
+                    host = entry.host_address + inside
+                    pieces.append(Piece(host, guest, step, index + 1, region.poison))
+                    guest += step
+                    length -= step
+                    break
+            else:
+                raise Missing(guest, length, access)
+        return pieces
+
+    def ring_part(
+        self, address: int, length: int, access: int, iommu: bool, provisions: Any
+    ) -> int:
+        """Host address of a part of a ring, which has to be in one piece for the host."""
+        if iommu:
+            pieces = self.pieces(address, length, access, True, provisions)
+        else:
+            pieces = self.user_pieces(address, length, access, provisions)
+        end = pieces[0].host
+        for piece in pieces:
+            if piece.host != end:
+                raise Broken(Reason.RING_MEMORY, address)
+            end += piece.length
+        return pieces[0].host
+
+
+_tables: WeakValueDictionary[int, Table] = WeakValueDictionary()

@@ -1,0 +1,55 @@
+"""One ring rig for every engine, format and feature set."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from virtqueue_rig import FEATURES, Rig
+
+from virtqueue import available_engines
+
+# Asking for an engine means that it has to be there: a missing one fails, it does not skip.
+ENGINES = (
+    (os.environ["VIRTQUEUE_ENGINE"],)
+    if os.environ.get("VIRTQUEUE_ENGINE")
+    else available_engines()[::-1]
+)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=["split", "packed"])
+def packed(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "packed")
+
+
+@pytest.fixture(params=list(FEATURES))
+def features(request: pytest.FixtureRequest) -> dict[str, bool]:
+    return FEATURES[request.param]
+
+
+@pytest.fixture
+def make_rig(engine: str) -> Iterator[type[Rig]]:
+    """`Rig` with the engine filled in; every rig is closed at the end."""
+    made: list[Rig] = []
+
+    class Made(Rig):
+        def __init__(self, **settings: object) -> None:
+            settings.setdefault("engine", engine)
+            super().__init__(**settings)  # type: ignore[arg-type]
+            made.append(self)
+
+    yield Made
+    for rig in made:
+        rig.close()
