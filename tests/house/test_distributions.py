@@ -48,8 +48,13 @@ def build(source: Path, target: str, folder: Path) -> Path:
 def sources(name: str) -> set[str]:
     """The package's files as git would hold them, relative to src."""
     folder = ROOT / "packages" / name / "src"
-    found = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
-    return {str(path) for path in found if path.suffix not in (".so", ".pyc")}
+    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return {
+        str(path)
+        for path in found
+        if path.suffix != ".so"
+        and not any(part.startswith((".", "__")) for part in path.parts[:-1])
+    }
 
 
 @pytest.mark.parametrize("name", PACKAGES)
