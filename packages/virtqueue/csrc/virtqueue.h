@@ -211,4 +211,57 @@ struct vq_layout_entry {
 };
 VQ_API const struct vq_layout_entry *vq_layout(void);
 
+/* ---- one queue ---- */
+
+/*
+ * Check the block's magic, ABI, size, features and arrays, and allocate the engine's private state,
+ * which block->private then points to.  0, VQ_ABI_ERROR, VQ_USAGE or VQ_NO_MEMORY.
+ */
+VQ_API int vq_create(struct vq_queue *queue);
+
+/*
+ * Adopt descriptors, driver, device, table, log and log_used from the block: before the first take
+ * and after each change.  Chains in flight keep the snapshot they were taken with.  0,
+ * VQ_ABI_ERROR, VQ_NO_MEMORY, or VQ_BROKEN when the ring is misaligned.
+ */
+VQ_API int vq_attach(struct vq_queue *queue);
+
+/*
+ * Set the ring's position from the in-flight region, once, after vq_attach.  Returns how many
+ * chains will be taken again, or VQ_BROKEN.
+ */
+VQ_API int vq_recover(struct vq_queue *queue);
+
+/*
+ * Take up to `limit` available chains into records, segments and done; sets count, segment_count
+ * and more.  Returns count.  What stops it short is returned only when nothing was taken: VQ_NEED
+ * leaves the ring where it was, VQ_BROKEN is for good (reason is set at once all the same).
+ */
+VQ_API int vq_take(struct vq_queue *queue);
+
+/*
+ * Complete staged[0:staged_count], but for entries marked KEEP; sets notify and resets
+ * staged_count.  Returns how many were completed, or VQ_USAGE, with the head in detail, when an
+ * entry is wrong: then none was.
+ */
+VQ_API int vq_publish(struct vq_queue *queue);
+
+/* Complete done[0:count] as vq_publish does, then take as vq_take does. */
+VQ_API int vq_cycle(struct vq_queue *queue);
+
+/* Give the last `limit` chains of the batch back to the ring.  Returns how many, or VQ_USAGE. */
+VQ_API int vq_rewind(struct vq_queue *queue);
+
+/* Ask the driver for kicks, pass a full barrier, look again: 1 when chains are available. */
+VQ_API int vq_arm(struct vq_queue *queue);
+
+/* Tell the driver that kicks are not needed.  0. */
+VQ_API int vq_disarm(struct vq_queue *queue);
+
+/* 1 when a chain is available; changes nothing. */
+VQ_API int vq_ready(struct vq_queue *queue);
+
+/* Release all chains in flight and the private state.  The block can be created anew. */
+VQ_API void vq_close(struct vq_queue *queue);
+
 #endif

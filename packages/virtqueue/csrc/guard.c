@@ -1,0 +1,3 @@
+#include "virtqueue.h"
+
+uint32_t guard_events;

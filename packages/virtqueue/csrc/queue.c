@@ -1,0 +1,405 @@
+/* The calls on one queue: what they check, and what does not depend on the ring's format. */
+#include <stdlib.h>
+
+#include "chain.h"
+
+#define ALL_FEATURES                                                                               \
+    (VQ_PACKED | VQ_EVENT_IDX | VQ_INDIRECT | VQ_IN_ORDER | VQ_BIG_ENDIAN | VQ_IOMMU |             \
+     VQ_STATUS_BYTE | VQ_LOG_USED)
+
+static inline struct engine *engine_of(const struct vq_queue *queue)
+{
+    return pointer(queue->private);
+}
+
+static inline const struct format *format_of(const struct vq_queue *queue)
+{
+    return queue->features & VQ_PACKED ? &packed_format : &split_format;
+}
+
+static void destroy(struct engine *engine)
+{
+    memory_release(&engine->memory);
+    free(engine->chains);
+    free(engine->batch);
+    free(engine->raw);
+    free(engine->extras);
+    free(engine->order);
+    free(engine->entries);
+    free(engine->resubmit);
+    free(engine->saved);
+    free(engine->saved_at);
+    free(engine);
+}
+
+int vq_create(struct vq_queue *queue)
+{
+    if (queue->magic != VQ_MAGIC || queue->abi != VQ_ABI || queue->size != sizeof(*queue))
+        return VQ_ABI_ERROR;
+    const uint32_t size = queue->queue_size;
+    const bool packed = queue->features & VQ_PACKED;
+    const bool big_endian = queue->features & VQ_BIG_ENDIAN;
+    if (!size || size > VQ_MAX_QUEUE_SIZE || (!packed && (size & (size - 1))) ||
+        (packed && big_endian) || (queue->features & ~ALL_FEATURES))
+        return VQ_USAGE;
+    if (!queue->records || !queue->segments || !queue->done || !queue->record_capacity ||
+        !queue->segment_capacity || (queue->staged_capacity && !queue->staged) ||
+        (queue->provision_capacity && !queue->provisions))
+        return VQ_USAGE;
+
+    struct engine *engine = calloc(1, sizeof(*engine));
+    if (!engine)
+        return VQ_NO_MEMORY;
+    /* A chain that would exceed the limit waits until nothing is in flight, and then fits. */
+    engine->room_limit = 16 * size + 65536;
+    const size_t extras = engine->room_limit + 2 * (size_t)queue->segment_capacity;
+    engine->chains = calloc(size, sizeof(*engine->chains));
+    engine->batch = calloc(size, sizeof(*engine->batch));
+    engine->raw = calloc(size, sizeof(*engine->raw));
+    engine->order = calloc(size, sizeof(*engine->order));
+    engine->entries = calloc(size, sizeof(*engine->entries));
+    engine->extras = calloc(extras, sizeof(*engine->extras)); /* untouched pages cost nothing */
+    engine->extra_free = NONE;
+    static const struct gm_table no_memory;
+    if (!engine->chains || !engine->batch || !engine->raw || !engine->order || !engine->entries ||
+        !engine->extras || memory_adopt(&engine->memory, &no_memory)) {
+        destroy(engine);
+        return VQ_NO_MEMORY;
+    }
+    engine->queue = queue;
+    engine->swap = big_endian != (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__);
+    engine->memory.iommu = queue->features & VQ_IOMMU;
+    engine->memory.provisions = pointer(queue->provisions);
+    engine->memory.provision_capacity = queue->provision_capacity;
+    engine->avail_index = queue->next_avail;
+    queue->private = (uintptr_t)engine;
+    return 0;
+}
+
+/* The regions that the ring lies in, to look for their poison. */
+static uint64_t ring_regions(const struct vq_queue *queue, const struct memory *memory)
+{
+    const uint64_t size = queue->queue_size;
+    const bool packed = queue->features & VQ_PACKED;
+    return memory_mask(memory, queue->descriptors, 16 * size) |
+           memory_mask(memory, queue->driver, packed ? 4 : 6 + 2 * size) |
+           memory_mask(memory, queue->device, packed ? 4 : 6 + 8 * size);
+}
+
+int vq_attach(struct vq_queue *queue)
+{
+    struct engine *engine = engine_of(queue);
+    const struct gm_table *table = pointer(queue->table);
+    const struct gm_log *log = pointer(queue->log);
+    if (!table || table->magic != GM_TABLE_MAGIC || table->abi != GM_ABI ||
+        table->size != sizeof(*table))
+        return VQ_ABI_ERROR;
+    if (log && (log->magic != GM_LOG_MAGIC || log->abi != GM_ABI || log->size != sizeof(*log) ||
+                log->page_shift != 12))
+        return VQ_ABI_ERROR;
+    int failed = memory_adopt(&engine->memory, table);
+    if (failed)
+        return failed;
+    for (uint32_t i = 0; i <= HINTS; i++)
+        engine->hints[i] = memory_nowhere(&engine->memory);
+    engine->log = log;
+    /* Nothing of this snapshot is poisoned, and no other is in use: events until now are settled. */
+    const uint32_t events = __atomic_load_n(&guard_events, __ATOMIC_ACQUIRE);
+    if (!queue->in_flight && !memory_poisoned(table))
+        engine->guard_events = events;
+    engine->ring_regions = ring_regions(queue, &engine->memory);
+    const bool packed = queue->features & VQ_PACKED;
+    if (queue->descriptors % 16 || queue->driver % (packed ? 4 : 2) || queue->device % 4)
+        return broken(engine, VQ_REASON_RING_MEMORY, queue->descriptors);
+    return 0;
+}
+
+/* Whether the ring can be used now; breaks the queue when it cannot. */
+static bool ring_usable(struct engine *engine)
+{
+    const struct vq_queue *queue = engine->queue;
+    if (unlikely(!queue->descriptors)) {
+        broken(engine, VQ_REASON_RING_MEMORY, 0);
+        return false;
+    }
+    if (unlikely(poison_possible(engine) &&
+                 (memory_poisoned(engine->memory.table) & engine->ring_regions))) {
+        broken(engine, VQ_REASON_TRUNCATED, 0);
+        return false;
+    }
+    return true;
+}
+
+/* Whether one of the claimed chains lies in memory that was truncated. */
+static bool chains_poisoned(const struct engine *engine, const struct vq_done *done,
+                            uint32_t count)
+{
+    if (likely(!poison_possible(engine)))
+        return false;
+    const struct gm_table *table = NULL;
+    uint64_t poisoned = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        if (done[i].flags & VQ_DONE_KEEP)
+            continue;
+        const struct chain *chain = &engine->chains[done[i].head];
+        if (chain->table != table) {
+            table = chain->table;
+            poisoned = memory_poisoned(table);
+        }
+        if (unlikely(chain->regions & poisoned))
+            return true;
+    }
+    return false;
+}
+
+/* ---- completing ---- */
+
+/*
+ * Check a list of completions and mark their chains as done: all of them, or none and VQ_USAGE.
+ * Returns how many there are.
+ */
+static int claim(struct engine *engine, const struct vq_done *done, uint32_t count)
+{
+    const uint32_t size = engine->queue->queue_size;
+    int claimed = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        if (unlikely(done[i].flags & VQ_DONE_KEEP))
+            continue;
+        struct chain *chain = &engine->chains[done[i].head < size ? done[i].head : 0];
+        if (unlikely(done[i].head >= size || chain->state != CHAIN_TAKEN ||
+                     done[i].written > chain->writable_length ||
+                     ((done[i].flags & VQ_DONE_STATUS) && !chain->status))) {
+            engine->queue->detail = done[i].head;
+            while (i--)
+                if (!(done[i].flags & VQ_DONE_KEEP))
+                    engine->chains[done[i].head].state = CHAIN_TAKEN;
+            return VQ_USAGE;
+        }
+        chain->state = CHAIN_DONE;
+        claimed++;
+    }
+    return claimed;
+}
+
+/* The status byte of a completion, and the log of what was written to the chain's buffers. */
+static inline void settle(const struct engine *engine, const struct vq_done *done)
+{
+    const struct chain *chain = &engine->chains[done->head];
+    if (done->flags & VQ_DONE_STATUS)
+        store8(pointer(chain->status), done->status);
+    if (unlikely(engine->log != NULL))
+        chain_log(engine, chain, done);
+}
+
+/* Release batch[0:count]. */
+static void release(struct engine *engine, uint32_t count)
+{
+    struct unpinning unpinning = {.table = engine->memory.table};
+    for (uint32_t i = 0; i < count; i++)
+        chain_release(engine, engine->batch[i].head, &unpinning);
+    unpin(&unpinning, NULL);
+    engine->queue->in_flight -= count;
+}
+
+/* IN_ORDER: the oldest chains that are done go to the batch.  Returns how many. */
+static uint32_t pop_order(struct engine *engine)
+{
+    const uint32_t size = engine->queue->queue_size;
+    uint32_t count = 0;
+    while (engine->order_count) {
+        const uint16_t head = engine->order[engine->order_first];
+        if (engine->chains[head].state != CHAIN_DONE)
+            break;
+        engine->batch[count++] =
+            (struct vq_done){.head = head, .written = engine->chains[head].written};
+        engine->order_first = engine->order_first + 1 == size ? 0 : engine->order_first + 1;
+        engine->order_count--;
+    }
+    return count;
+}
+
+/* IN_ORDER: all chains that are done go to the batch, wherever they are.  Returns how many. */
+static uint32_t drain_order(struct engine *engine)
+{
+    const uint32_t size = engine->queue->queue_size;
+    uint32_t count = 0, kept = 0;
+    for (uint32_t i = 0; i < engine->order_count; i++) {
+        const uint16_t head = engine->order[(engine->order_first + i) % size];
+        if (engine->chains[head].state == CHAIN_DONE)
+            engine->batch[count++].head = head;
+        else
+            engine->order[(engine->order_first + kept++) % size] = head;
+    }
+    engine->order_count = kept;
+    return count;
+}
+
+/* Release claimed chains without touching the ring or their buffers. */
+static void drop(struct engine *engine, const struct vq_done *done, uint32_t count)
+{
+    uint32_t dropped = 0;
+    if (engine->queue->features & VQ_IN_ORDER) {
+        dropped = drain_order(engine);
+    } else {
+        for (uint32_t i = 0; i < count; i++)
+            if (!(done[i].flags & VQ_DONE_KEEP))
+                engine->batch[dropped++] = done[i];
+    }
+    release(engine, dropped);
+}
+
+static bool fatal(uint32_t reason)
+{
+    /* After these nothing is written to the ring any more; after a wrong chain the right ones
+     * that were taken before it still are. */
+    return reason == VQ_REASON_RING_MEMORY || reason == VQ_REASON_TRUNCATED ||
+           reason == VQ_REASON_USED_RING || reason == VQ_REASON_INFLIGHT;
+}
+
+static int complete(struct engine *engine, const struct vq_done *done, uint32_t count)
+{
+    struct vq_queue *queue = engine->queue;
+    queue->notify = 0;
+    const int claimed = claim(engine, done, count);
+    if (claimed <= 0)
+        return claimed;
+    if (unlikely(queue->stopped || fatal(queue->reason) || !ring_usable(engine))) {
+        drop(engine, done, count);
+        return claimed;
+    }
+    uint32_t using = 0;
+    const bool in_order = queue->features & VQ_IN_ORDER;
+    for (uint32_t i = 0; i < count; i++) {
+        if (unlikely(done[i].flags & VQ_DONE_KEEP))
+            continue;
+        settle(engine, &done[i]);
+        if (unlikely(in_order))
+            engine->chains[done[i].head].written = done[i].written;
+        else
+            engine->batch[using++] = done[i];
+    }
+    /* After the device's writes and the status bytes, before the driver is shown anything. */
+    if (unlikely(chains_poisoned(engine, done, count))) {
+        broken(engine, VQ_REASON_TRUNCATED, done[0].head);
+        drop(engine, done, count);
+        return claimed;
+    }
+    if (unlikely(in_order))
+        using = pop_order(engine);
+    if (using) {
+        queue->notify = (uint32_t)format_of(queue)->use(engine, using);
+        release(engine, using);
+        queue->completed += using;
+    }
+    return claimed;
+}
+
+/* ---- the calls ---- */
+
+int vq_take(struct vq_queue *queue)
+{
+    struct engine *engine = engine_of(queue);
+    queue->count = queue->segment_count = queue->more = 0;
+    if (unlikely(queue->reason))
+        return VQ_BROKEN;
+    if (unlikely(queue->stopped))
+        return 0;
+    if (unlikely(!ring_usable(engine)))
+        return VQ_BROKEN;
+    return queue->features & VQ_PACKED ? packed_format.take(engine) : split_format.take(engine);
+}
+
+int vq_publish(struct vq_queue *queue)
+{
+    if (queue->staged_count > queue->staged_capacity)
+        return VQ_USAGE;
+    int result = complete(engine_of(queue), pointer(queue->staged), queue->staged_count);
+    if (result >= 0)
+        queue->staged_count = 0;
+    return result;
+}
+
+int vq_cycle(struct vq_queue *queue)
+{
+    if (unlikely(queue->count > queue->record_capacity))
+        return VQ_USAGE;
+    int result = complete(engine_of(queue), pointer(queue->done), queue->count);
+    return result < 0 ? result : vq_take(queue);
+}
+
+int vq_rewind(struct vq_queue *queue)
+{
+    struct engine *engine = engine_of(queue);
+    const struct vq_record *records = pointer(queue->records);
+    const uint32_t count = queue->limit;
+    if (count > queue->count || queue->count > queue->record_capacity)
+        return VQ_USAGE;
+    for (uint32_t i = queue->count - count; i < queue->count; i++)
+        if (records[i].head >= queue->queue_size ||
+            engine->chains[records[i].head].state != CHAIN_TAKEN)
+            return VQ_USAGE;
+    for (uint32_t i = 0; i < count; i++) {
+        const struct vq_record *record = &records[--queue->count];
+        format_of(queue)->retreat(engine, record->head);
+        if (queue->features & VQ_IN_ORDER)
+            engine->order_count--;
+        engine->batch[0].head = record->head;
+        release(engine, 1);
+        queue->taken--;
+        queue->segment_count -= record->segment_count;
+    }
+    if (count)
+        queue->more |= VQ_MORE_AVAILABLE;
+    return (int)count;
+}
+
+int vq_arm(struct vq_queue *queue)
+{
+    struct engine *engine = engine_of(queue);
+    if (queue->stopped || !queue->descriptors)
+        return 0;
+    int ready = format_of(queue)->arm(engine);
+    queue->armed = 1;
+    if (queue->resubmit || queue->reason)
+        return queue->resubmit != 0;
+    return ready;
+}
+
+int vq_disarm(struct vq_queue *queue)
+{
+    queue->armed = 0;
+    if (queue->stopped || !queue->descriptors)
+        return 0;
+    return format_of(queue)->disarm(engine_of(queue));
+}
+
+int vq_ready(struct vq_queue *queue)
+{
+    if (queue->reason || queue->stopped || !queue->descriptors)
+        return 0;
+    return queue->resubmit || format_of(queue)->ready(engine_of(queue));
+}
+
+int vq_recover(struct vq_queue *queue)
+{
+    struct engine *engine = engine_of(queue);
+    if (engine->inflight || engine->resubmit || queue->in_flight)
+        return VQ_USAGE;
+    if (!queue->inflight || queue->inflight % 8 || !queue->descriptors)
+        return VQ_USAGE;
+    return format_of(queue)->recover(engine);
+}
+
+void vq_close(struct vq_queue *queue)
+{
+    struct engine *engine = engine_of(queue);
+    if (!engine)
+        return;
+    uint32_t count = 0;
+    for (uint32_t head = 0; head < queue->queue_size; head++)
+        if (engine->chains[head].state != CHAIN_FREE)
+            engine->batch[count++].head = (uint16_t)head;
+    release(engine, count);
+    queue->private = 0;
+    destroy(engine);
+}
