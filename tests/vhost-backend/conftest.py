@@ -1,6 +1,5 @@
 """Fixtures for the daemon's tests: an image, and both ring engines."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,9 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=["c", "python"])
-def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+def engine(request: pytest.FixtureRequest) -> str:
     """Each ring engine; the C engine is left out only where it was not built on purpose."""
     name = str(request.param)
     if name not in available_engines():
         pytest.skip("this installation has no C engine")
-    yield name
+    return name

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vhost_backend import ListenError, Listener
+from vhost_backend import Listener, ListenError
 
 
 def test_the_socket_file_exists_while_listening_and_is_gone_afterwards(tmp_path: Path) -> None:

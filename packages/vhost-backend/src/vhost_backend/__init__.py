@@ -24,6 +24,7 @@ __all__ = [
     "DeviceBackend",
     "DeviceError",
     "ListenError",
+    "Listener",
     "Queue",
     "QueueCounters",
     "Refused",

@@ -11,8 +11,9 @@ Section names in comments are those of the vhost-user specification.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import vhost_protocol as vp
 from guest_memory import (
@@ -23,10 +24,11 @@ from guest_memory import (
     Mapper,
     MemoryHolder,
     Region,
+    SharedMapping,
     UserAddress,
+    allocate_memfd,
 )
-
-from virtqueue import UsageError
+from virtqueue import InflightRegion, UsageError, inflight_size
 
 from .backend import VhostUserBackend
 from .errors import Refused
@@ -43,14 +45,16 @@ CORE_FEATURES = (
     | vp.ProtocolFeatures.RESET_DEVICE
     | vp.ProtocolFeatures.CONFIGURE_MEM_SLOTS
     | vp.ProtocolFeatures.STATUS
+    | vp.ProtocolFeatures.INFLIGHT_SHMFD
 )
 
 
 class Answer(NamedTuple):
-    """A reply of the request's own kind; `fds` are lent for the time of sending."""
+    """A reply of the request's own kind; `close`: its `fds` are closed once it is sent."""
 
     message: vp.Reply
     fds: tuple[int, ...] = ()
+    close: bool = False
 
 
 class Draining(NamedTuple):
@@ -59,6 +63,7 @@ class Draining(NamedTuple):
     ring: int
 
 
+Fds = list[vp.OwnedFd]
 Outcome = Answer | Draining | None
 """None: done; acknowledge the request if it asks for that."""
 
@@ -112,6 +117,8 @@ class ControlPlane:
             vp.SetVringCall: self._set_vring_call,
             vp.SetVringErr: self._set_vring_err,
             vp.SetVringEnable: self._set_vring_enable,
+            vp.GetInflightFd: self._get_inflight_fd,
+            vp.SetInflightFd: self._set_inflight_fd,
             vp.GetConfig: self._get_config,
             vp.SetConfig: self._set_config,
             vp.GetStatus: self._get_status,
@@ -133,7 +140,7 @@ class ControlPlane:
 
     # -- entry points ---------------------------------------------------------------------------
 
-    def handle(self, message: vp.Message, fds: list[vp.OwnedFd]) -> Outcome:
+    def handle(self, message: vp.Message, fds: Fds) -> Outcome:
         """Apply one message. Raises `Refused`; descriptors that are kept are detached."""
         handler = self._handlers.get(type(message))
         if handler is None:
@@ -175,10 +182,10 @@ class ControlPlane:
 
     # -- negotiation ----------------------------------------------------------------------------
 
-    def _get_features(self, message: vp.GetFeatures, fds: list[vp.OwnedFd]) -> Outcome:
+    def _get_features(self, message: vp.GetFeatures, fds: Fds) -> Outcome:
         return Answer(vp.FeaturesReply(int(self.offered_features)))
 
-    def _set_features(self, message: vp.SetFeatures, fds: list[vp.OwnedFd]) -> Outcome:
+    def _set_features(self, message: vp.SetFeatures, fds: Fds) -> Outcome:
         features = VirtioFeature(message.features)
         unknown = features & ~self.offered_features
         if unknown:
@@ -195,23 +202,23 @@ class ControlPlane:
             self._scan(index)
         return None
 
-    def _get_protocol_features(self, message: vp.GetProtocolFeatures, fds: list[vp.OwnedFd]) -> Outcome:
+    def _get_protocol_features(self, message: vp.GetProtocolFeatures, fds: Fds) -> Outcome:
         return Answer(vp.ProtocolFeaturesReply(self.offered_protocol_features))
 
-    def _set_protocol_features(self, message: vp.SetProtocolFeatures, fds: list[vp.OwnedFd]) -> Outcome:
+    def _set_protocol_features(self, message: vp.SetProtocolFeatures, fds: Fds) -> Outcome:
         unknown = message.features & ~self.offered_protocol_features
         if unknown:
             raise Refused("SET_PROTOCOL_FEATURES", f"bits {int(unknown):#x} were not offered")
         self.protocol_features = message.features
         return None
 
-    def _set_owner(self, message: vp.SetOwner, fds: list[vp.OwnedFd]) -> Outcome:
+    def _set_owner(self, message: vp.SetOwner, fds: Fds) -> Outcome:
         if self.owned:
             raise Refused("SET_OWNER", "this connection owns the device already")
         self.owned = True
         return None
 
-    def _reset_owner(self, message: vp.ResetOwner, fds: list[vp.OwnedFd]) -> Outcome:
+    def _reset_owner(self, message: vp.ResetOwner, fds: Fds) -> Outcome:
         # Deprecated; the specification recommends to do no more than disable all rings.
         for vring in self._vrings:
             with vring.get_mut() as state:
@@ -219,19 +226,19 @@ class ControlPlane:
         self.owned = False
         return None
 
-    def _get_queue_num(self, message: vp.GetQueueNum, fds: list[vp.OwnedFd]) -> Outcome:
+    def _get_queue_num(self, message: vp.GetQueueNum, fds: Fds) -> Outcome:
         return Answer(vp.QueueNumReply(self._backend.num_queues()))
 
-    def _get_status(self, message: vp.GetStatus, fds: list[vp.OwnedFd]) -> Outcome:
+    def _get_status(self, message: vp.GetStatus, fds: Fds) -> Outcome:
         return Answer(vp.StatusReply(self.status))
 
-    def _set_status(self, message: vp.SetStatus, fds: list[vp.OwnedFd]) -> Outcome:
+    def _set_status(self, message: vp.SetStatus, fds: Fds) -> Outcome:
         if message.status == 0 and self.status:
             self._reset()
         self.status = message.status
         return None
 
-    def _reset_device(self, message: vp.ResetDevice, fds: list[vp.OwnedFd]) -> Outcome:
+    def _reset_device(self, message: vp.ResetDevice, fds: Fds) -> Outcome:
         self._reset()
         return None
 
@@ -247,13 +254,12 @@ class ControlPlane:
 
     # -- memory ---------------------------------------------------------------------------------
 
-    def _get_max_mem_slots(self, message: vp.GetMaxMemSlots, fds: list[vp.OwnedFd]) -> Outcome:
+    def _get_max_mem_slots(self, message: vp.GetMaxMemSlots, fds: Fds) -> Outcome:
         return Answer(vp.MaxMemSlotsReply(MAX_MEM_SLOTS))
 
-    def _set_mem_table(self, message: vp.SetMemTable, fds: list[vp.OwnedFd]) -> Outcome:
+    def _set_mem_table(self, message: vp.SetMemTable, fds: Fds) -> Outcome:
         pairs = [
-            (_region(region), fd.fileno())
-            for region, fd in zip(message.regions, fds, strict=True)
+            (_region(region), fd.fileno()) for region, fd in zip(message.regions, fds, strict=True)
         ]
         try:
             memory = GuestMemory.map(pairs, mapper=self._mapper)
@@ -262,7 +268,7 @@ class ControlPlane:
         self._use(memory)
         return None
 
-    def _add_mem_reg(self, message: vp.AddMemReg, fds: list[vp.OwnedFd]) -> Outcome:
+    def _add_mem_reg(self, message: vp.AddMemReg, fds: Fds) -> Outcome:
         try:
             memory = self._memory.current.add(
                 _region(message.region), fds[0].fileno() if fds else None, mapper=self._mapper
@@ -272,7 +278,7 @@ class ControlPlane:
         self._use(memory)
         return None
 
-    def _rem_mem_reg(self, message: vp.RemMemReg, fds: list[vp.OwnedFd]) -> Outcome:
+    def _rem_mem_reg(self, message: vp.RemMemReg, fds: Fds) -> Outcome:
         try:
             memory = self._memory.current.remove(_region(message.region))
         except GuestMemoryError as error:
@@ -296,7 +302,7 @@ class ControlPlane:
             raise Refused(request, f"there is no vring {index}")
         return self._vrings[index]
 
-    def _set_vring_num(self, message: vp.SetVringNum, fds: list[vp.OwnedFd]) -> Outcome:
+    def _set_vring_num(self, message: vp.SetVringNum, fds: Fds) -> Outcome:
         vring = self._vring("SET_VRING_NUM", message.index)
         size = message.num
         packed = self.features & VirtioFeature.RING_PACKED
@@ -312,7 +318,7 @@ class ControlPlane:
             state.set_queue_size(size)
         return None
 
-    def _set_vring_addr(self, message: vp.SetVringAddr, fds: list[vp.OwnedFd]) -> Outcome:
+    def _set_vring_addr(self, message: vp.SetVringAddr, fds: Fds) -> Outcome:
         vring = self._vring("SET_VRING_ADDR", message.index)
         addresses = (message.descriptor, message.available, message.used)
         log_used = message.log if message.flags & vp.VringFlags.LOG else None
@@ -338,7 +344,7 @@ class ControlPlane:
         state.enabled = enabled
         state.set_queue_ready(self._memory.current)
 
-    def _set_vring_base(self, message: vp.SetVringBase, fds: list[vp.OwnedFd]) -> Outcome:
+    def _set_vring_base(self, message: vp.SetVringBase, fds: Fds) -> Outcome:
         vring = self._vring("SET_VRING_BASE", message.index)
         packed = self.features & VirtioFeature.RING_PACKED
         if message.base > 0xFFFF and not packed:
@@ -349,7 +355,7 @@ class ControlPlane:
             state.set_queue_next_avail(message.base)
         return None
 
-    def _get_vring_base(self, message: vp.GetVringBase, fds: list[vp.OwnedFd]) -> Outcome:
+    def _get_vring_base(self, message: vp.GetVringBase, fds: Fds) -> Outcome:
         vring = self._vring("GET_VRING_BASE", message.index)
         # From here on a late kick finds nobody, and no new chain is taken.
         self._unwatch(message.index)
@@ -359,7 +365,7 @@ class ControlPlane:
             state.set_kick(-1)
         return self.stopped(message.index) if drained else Draining(message.index)
 
-    def _set_vring_kick(self, message: vp.SetVringKick, fds: list[vp.OwnedFd]) -> Outcome:
+    def _set_vring_kick(self, message: vp.SetVringKick, fds: Fds) -> Outcome:
         vring = self._vring("SET_VRING_KICK", message.index)
         worker, position = self._places[message.index]
         with vring.get_ref() as state:
@@ -383,7 +389,7 @@ class ControlPlane:
             raise Refused("SET_VRING_KICK", f"cannot wait on the descriptor: {error}") from None
         return None
 
-    def _set_vring_call(self, message: vp.SetVringCall, fds: list[vp.OwnedFd]) -> Outcome:
+    def _set_vring_call(self, message: vp.SetVringCall, fds: Fds) -> Outcome:
         vring = self._vring("SET_VRING_CALL", message.index)
         with vring.get_mut() as state:
             state.set_call(fds[0].detach() if fds else -1)
@@ -392,13 +398,13 @@ class ControlPlane:
                 state.signal_call()
         return None
 
-    def _set_vring_err(self, message: vp.SetVringErr, fds: list[vp.OwnedFd]) -> Outcome:
+    def _set_vring_err(self, message: vp.SetVringErr, fds: Fds) -> Outcome:
         vring = self._vring("SET_VRING_ERR", message.index)
         with vring.get_mut() as state:
             state.set_err(fds[0].detach() if fds else -1)
         return None
 
-    def _set_vring_enable(self, message: vp.SetVringEnable, fds: list[vp.OwnedFd]) -> Outcome:
+    def _set_vring_enable(self, message: vp.SetVringEnable, fds: Fds) -> Outcome:
         vring = self._vring("SET_VRING_ENABLE", message.index)
         if not self.features & VirtioFeature.PROTOCOL_FEATURES:
             raise Refused("SET_VRING_ENABLE", "VHOST_USER_F_PROTOCOL_FEATURES is not negotiated")
@@ -407,15 +413,62 @@ class ControlPlane:
         self._scan(message.index)
         return None
 
+    # -- in-flight tracking ---------------------------------------------------------------------
+
+    def _get_inflight_fd(self, message: vp.GetInflightFd, fds: Fds) -> Outcome:
+        each = self._inflight_size("GET_INFLIGHT_FD", message)
+        size = message.num_queues * each
+        # The front-end keeps this memory while we are away; it begins as zeroes, which every
+        # queue takes for "never used".
+        fd = allocate_memfd(size, "vhost-inflight")
+        try:
+            self._use_inflight(SharedMapping(fd, size), each, message.num_queues)
+        except BaseException:
+            os.close(fd)
+            raise
+        reply = vp.InflightReply(size, 0, message.num_queues, message.queue_size)
+        return Answer(reply, (fd,), close=True)
+
+    def _set_inflight_fd(self, message: vp.SetInflightFd, fds: Fds) -> Outcome:
+        each = self._inflight_size("SET_INFLIGHT_FD", message)
+        if message.mmap_size < message.num_queues * each:
+            raise Refused(
+                "SET_INFLIGHT_FD",
+                f"{message.mmap_size} bytes do not hold {message.num_queues} queues of {each}",
+            )
+        try:
+            mapping = SharedMapping(fds[0].fileno(), message.mmap_size, message.mmap_offset)
+        except GuestMemoryError as error:
+            raise Refused("SET_INFLIGHT_FD", str(error)) from error
+        self._use_inflight(mapping, each, message.num_queues)
+        return None
+
+    def _inflight_size(self, request: str, message: vp.GetInflightFd | vp.SetInflightFd) -> int:
+        packed = bool(self.features & VirtioFeature.RING_PACKED)
+        if not 0 < message.num_queues <= len(self._vrings):
+            raise Refused(request, f"there are no {message.num_queues} queues")
+        if not 0 < message.queue_size <= self._backend.max_queue_size():
+            raise Refused(request, f"no queue has {message.queue_size} descriptors")
+        return inflight_size(message.queue_size, packed)
+
+    def _use_inflight(self, mapping: SharedMapping, each: int, queues: int) -> None:
+        for index, vring in enumerate(self._vrings[:queues]):
+            with vring.get_mut() as state:
+                if state.started:
+                    raise Refused("SET_INFLIGHT_FD", f"vring {index} is started")
+        for index, vring in enumerate(self._vrings[:queues]):
+            with vring.get_mut() as state:
+                state.inflight = InflightRegion(mapping.address + index * each, each, mapping)
+
     # -- configuration space --------------------------------------------------------------------
 
-    def _get_config(self, message: vp.GetConfig, fds: list[vp.OwnedFd]) -> Outcome:
+    def _get_config(self, message: vp.GetConfig, fds: Fds) -> Outcome:
         data = self._backend.get_config(message.offset, message.size)
         if len(data) != message.size:
             data = b""  # an answer without data is the protocol's "cannot"
         return Answer(vp.ConfigReply(message.offset, message.flags, data))
 
-    def _set_config(self, message: vp.SetConfig, fds: list[vp.OwnedFd]) -> Outcome:
+    def _set_config(self, message: vp.SetConfig, fds: Fds) -> Outcome:
         self._backend.set_config(message.offset, message.data)
         return None
 

@@ -74,9 +74,7 @@ class VhostUserDaemon:
         status_byte = bool(getattr(backend, "status_byte", False))
         self.vrings: list[Vring] = [
             vring(
-                VringState(
-                    index, backend.max_queue_size(), engine=engine, status_byte=status_byte
-                )
+                VringState(index, backend.max_queue_size(), engine=engine, status_byte=status_byte)
             )
             for index in range(backend.num_queues())
         ]
@@ -237,7 +235,12 @@ class VhostUserDaemon:
                     self._drain([outcome.ring], connection)
                     outcome = self._control.stopped(outcome.ring)
                 if isinstance(outcome, Answer):
-                    connection.reply(received, outcome.message, outcome.fds)
+                    try:
+                        connection.reply(received, outcome.message, outcome.fds)
+                    finally:
+                        if outcome.close:
+                            for fd in outcome.fds:
+                                os.close(fd)
                 else:
                     connection.acknowledge(received, True)
 

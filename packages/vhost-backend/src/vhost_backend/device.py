@@ -113,7 +113,9 @@ class VirtioDevice:
 
     def handle(self, queue: Queue, request: Request) -> Awaitable[None] | None:
         """Serve one request. Override this, as `def` or `async def`, or `handle_batch`."""
-        raise NotImplementedError(f"{type(self).__name__} overrides neither handle nor handle_batch")
+        raise NotImplementedError(
+            f"{type(self).__name__} overrides neither handle nor handle_batch"
+        )
 
     def handle_batch(self, queue: Queue, batch: Batch) -> None:
         """Serve every chain of the batch; `batch.done` says how each one went.

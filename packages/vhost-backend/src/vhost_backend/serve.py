@@ -30,9 +30,10 @@ def serve(
     """
     name = type(device).__name__
     listener = path if isinstance(path, Listener) else Listener(path)
-    with listener, VhostUserDaemon(
-        name, DeviceBackend.of(device), engine=engine, mapper=mapper
-    ) as daemon:
+    with (
+        listener,
+        VhostUserDaemon(name, DeviceBackend.of(device), engine=engine, mapper=mapper) as daemon,
+    ):
         try:
             with _signals(daemon):
                 daemon.start(listener)

@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from guest_memory import DirtyLog, GuestMemory
-from virtqueue import Batch, Chain, DeviceQueue, QueueBroken, Reason, RingConfig
+from virtqueue import Batch, Chain, DeviceQueue, InflightRegion, QueueBroken, Reason, RingConfig
 
 from . import eventfd
 from .counters import QueueCounters
@@ -73,6 +73,8 @@ class VringState:
         self.size = self.max_size
         self.addresses: tuple[int, int, int] | None = None
         self.log_used: int | None = None
+        #: This queue's part of the in-flight region, when the front-end keeps one.
+        self.inflight: InflightRegion | None = None
         self.base = 0
         self.features = VirtioFeature(0)
         self.big_endian = False
@@ -134,7 +136,14 @@ class VringState:
         """
         config = self.config()
         config.check()
-        self.queue = DeviceQueue(config, memory, base=self.base, engine=self.engine, log=dirty_log)
+        self.queue = DeviceQueue(
+            config,
+            memory,
+            base=self.base,
+            engine=self.engine,
+            inflight=self.inflight,
+            log=dirty_log,
+        )
         self.started = True
         self.draining = False
         self._homeless = False

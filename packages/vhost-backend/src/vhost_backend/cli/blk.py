@@ -1,4 +1,4 @@
-"""`vhost-backend blk`: a disk out of a file, by the specification's "Backend program conventions"."""
+"""`vhost-backend blk`: a disk, by the specification's "Backend program conventions"."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-queues", type=_queues, default=1, metavar="N", help=f"1 to {MAX_QUEUES} (default 1)"
     )
-    parser.add_argument("--serial", default="", metavar="S", help="serial number, up to 20 ASCII bytes")
+    parser.add_argument(
+        "--serial", default="", metavar="S", help="serial number, 20 ASCII bytes at most"
+    )
     parser.add_argument(
         "--print-capabilities", action="store_true", help="print capabilities as JSON and exit"
     )

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 HELP = "make a disk, serve it, use it and check it, without a virtual machine"
 DESCRIPTION = (
-    "Make a disk image, serve it by the daemon in a process of its own, attach the embedded driver,\n"
-    "write, read back and verify, and print how to give the same image to QEMU."
+    "Make a disk image, serve it by the daemon in a process of its own, attach the embedded\n"
+    "driver, write, read back and verify, and print how to give the same image to QEMU."
 )
 EPILOG = "The image stays where it was made, so that the printed commands work."
 
@@ -125,45 +125,56 @@ def _content(index: int) -> bytes:
 
 
 def _exercise(path: str, blocks: int) -> list[Result]:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
     results = []
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+    )
     with (
         DriverSession.connect(path, features=DRIVER_FEATURES) as session,
-        Progress(*columns, TimeRemainingColumn()) as progress,
+        Progress(*columns) as progress,
     ):
         driver = BlockDriver(session, depth=max(DEPTHS), max_io=BLOCK)
         if driver.capacity != blocks * BLOCK:
             raise VhostBackendError(f"the disk has {driver.capacity} bytes, not {blocks * BLOCK}")
         contents = [_content(index) for index in range(blocks)]
-        sums = [zlib.crc32(content) for content in contents]
-        order = list(range(blocks))
         for depth in DEPTHS:
-            random.Random(SEED + depth).shuffle(order)
             # Each round writes other content, so that a read cannot pass on what the last one left.
-            order_of = {block: (block + depth) % blocks for block in order}
-            results.append(
-                _phase(
-                    progress, f"write, queue depth {depth}", driver, depth, order,
-                    lambda block: (T_OUT, contents[order_of[block]], 0),
-                    lambda block, data: None,
-                )
-            )  # fmt: skip
-            driver.flush()
-
-            def verify(block: int, data: bytes) -> None:
-                if zlib.crc32(data) != sums[order_of[block]]:
-                    raise VhostBackendError(f"block {block} does not hold what was written")
-
-            results.append(
-                _phase(
-                    progress, f"read and verify, depth {depth}", driver, depth, order,
-                    lambda block: (T_IN, b"", BLOCK),
-                    verify,
-                )
-            )  # fmt: skip
+            results += _round(progress, driver, depth, contents[depth:] + contents[:depth])
     return results
+
+
+def _round(
+    progress: Progress, driver: BlockDriver, depth: int, contents: list[bytes]
+) -> list[Result]:
+    """Write every block, flush, read every block back; each in an order of its own."""
+    order = list(range(len(contents)))
+    sums = [zlib.crc32(content) for content in contents]
+    shuffle = random.Random(SEED + depth).shuffle
+
+    def write(block: int) -> tuple[int, bytes, int]:
+        return T_OUT, contents[block], 0
+
+    def read(block: int) -> tuple[int, bytes, int]:
+        return T_IN, b"", BLOCK
+
+    def verify(block: int, data: bytes) -> None:
+        if zlib.crc32(data) != sums[block]:
+            raise VhostBackendError(f"block {block} does not hold what was written")
+
+    shuffle(order)
+    wrote = _phase(
+        progress, f"write, depth {depth}", driver, depth, order, write, lambda block, data: None
+    )
+    driver.flush()
+    shuffle(order)
+    checked = _phase(
+        progress, f"read and verify, depth {depth}", driver, depth, order, read, verify
+    )
+    return [wrote, checked]
 
 
 def _phase(

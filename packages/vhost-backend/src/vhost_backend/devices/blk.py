@@ -165,11 +165,10 @@ class BlockDevice(VirtioDevice):
         done = batch.done
         fd = self._fd
         capacity = self.capacity * SECTOR
-        position = 0
-        for (
+        for position, (
             header, readable, writable, _status, readable_length, writable_length,
             head, flags, _segments, _first,
-        ) in RECORD.iter_unpack(batch.records):  # fmt: skip
+        ) in enumerate(RECORD.iter_unpack(batch.records)):  # fmt: skip
             kind, sector = _HEADER.unpack(header)
             offset = sector * SECTOR
             status = S_OK
@@ -207,7 +206,6 @@ class BlockDevice(VirtioDevice):
                 queue.counters.errors += 1
                 written = 1 if kind != T_IN else written
             DONE.pack_into(done, position * 8, head, status, 1, written)
-            position += 1
 
     def _read(self, chain: Chain, offset: int, length: int) -> int:
         """Any shape, and what a short read left: the file may have been truncated under us."""

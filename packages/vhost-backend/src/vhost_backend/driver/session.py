@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 from collections.abc import Sequence
 
 import vhost_protocol as vp
@@ -140,7 +139,9 @@ class DriverSession:
             raise
 
     @classmethod
-    def connect(cls, path: str | os.PathLike[str], timeout: float = 10.0, **options: object) -> DriverSession:
+    def connect(
+        cls, path: str | os.PathLike[str], timeout: float = 10.0, **options: object
+    ) -> DriverSession:
         """Connect to the back-end that listens on `path`; `options` as for the class."""
         return cls(vp.Frontend.connect(path, timeout=timeout), **options)  # type: ignore[arg-type]
 

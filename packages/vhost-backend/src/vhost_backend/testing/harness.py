@@ -40,9 +40,7 @@ def attached(
 
 
 @contextlib.contextmanager
-def served(
-    device: VirtioDevice | VhostUserBackend, *, engine: str | None = None
-) -> Iterator[str]:
+def served(device: VirtioDevice | VhostUserBackend, *, engine: str | None = None) -> Iterator[str]:
     """Run `device` behind a socket in a temporary folder; gives the socket's path."""
     with (
         tempfile.TemporaryDirectory(prefix="vhost-") as directory,
