@@ -1,20 +1,15 @@
 """The vhost-user protocol: typed messages, a sans-IO core, both ends of every socket.
 
-See the README for a tour.  The asyncio endpoints (``Async...``) are imported on first use.
+See the README for a tour.  Importing this package gives the messages and the core on any platform;
+the endpoints are imported when they are first used, because sockets, threads and asyncio cost as
+much to import as all the rest.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from ._version import __version__
-from .backend import (
-    BackendConnection,
-)
-from .channels import (
-    BackendChannel,
-    FrontendChannel,
-    GpuBackendChannel,
-    GpuFrontendChannel,
-)
 from .codec import (
     Header,
     decode_header,
@@ -67,10 +62,6 @@ from .core import (
     Requester,
     Responder,
 )
-from .endpoint import (
-    AnsweringEndpoint,
-    RequestingEndpoint,
-)
 from .errors import (
     BadDescriptors,
     BadHeader,
@@ -92,10 +83,6 @@ from .fds import (
     FdLike,
     HasFileno,
     OwnedFd,
-)
-from .frontend import (
-    Frontend,
-    RegionLike,
 )
 from .gpu import (
     VIRTIO_GPU_RESP_OK_DISPLAY_INFO,
@@ -221,6 +208,66 @@ from .values import (
     SymmetricSession,
 )
 
+if _TYPE_CHECKING:
+    from .aio import (
+        AsyncBackendChannel,
+        AsyncBackendConnection,
+        AsyncFrontend,
+        AsyncFrontendChannel,
+        AsyncGpuBackendChannel,
+        AsyncGpuFrontendChannel,
+    )
+    from .backend import (
+        BackendConnection,
+    )
+    from .channels import (
+        BackendChannel,
+        FrontendChannel,
+        GpuBackendChannel,
+        GpuFrontendChannel,
+    )
+    from .endpoint import (
+        AnsweringEndpoint,
+        RequestingEndpoint,
+    )
+    from .frontend import (
+        Frontend,
+        RegionLike,
+    )
+
+_LAZY = {
+    "AsyncBackendChannel": "aio",
+    "AsyncBackendConnection": "aio",
+    "AsyncFrontend": "aio",
+    "AsyncFrontendChannel": "aio",
+    "AsyncGpuBackendChannel": "aio",
+    "AsyncGpuFrontendChannel": "aio",
+    "BackendConnection": "backend",
+    "BackendChannel": "channels",
+    "FrontendChannel": "channels",
+    "GpuBackendChannel": "channels",
+    "GpuFrontendChannel": "channels",
+    "AnsweringEndpoint": "endpoint",
+    "RequestingEndpoint": "endpoint",
+    "Frontend": "frontend",
+    "RegionLike": "frontend",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = [
     "BACKEND_TABLE",
     "BASELINE_REGIONS",
@@ -257,6 +304,12 @@ __all__ = [
     "Answered",
     "AnsweringEndpoint",
     "AsymmetricSession",
+    "AsyncBackendChannel",
+    "AsyncBackendConnection",
+    "AsyncFrontend",
+    "AsyncFrontendChannel",
+    "AsyncGpuBackendChannel",
+    "AsyncGpuFrontendChannel",
     "BackendChannel",
     "BackendConfigChange",
     "BackendConnection",

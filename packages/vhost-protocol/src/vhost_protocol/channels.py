@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from uuid import UUID
+from typing import TYPE_CHECKING
 
 from . import gpu as g
 from . import requests as r
@@ -15,6 +15,9 @@ from .fds import FdLike, OwnedFd
 from .replies import Ack
 from .rules import BACKEND_TABLE, GPU_TABLE
 from .session import Session
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 
 class BackendChannel(RequestingEndpoint):

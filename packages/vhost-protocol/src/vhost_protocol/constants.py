@@ -72,7 +72,7 @@ class BackendRequest(IntEnum):
 
 
 class GpuRequest(IntEnum):
-    """Requests a back-end sends on the socket of GPU_SET_SOCKET (vhost-user-gpu, "Message types")."""
+    """Requests a back-end sends on the socket of GPU_SET_SOCKET (vhost-user-gpu.rst)."""
 
     GET_PROTOCOL_FEATURES = 1
     SET_PROTOCOL_FEATURES = 2

@@ -340,6 +340,11 @@ class Requester(_Core):
         """How many answers are still to come."""
         return len(self._pending)
 
+    def name_of(self, message: Message) -> str:
+        """Return the specification's name of a request."""
+        rule = self.table.by_message.get(type(message))
+        return type(message).__name__ if rule is None else rule.name
+
     def request(
         self,
         message: Request[Any],

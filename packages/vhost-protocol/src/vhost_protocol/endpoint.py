@@ -120,7 +120,7 @@ class RequestingEndpoint(_Endpoint):
                 return self._await(deadline) if answered else None
             except BaseException as error:
                 if isinstance(error, ProtocolError) and error.request is None:
-                    error.request = self._core.table.by_message[type(message)].name
+                    error.request = self._core.name_of(message)
                 # Whatever it was, the stream may stand inside a message.
                 self.close()
                 raise
@@ -150,9 +150,7 @@ class RequestingEndpoint(_Endpoint):
             with answer:
                 reply = answer.message
                 if isinstance(reply, Ack) and reply.value:
-                    raise RequestFailed(
-                        self._core.table.by_message[type(message)].name, reply.value
-                    )
+                    raise RequestFailed(self._core.name_of(message), reply.value)
 
     def ask(self, message: Request[ReplyT], fds: Sequence[FdLike] = ()) -> ReplyT:
         """Send a request and return its answer's value; descriptors it brings are closed.

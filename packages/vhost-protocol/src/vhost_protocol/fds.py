@@ -23,8 +23,8 @@ FdLike = int | HasFileno
 class OwnedFd:
     """A file descriptor that is closed by whoever holds this object.
 
-    Use it as a context manager, ``close()`` it, or take the number away with ``detach()``.  One that
-    is forgotten is closed when it is collected, with a ResourceWarning.
+    Use it as a context manager, ``close()`` it, or take the number away with ``detach()``.  One
+    that is forgotten is closed when it is collected, with a ResourceWarning.
     """
 
     __slots__ = ("__weakref__", "_fd")

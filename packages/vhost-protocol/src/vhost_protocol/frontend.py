@@ -6,8 +6,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Iterable, Sequence
-from typing import Protocol
-from uuid import UUID
+from typing import TYPE_CHECKING, Protocol
 
 from . import requests as r
 from .channels import FrontendChannel, GpuFrontendChannel
@@ -30,6 +29,9 @@ from .replies import Ack, ConfigReply, InflightReply, MemRegReply, MemTableReply
 from .rules import FRONTEND_TABLE
 from .session import Session
 from .values import AsymmetricSession, MemoryRegion, SymmetricSession
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 
 class RegionLike(Protocol):
@@ -247,10 +249,10 @@ class Frontend(RequestingEndpoint):
         used: int,
         available: int,
         log: int = 0,
-        flags: VringFlags = VringFlags(0),
+        flags: VringFlags | None = None,
     ) -> None:
         """Set where a ring lies; see SetVringAddr."""
-        self.call(r.SetVringAddr(index, flags, descriptor, used, available, log))
+        self.call(r.SetVringAddr(index, flags or VringFlags(0), descriptor, used, available, log))
 
     def set_vring_base(self, index: int, base: int) -> None:
         """Set where a ring starts; see VringBaseReply."""

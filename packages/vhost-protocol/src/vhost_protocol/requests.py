@@ -6,8 +6,7 @@ A descriptor that a message brings is never part of the value: it travels beside
 from __future__ import annotations
 
 from struct import Struct
-from typing import ClassVar
-from uuid import UUID
+from typing import TYPE_CHECKING, ClassVar
 
 from .constants import (
     MAX_CONFIG_SIZE,
@@ -71,6 +70,9 @@ from .values import (
     region_sizes,
     table_sizes,
 )
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 _AREA = {o: Struct(f"{o}QQQ") for o in (LITTLE, BIG)}
 
@@ -512,6 +514,9 @@ class _SharedObject(Request[ReplyT]):
 
     @classmethod
     def _decode(cls, payload: bytes, wire: Wire) -> Message:
+        # Imported here: it costs a third of this package's import and few devices share objects.
+        from uuid import UUID
+
         return cls._build((UUID(bytes=payload),))
 
     def _encode(self, wire: Wire) -> bytes:
