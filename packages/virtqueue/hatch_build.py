@@ -33,7 +33,7 @@ from typing import Any
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 except ImportError:
-    BuildHookInterface = object
+    BuildHookInterface = object  # type: ignore[assignment,misc,unused-ignore]
 
 LIBRARY = "libvirtqueue.so"
 MACHINES = ("x86_64", "aarch64")

@@ -17,7 +17,7 @@ IMAGE_BYTES = 1 << 20
 @pytest.fixture(scope="session")
 def frontend() -> Path:
     cargo = shutil.which("cargo")
-    if cargo is None:
+    if cargo is None or subprocess.run([cargo, "--version"], capture_output=True).returncode:
         pytest.skip("cargo is not installed")
     command = [cargo, "build", "--release", "--locked", "--quiet"]
     built = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=600)
