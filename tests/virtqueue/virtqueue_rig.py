@@ -98,8 +98,10 @@ class Rig:
     def text(self, data: bytes) -> tuple[int, int]:
         return self.room(len(data), data)
 
-    def offer(self, text: bytes = b"hello", room: int = 32, indirect: bool = False) -> int:
-        """One chain of one readable and one writable buffer."""
+    def offer(self, text: bytes = b"hello", room: int = 32, indirect: bool | None = None) -> int:
+        """One chain of one readable and one writable buffer, in a table if the ring is small."""
+        if indirect is None:
+            indirect = self.config.size < 8
         return self.driver.add([self.text(text)], [self.room(room)], indirect)
 
     def offer_many(self, count: int, **settings: Any) -> list[int]:

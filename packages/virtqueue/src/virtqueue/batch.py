@@ -97,7 +97,7 @@ class Chain:
         serial: int,
         resubmitted: bool,
     ) -> None:
-        self._memory = memory
+        self._memory: Memory | None = memory
         self._segments = segments
         self._readable: list[memoryview] | None = None
         self._writable: list[memoryview] | None = None
@@ -122,11 +122,16 @@ class Chain:
 
     def _close(self) -> None:
         self._open = False
+        # What the user still holds of a completed chain does not keep memory mapped.
+        self._memory = None
+        self._readable = self._writable = None
 
     def _views(self, writable: bool) -> list[memoryview]:
-        table = MemoryTable.from_address(self._memory.table_address)
+        memory = self._memory
+        assert memory is not None
+        table = MemoryTable.from_address(memory.table_address)
         base, size = table.window_base, table.window_size
-        window = self._memory.window
+        window = memory.window
         views: list[memoryview] = []
         for segment in self._segments:
             if segment.writable != writable:
@@ -136,7 +141,7 @@ class Chain:
                 view = window[offset : offset + segment.length]
             else:
                 octets: Any = (ctypes.c_uint8 * segment.length).from_address(segment.host)
-                octets.owner = self._memory  # a view keeps the mapping, as the window's do
+                octets.owner = memory
                 view = memoryview(octets).cast("B")
             views.append(view if writable else view.toreadonly())
         return views
@@ -295,12 +300,12 @@ class Batch:
     def __getitem__(self, index: int) -> Chain:
         if index < 0:
             index += self._count
-        if not 0 <= index < self._count or self._memory is None:
+        if not 0 <= index < self._count:
             raise IndexError(f"the batch has {self._count} chains")
         chain = self._built.get(index)
         if chain is not None:
             return chain
-        if index in self._gone:
+        if index in self._gone or self._memory is None:
             raise ChainCompleted(f"chain {index} of the batch has been completed")
         record = RECORD.unpack_from(self.records, index * RECORD_SIZE)
         head, flags, count, first = record[6], record[7], record[8], record[9]

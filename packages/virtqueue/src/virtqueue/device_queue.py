@@ -237,7 +237,7 @@ class DeviceQueue:
         if limit is not None:
             self._block.limit = self._limit
         self._block.notify = 0
-        return self._begin(count)
+        return self._begin(count, arm=limit != 0)
 
     def cycle(self, limit: int | None = None) -> Batch:
         """Complete the current batch as ``batch.done`` says, publish, take the next.
@@ -262,7 +262,7 @@ class DeviceQueue:
             self._block.limit = self._limit
         if notify:
             self._block.notify = 1
-        return self._begin(count)
+        return self._begin(count, arm=limit != 0)
 
     def _prepare(self, limit: int | None) -> None:
         error = self._unresolved
@@ -477,6 +477,9 @@ class DeviceQueue:
         self._former = [
             entry for entry in self._former if entry[0] is self._ring_memory or entry[1].pins
         ]
+        memory = self._batch._memory
+        if memory is not self._memory and all(memory is not entry[0] for entry in self._former):
+            self._batch._memory = None
 
     def set_log(self, log: DirtyLog | None, log_used: int | None = None) -> None:
         """Log what is written from now on; ``log_used`` as in `RingConfig`."""

@@ -34,7 +34,7 @@ class Engine(Protocol):
         """
 
     def attach(self) -> int:
-        """Adopt `descriptors`, `driver`, `device`, `table`, `log`, `log_used` and the window.
+        """Adopt `descriptors`, `driver`, `device`, `table`, `log`, `log_used` and LOG_USED.
 
         Called once before the first take and after each change of these fields.  Chains that
         are in flight keep the snapshot they were taken with.  The queue keeps a snapshot alive

@@ -118,7 +118,7 @@ class RingEngine:
         self._big_endian = Features.BIG_ENDIAN in features
         self._iommu = Features.IOMMU in features
         self._status_byte = Features.STATUS_BYTE in features
-        self._log_used = Features.LOG_USED in features
+        self._log_used = False
         self._descriptor = struct.Struct("<QIHH" if not self._big_endian else ">QIHH")
         self._records = _buffer(block.records, RECORD_SIZE * block.record_capacity)
         self._segments = _buffer(block.segments, SEGMENT_SIZE * block.segment_capacity)
@@ -134,7 +134,7 @@ class RingEngine:
         self._taken: dict[int, Taken] = {}
         # In the order they were taken; only kept where it decides the order of completion.
         self._ordered: deque[Taken] = deque()
-        self._batch: list[Taken] = []
+        self._batch: list[int] = []
         self._room = 0
         """Private pieces of all chains in flight."""
         self._room_limit = 16 * self._size + 65536
@@ -185,6 +185,7 @@ class RingEngine:
         block = self._block
         self._table = Table.of(self._memory)
         self._log = Log(block.log) if block.log else None
+        self._log_used = Features.LOG_USED in Features(block.features)
         if block.descriptors:
             self._ring_poison = [
                 word
@@ -263,13 +264,16 @@ class RingEngine:
     def rewind(self) -> int:
         block = self._block
         count: int = block.limit
-        if count > len(self._batch) or any(
-            self._taken.get(taken.head) is not taken or taken.done
-            for taken in self._batch[len(self._batch) - count :]
-        ):
+        if count > len(self._batch):
             return Result.USAGE
+        for head in self._batch[len(self._batch) - count :]:
+            # The ring cannot have offered the head again: that takes another take.
+            found = self._taken.get(head)
+            if found is None or found.done:
+                block.detail = head
+                return Result.USAGE
         for _ in range(count):
-            taken = self._batch.pop()
+            taken = self._taken[self._batch.pop()]
             self._retreat(taken)
             if self._in_order:
                 self._ordered.pop()
@@ -320,7 +324,7 @@ class RingEngine:
         self._slots_out += slots
         if self._in_order:
             self._ordered.append(taken)
-        self._batch.append(taken)
+        self._batch.append(head)
         block = self._block
         block.segment_count = first + len(pieces)
         block.taken += 1
