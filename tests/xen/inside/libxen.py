@@ -241,6 +241,8 @@ class OwnGrants:
         self.references = list(struct.unpack_from(f"={count}I", request, 16))
         self.memory = mmap.mmap(self._fd, count * PAGE, offset=self._index)
         self._count = count
+        view = ctypes.c_char.from_buffer(self.memory)
+        self.address = ctypes.addressof(view)
 
     def close(self) -> None:
         """Revoke the grants and free the pages."""

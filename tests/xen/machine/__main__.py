@@ -28,7 +28,14 @@ def main() -> int:
         return 1
     if arguments.console:
         arguments.console.write_text(done.console)
-    text = json.dumps({"seconds": round(done.seconds, 1), "results": done.results}, indent=1)
+    text = json.dumps(
+        {
+            "seconds": round(done.seconds, 1),
+            "cpu_seconds": round(done.cpu_seconds, 1),
+            "results": done.results,
+        },
+        indent=1,
+    )
     if arguments.output:
         arguments.output.write_text(text)
     else:

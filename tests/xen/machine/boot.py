@@ -1,6 +1,7 @@
 """Boot the hypervisor and its dom0 under QEMU's software emulation; return what they reported."""
 
 import json
+import resource
 import subprocess
 import tempfile
 import time
@@ -19,7 +20,8 @@ class Run(NamedTuple):
     """What one run of the machine brought."""
 
     results: dict[str, dict[str, Any]]
-    seconds: float
+    seconds: float  # by the clock
+    cpu_seconds: float  # of the emulator: what the run costs whatever else the host is busy with
     console: str
 
 
@@ -58,6 +60,11 @@ def parse(console: str) -> dict[str, dict[str, Any]]:
     return results
 
 
+def _children_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def run(assets: Assets, repository: Path, inside: Path, limit: float = 300.0) -> Run:
     """Boot once and wait for the machine's end, `limit` seconds at most."""
     with tempfile.TemporaryDirectory(prefix="xen-machine-") as scratch:
@@ -65,6 +72,7 @@ def run(assets: Assets, repository: Path, inside: Path, limit: float = 300.0) ->
         log = Path(scratch, "console")
         build(assets, repository, inside, initramfs)
         started = time.monotonic()
+        before = _children_cpu()
         process = subprocess.Popen(
             _command(assets, initramfs, log),
             stdin=subprocess.DEVNULL,
@@ -81,8 +89,9 @@ def run(assets: Assets, repository: Path, inside: Path, limit: float = 300.0) ->
                 process.kill()
                 process.communicate()
         seconds = time.monotonic() - started
+        cpu_seconds = _children_cpu() - before
         console = log.read_text(errors="replace") if log.exists() else ""
     # QEMU ends with 0 whatever happened inside, so the lines are all there is to go by.
     if END not in console:
         raise MachineFailed(f"no end was reported; {complaint}\n{console[-4000:]}")
-    return Run(parse(console), seconds, console)
+    return Run(parse(console), seconds, cpu_seconds, console)

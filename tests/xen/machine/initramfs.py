@@ -187,8 +187,8 @@ def _overlay(repository: Path, inside: Path) -> bytes:
 def build(assets: Assets, repository: Path, inside: Path, target: Path) -> None:
     """Write the initramfs of one run to `target`."""
     recipe = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        recipe.update(file.read_bytes())
+    for name in ("initramfs.py", "cpio.py", "fetch.py"):
+        recipe.update(Path(__file__).with_name(name).read_bytes())
     recipe.update(f"{_LAYOUT} {assets.versions} {sys.version} {sys.base_prefix}".encode())
     cache = cache_folder()
     base = cache / f"xen-base-{recipe.hexdigest()[:16]}.gz"
