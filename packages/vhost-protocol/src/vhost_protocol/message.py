@@ -106,7 +106,8 @@ def _attach_layout(cls: type, fields: tuple[str, ...], layout: str) -> None:
     type.__setattr__(cls, "_limits", tuple(limits))
     type.__setattr__(cls, "_bytes", tuple(sizes))
     type.__setattr__(cls, "_structs", {LITTLE: little, BIG: Struct(BIG + layout)})
-    type.__setattr__(cls, "_sizes", (little.size,))
+    if "_sizes" not in cls.__dict__:
+        type.__setattr__(cls, "_sizes", (little.size,))
 
 
 class Message(metaclass=MessageType):
