@@ -100,6 +100,7 @@ class DemandMapper:
         self.lock = threading.Lock()
         self.pins = 0
         self.closed = 0
+        self.count = 0
         self.refuse: Exception | None = None
         self.history: list[tuple[int, int, int]] = []
         self._memory: dict[Region, Any] = {}
@@ -109,6 +110,7 @@ class DemandMapper:
         return self._memory[region]
 
     def map(self, region: Region, fd: int | None) -> Mapping:
+        self.count += 1
         self._memory[region] = (ctypes.c_ubyte * region.size)()
         return DemandMapping(self, region)
 
