@@ -187,9 +187,10 @@ class ControlPlane:
 
     def _set_features(self, message: vp.SetFeatures, fds: Fds) -> Outcome:
         features = VirtioFeature(message.features)
-        unknown = features & ~self.offered_features
+        # In plain integers: what ~ does to a flag type differs between Python versions.
+        unknown = message.features & ~int(self.offered_features)
         if unknown:
-            raise Refused("SET_FEATURES", f"bits {int(unknown):#x} were not offered")
+            raise Refused("SET_FEATURES", f"bits {unknown:#x} were not offered")
         self.features = features
         self._backend.acked_features(int(features))
         self._backend.set_event_idx(bool(features & VirtioFeature.EVENT_IDX))
@@ -206,9 +207,9 @@ class ControlPlane:
         return Answer(vp.ProtocolFeaturesReply(self.offered_protocol_features))
 
     def _set_protocol_features(self, message: vp.SetProtocolFeatures, fds: Fds) -> Outcome:
-        unknown = message.features & ~self.offered_protocol_features
+        unknown = int(message.features) & ~int(self.offered_protocol_features)
         if unknown:
-            raise Refused("SET_PROTOCOL_FEATURES", f"bits {int(unknown):#x} were not offered")
+            raise Refused("SET_PROTOCOL_FEATURES", f"bits {unknown:#x} were not offered")
         self.protocol_features = message.features
         return None
 

@@ -173,6 +173,9 @@ class VhostUserDaemon:
         self._thread.start()
 
     def _accept_all(self, listener: Listener) -> None:
+        if listener.connected:
+            self._serve_connection(listener.accept())
+            return
         while self._wait_readable(listener.fileno()):
             try:
                 connection = listener.accept()

@@ -27,6 +27,8 @@ class Listener:
 
     def __init__(self, path: str | os.PathLike[str], backlog: int = 8) -> None:
         self.path: str | None = os.fspath(path)
+        #: Whether the descriptor is the one connection itself.
+        self.connected = False
         self._identity: tuple[int, int] | None = None
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -37,11 +39,23 @@ class Listener:
 
     @classmethod
     def from_fd(cls, fd: int) -> Listener:
-        """Adopt a descriptor that is a listening Unix stream socket; nothing is removed later."""
+        """Adopt a descriptor that listens, or that is one connection already.
+
+        A connected one is handed out by the first `accept`; there is no second. Nothing is removed
+        on close. Raises `ListenError` when it is no Unix stream socket.
+        """
         listener = cls.__new__(cls)
         listener.path = None
         listener._identity = None
-        listener.socket = socket.socket(fileno=fd)
+        try:
+            listener.socket = socket.socket(fileno=fd)
+            family, kind = listener.socket.family, listener.socket.type
+        except OSError:
+            raise ListenError(f"descriptor {fd}", "not a Unix stream socket") from None
+        if family != socket.AF_UNIX or kind != socket.SOCK_STREAM:
+            listener.socket.detach()
+            raise ListenError(f"descriptor {fd}", "not a Unix stream socket")
+        listener.connected = not listener.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         return listener
 
     def _bind(self, path: str, backlog: int) -> None:
@@ -58,6 +72,8 @@ class Listener:
 
     def accept(self) -> socket.socket:
         """The next connection (blocking if the socket is)."""
+        if self.connected:
+            return socket.socket(fileno=self.socket.detach())
         return self.socket.accept()[0]
 
     def fileno(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from guest_memory import Mapper
@@ -21,43 +23,46 @@ def serve(
     *,
     engine: str | None = None,
     mapper: Mapper | None = None,
+    ready: Callable[[], None] | None = None,
 ) -> None:
     """Serve `device` on the Unix socket `path` (or a `Listener`) until SIGTERM or SIGINT.
 
     Front-ends are served one after another; the device keeps its state in between and is closed in
-    the end. On another thread than the main one no signal handlers are installed, and the daemon
-    runs until the process ends. Raises `ListenError` when the path cannot be listened on.
+    the end. `ready` is called once front-ends can connect. On another thread than the main one no
+    signal handlers are installed, and the daemon runs until the process ends. Raises `ListenError`
+    when the path cannot be listened on.
     """
-    name = type(device).__name__
-    listener = path if isinstance(path, Listener) else Listener(path)
-    with (
-        listener,
-        VhostUserDaemon(name, DeviceBackend.of(device), engine=engine, mapper=mapper) as daemon,
-    ):
-        try:
-            with _signals(daemon):
-                daemon.start(listener)
-                daemon.wait()
-        finally:
+    try:
+        with (
+            VhostUserDaemon(
+                type(device).__name__, DeviceBackend.of(device), engine=engine, mapper=mapper
+            ) as daemon,
+            # Before the socket exists: from then on a signal has something to clean up.
+            _ended_by_signals(daemon),
+            path if isinstance(path, Listener) else Listener(path) as listener,
+        ):
+            daemon.start(listener)
+            if ready is not None:
+                ready()
+            daemon.wait()
             daemon.close()
-            device.close()
+    finally:
+        device.close()
 
 
-class _signals:
+@contextlib.contextmanager
+def _ended_by_signals(daemon: VhostUserDaemon) -> Iterator[None]:
     """SIGTERM and SIGINT end the daemon; the handlers before are put back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-    def __init__(self, daemon: VhostUserDaemon) -> None:
-        self._daemon = daemon
-        self._before: dict[int, object] = {}
+    def end(number: int, frame: FrameType | None) -> None:
+        daemon.shutdown()
 
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._daemon.shutdown()
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

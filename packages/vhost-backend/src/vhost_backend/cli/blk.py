@@ -56,15 +56,12 @@ def run(options: argparse.Namespace) -> int:
         num_queues=options.num_queues,
         serial=options.serial,
     )
-    try:
-        if options.fd is not None:
-            listener = Listener.from_fd(options.fd)
-        else:
-            listener = Listener(options.socket_path)
+    where = options.socket_path if options.fd is None else Listener.from_fd(options.fd)
+
+    def announce() -> None:
         print(f"vhost-backend: {_describe(device, options)}", file=sys.stderr, flush=True)
-        serve(device, listener)
-    finally:
-        device.close()
+
+    serve(device, where, ready=announce)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Sequence
+from typing import Any
 
 import vhost_protocol as vp
 from guest_memory import GuestAddress, GuestMemory, UserAddress
@@ -140,10 +141,10 @@ class DriverSession:
 
     @classmethod
     def connect(
-        cls, path: str | os.PathLike[str], timeout: float = 10.0, **options: object
+        cls, path: str | os.PathLike[str], timeout: float = 10.0, **options: Any
     ) -> DriverSession:
         """Connect to the back-end that listens on `path`; `options` as for the class."""
-        return cls(vp.Frontend.connect(path, timeout=timeout), **options)  # type: ignore[arg-type]
+        return cls(vp.Frontend.connect(os.fspath(path), timeout=timeout), **options)
 
     # -- set-up ---------------------------------------------------------------------------------
 

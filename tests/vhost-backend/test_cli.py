@@ -1,0 +1,195 @@
+"""The command line as a user meets it, in a process of its own."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import vhost_protocol as vp
+from vhost_backend.driver import BlockDriver, DriverSession
+from vhost_backend.driver.block import DRIVER_FEATURES
+
+COMMAND = [sys.executable, "-m", "vhost_backend"]
+
+
+def run(*arguments: str, fds: tuple[int, ...] = ()) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=60, pass_fds=fds
+    )
+
+
+@contextmanager
+def daemon(*arguments: str, fds: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [*COMMAND, "blk", *arguments], stderr=subprocess.PIPE, text=True, pass_fds=fds
+    )
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert line.startswith("vhost-backend: serving"), line
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def test_serve_use_and_end(tmp_path: Path, image: Path) -> None:
+    path = tmp_path / "s"
+    with daemon(f"--socket-path={path}", f"--blk-file={image}", "--serial=abc") as process:
+        with DriverSession.connect(path, features=DRIVER_FEATURES) as session:
+            driver = BlockDriver(session)
+            driver.write(0, b"x" * 512)
+            assert driver.get_id() == b"abc"
+            begin = time.monotonic()
+            process.send_signal(signal.SIGTERM)  # while a front-end is connected
+            assert process.wait(10) == 0
+            assert time.monotonic() - begin < 2
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert not path.exists()
+    assert image.read_bytes()[:512] == b"x" * 512
+
+
+def test_interrupt_ends_it_without_a_traceback(tmp_path: Path, image: Path) -> None:
+    with daemon(f"--socket-path={tmp_path / 's'}", f"--blk-file={image}") as process:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def test_a_killed_daemon_leaves_a_socket_that_the_next_one_replaces(
+    tmp_path: Path, image: Path
+) -> None:
+    arguments = (f"--socket-path={tmp_path / 's'}", f"--blk-file={image}")
+    with daemon(*arguments) as process:
+        process.kill()
+        process.wait()
+        assert (tmp_path / "s").exists()
+    with daemon(*arguments), DriverSession.connect(tmp_path / "s") as session:
+        assert BlockDriver(session).capacity == image.stat().st_size
+
+
+def test_a_second_instance_refuses(tmp_path: Path, image: Path) -> None:
+    other = tmp_path / "other.img"
+    other.write_bytes(bytes(4096))
+    with daemon(f"--socket-path={tmp_path / 's'}", f"--blk-file={image}"):
+        second = run("blk", f"--socket-path={tmp_path / 's'}", f"--blk-file={other}")
+        assert second.returncode == 1
+        assert second.stderr.count("\n") == 1
+        assert "listens on this socket" in second.stderr
+        third = run("blk", f"--socket-path={tmp_path / 't'}", f"--blk-file={image}")
+        assert third.returncode == 1
+        assert "in use" in third.stderr
+        assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "folder", "no permission"])
+def test_an_unusable_image_is_one_line_before_the_socket_exists(tmp_path: Path, kind: str) -> None:
+    image = tmp_path / "image"
+    if kind == "empty":
+        image.touch()
+    elif kind == "folder":
+        image.mkdir()
+    elif kind == "no permission":
+        if os.geteuid() == 0:
+            pytest.skip("root may read everything")
+        image.write_bytes(bytes(512))
+        image.chmod(0)
+    done = run("blk", f"--socket-path={tmp_path / 's'}", f"--blk-file={image}")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"vhost-backend: {image}: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("kind", ["listening", "connected"])
+def test_an_inherited_descriptor(tmp_path: Path, image: Path, kind: str) -> None:
+    if kind == "listening":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp_path / "s"))
+            listener.listen()
+            fd = listener.fileno()
+            with (
+                daemon(f"--fd={fd}", f"--blk-file={image}", fds=(fd,)) as process,
+                DriverSession.connect(tmp_path / "s") as session,
+            ):
+                assert BlockDriver(session).read(0, 512) == bytes(512)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(10) == 0
+        return
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with daemon(
+        f"--fd={theirs.fileno()}", f"--blk-file={image}", fds=(theirs.fileno(),)
+    ) as process:
+        theirs.close()
+        with DriverSession(vp.Frontend(ours, timeout=10)) as session:
+            assert BlockDriver(session).read(0, 512) == bytes(512)
+        assert process.wait(10) == 0  # the one connection is over
+
+
+def test_capabilities_ignore_everything_else() -> None:
+    done = run("blk", "--print-capabilities", "--nonsense")
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == {"type": "block", "features": ["read-only", "blk-file"]}
+
+
+def test_help_shows_how_to_attach_qemu() -> None:
+    done = run("blk", "--help")
+    assert done.returncode == 0
+    assert "vhost-user-blk-pci" in done.stdout
+    assert "share=on" in done.stdout
+    assert run("--help").returncode == 0
+    assert re.fullmatch(r"vhost-backend \d+\.\d+\.\d+\n", run("--version").stdout)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nonsense",),
+        ("blk",),
+        ("blk", "--blk-file=x"),
+        ("blk", "--socket-path=s", "--fd=3", "--blk-file=x"),
+        ("blk", "--fd=nonsense", "--blk-file=x"),
+        ("blk", "--fd=987", "--blk-file=x"),
+        ("blk", "--socket-path=s", "--blk-file=x", "--num-queues=0"),
+        ("blk", "--socket-path=s", "--blk-file=x", "--num-queues=many"),
+        ("demo", "--size=0"),
+    ],
+)
+def test_wrong_arguments_are_usage_errors(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "usage:" in done.stderr
+
+
+def test_a_descriptor_that_is_no_socket_is_one_line(tmp_path: Path, image: Path) -> None:
+    with open(image, "rb") as file:
+        done = run("blk", f"--fd={file.fileno()}", f"--blk-file={image}", fds=(file.fileno(),))
+    assert done.returncode == 1
+    assert "not a Unix stream socket" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_demo(tmp_path: Path) -> None:
+    done = run("demo", "--size=2", f"--image={tmp_path / 'demo.img'}")
+    assert done.returncode == 0, done.stderr
+    assert "every block was read back" in done.stdout
+    assert "ring engine" in done.stdout
+    assert "vhost-user-blk-pci" in done.stdout
+    assert (tmp_path / "demo.img").stat().st_size == 2 << 20

@@ -1,0 +1,490 @@
+"""The control plane, message by message, through a real connection."""
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vhost_protocol as vp
+from guest_memory import GuestMemory
+from vhost_backend import (
+    BlockDevice,
+    DeviceBackend,
+    Request,
+    VhostBackendError,
+    VhostUserDaemon,
+    VirtioDevice,
+    VirtioFeature,
+)
+from vhost_backend import Queue as DeviceQueueView
+from vhost_backend.driver import BlockDriver, DriverSession, SessionError
+from vhost_backend.driver.block import DRIVER_FEATURES
+from vhost_backend.testing import attached, served
+
+
+class Echo(VirtioDevice):
+    """Answers with what it was sent."""
+
+    config = b"configuration"
+
+    def handle(self, queue: DeviceQueueView, request: Request) -> None:
+        request.write(request.read())
+
+
+def exchange(session: DriverSession, data: bytes, index: int = 0, timeout: float = 5.0) -> bytes:
+    """Send one request to an `Echo` and wait for the answer."""
+    source, target = session.allocate(len(data)), session.allocate(len(data))
+    session.memory.write(source, data)
+    vring = session.vrings[index]
+    identity = vring.submit([(source, len(data))], [(target, len(data))])
+    vring.kick()
+    assert vring.completions(timeout) == [(identity, len(data))]
+    return session.memory.read(target, len(data))
+
+
+@contextlib.contextmanager
+def raw(device: VirtioDevice | None = None, features: int = 0) -> Iterator[vp.Frontend]:
+    """A front-end that has negotiated acknowledgements and done nothing else."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with VhostUserDaemon("test", DeviceBackend.of(device or Echo())) as daemon:
+        daemon.start_connection(ours)
+        with vp.Frontend(theirs, timeout=5.0, strict=False) as frontend:
+            offered = frontend.get_features()
+            frontend.set_protocol_features(frontend.get_protocol_features())
+            frontend.set_owner()
+            frontend.set_features(offered & (features | VirtioFeature.PROTOCOL_FEATURES))
+            yield frontend
+
+
+# -- negotiation ----------------------------------------------------------------------------------
+
+
+def test_what_is_offered() -> None:
+    with raw() as frontend:
+        features = VirtioFeature(frontend.get_features())
+        assert features & VirtioFeature.PROTOCOL_FEATURES
+        assert features & VirtioFeature.VERSION_1
+        assert frontend.get_queue_num() == 1
+        assert frontend.get_max_mem_slots() == 509
+        assert frontend.get_protocol_features() & vp.ProtocolFeatures.CONFIG
+
+
+def test_features_that_were_not_offered_are_refused_and_the_connection_goes_on() -> None:
+    with raw() as frontend:
+        with pytest.raises(vp.RequestFailed):
+            frontend.set_features(1 << 63 | 1 << 30)
+        assert frontend.get_queue_num() == 1
+
+
+def test_protocol_features_that_were_not_offered_are_refused() -> None:
+    with raw() as frontend:
+        # The new set has no REPLY_ACK, so hanging up is the only answer there is.
+        with contextlib.suppress(vp.ProtocolError):
+            frontend.set_protocol_features(1 << 63)
+        with pytest.raises((vp.ProtocolError, OSError)):
+            frontend.get_queue_num()
+
+
+def test_a_second_owner_is_refused() -> None:
+    with raw() as frontend, pytest.raises(vp.RequestFailed):
+        frontend.set_owner()
+
+
+def test_features_may_be_set_again() -> None:
+    with attached(Echo()) as session:
+        session.frontend.set_features(int(session.features))
+        assert exchange(session, b"after") == b"after"
+
+
+# -- configuration space --------------------------------------------------------------------------
+
+
+def test_configuration_is_read_from_its_offset() -> None:
+    with raw() as frontend:
+        assert frontend.get_config(0, 13) == b"configuration"
+        assert frontend.get_config(6, 4) == b"urat"
+        assert frontend.get_config(10, 6) == b"ion\0\0\0"
+
+
+def test_a_write_to_configuration_is_refused() -> None:
+    with raw() as frontend:
+        with pytest.raises(vp.RequestFailed):
+            frontend.set_config(0, b"x")
+        assert frontend.get_config(0, 1) == b"c"
+
+
+# -- rings: bad input -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda f: f.set_vring_num(0, 0),
+        lambda f: f.set_vring_num(0, 3),
+        lambda f: f.set_vring_num(0, 2048),
+        lambda f: f.set_vring_num(1, 128),
+        lambda f: f.set_vring_base(0, 0x1_0000),
+        lambda f: f.set_vring_base(9, 0),
+        lambda f: f.set_vring_enable(1, True),
+        lambda f: f.set_vring_addr(1, 0, 0, 0),
+        lambda f: f.rem_mem_reg(vp.MemoryRegion(0, 4096, 0)),
+    ],
+)
+def test_a_message_that_makes_no_sense_is_refused_alone(ask: object) -> None:
+    with raw() as frontend:
+        with pytest.raises(vp.RequestFailed):
+            ask(frontend)  # type: ignore[operator]
+        assert frontend.get_queue_num() == 1
+
+
+def test_a_kick_descriptor_before_the_addresses_is_refused() -> None:
+    with raw() as frontend, pytest.raises(vp.RequestFailed):
+        frontend.set_vring_kick(0, os.eventfd(0))
+
+
+def test_a_misaligned_ring_is_refused() -> None:
+    with raw() as frontend:
+        frontend.set_vring_addr(0, descriptor=8, used=0, available=0)
+        kick = os.eventfd(0)
+        with pytest.raises(vp.RequestFailed):
+            frontend.set_vring_kick(0, kick)
+        os.close(kick)
+
+
+def test_a_base_of_a_ring_that_is_not_there_closes_the_connection() -> None:
+    with raw() as frontend, pytest.raises(vp.ConnectionClosed):
+        frontend.get_vring_base(7)
+
+
+def test_a_request_that_is_not_offered_closes_the_connection() -> None:
+    with raw() as frontend, pytest.raises(vp.ProtocolError):
+        frontend.request(vp.SendRarp(b"\0" * 6), need_reply=True)
+
+
+def test_a_regular_file_as_kick_descriptor_is_refused(tmp_path: Path) -> None:
+    with attached(Echo()) as session:
+        session.stop_ring(0)
+        with open(tmp_path / "file", "wb") as file, pytest.raises(vp.RequestFailed):
+            session.frontend.set_vring_kick(0, file)
+
+
+# -- rings: states --------------------------------------------------------------------------------
+
+
+def test_a_stopped_ring_ignores_a_late_kick_and_goes_on_where_it_was() -> None:
+    with attached(Echo()) as session:
+        for number in range(3):
+            exchange(session, bytes([number]) * 16)
+        assert session.stop_ring(0) == 3
+        source, target = session.allocate(4), session.allocate(4)
+        session.memory.write(source, b"late")
+        vring = session.vrings[0]
+        identity = vring.submit([(source, 4)], [(target, 4)])
+        vring.kick()
+        with pytest.raises(SessionError):
+            vring.completions(0.2)
+        session.start_ring(0, base=3)
+        assert vring.completions(5.0) == [(identity, 4)]
+        assert session.stop_ring(0) == 4
+
+
+def test_a_disabled_ring_is_not_served_until_it_is_enabled() -> None:
+    with attached(Echo()) as session:
+        session.frontend.set_vring_enable(0, False)
+        with pytest.raises(SessionError):
+            exchange(session, b"while disabled", timeout=0.2)
+        session.frontend.set_vring_enable(0, True)
+        assert len(session.vrings[0].completions(5.0)) == 1
+
+
+def test_without_protocol_features_rings_are_enabled_from_the_start() -> None:
+    ours, theirs = socket.socketpair()
+    with (
+        VhostUserDaemon("test", DeviceBackend(Echo())) as daemon,
+        vp.Frontend(theirs, timeout=5.0, strict=False) as frontend,
+    ):
+        daemon.start_connection(ours)
+        frontend.set_owner()
+        frontend.set_features(frontend.get_features() & VirtioFeature.VERSION_1)
+        frontend.get_features()  # answered when the one before has been applied
+        with daemon.vrings[0].get_ref() as state:
+            assert state.enabled
+
+
+def test_enabling_needs_protocol_features() -> None:
+    with raw() as frontend:
+        frontend.set_features(0)
+        with pytest.raises(vp.ProtocolError):
+            frontend.set_vring_enable(0, True)
+
+
+def test_a_ring_without_a_kick_descriptor_is_polled() -> None:
+    with attached(Echo()) as session:
+        session.frontend.set_vring_kick(0, None)
+        os.eventfd_write(session.vrings[0].kick_fd, 1)
+        for number in range(20):
+            assert exchange(session, bytes([number]) * 8) == bytes([number]) * 8
+
+
+def test_a_ring_without_a_call_descriptor_completes_silently() -> None:
+    with attached(Echo()) as session:
+        session.frontend.set_vring_call(0, None)
+        source, target = session.allocate(4), session.allocate(4)
+        vring = session.vrings[0]
+        vring.submit([(source, 4)], [(target, 4)])
+        vring.kick()
+        deadline = time.monotonic() + 5
+        while not (done := vring.queue.collect()):
+            assert time.monotonic() < deadline
+        assert len(done) == 1
+
+
+def test_a_new_call_descriptor_is_signalled_at_once() -> None:
+    """What completed while there was none would otherwise never be announced."""
+    with attached(Echo()) as session:
+        call = os.eventfd(0, os.EFD_NONBLOCK)
+        session.frontend.set_vring_call(0, call)
+        poller = select.poll()
+        poller.register(call, select.POLLIN)
+        assert poller.poll(5000)
+        os.close(call)
+
+
+def test_a_full_call_descriptor_does_not_block_the_worker() -> None:
+    with attached(Echo()) as session:
+        os.eventfd_write(session.vrings[0].call_fd, (1 << 64) - 2)
+        for number in range(3):
+            assert exchange(session, bytes([number]) * 8) == bytes([number]) * 8
+            with contextlib.suppress(BlockingIOError):  # full already
+                os.eventfd_write(session.vrings[0].call_fd, (1 << 64) - 2)
+
+
+def test_a_pipe_that_is_closed_as_kick_descriptor_does_not_spin() -> None:
+    with attached(Echo()) as session:
+        reader, writer = os.pipe()
+        session.frontend.set_vring_kick(0, reader)
+        os.close(reader)
+        os.close(writer)
+        time.sleep(0.05)
+        before = time.process_time()
+        time.sleep(0.2)
+        assert time.process_time() - before < 0.15
+        # A good descriptor brings it back.
+        session.frontend.set_vring_kick(0, session.vrings[0].kick_fd)
+        assert exchange(session, b"again") == b"again"
+
+
+def test_reset_device_forgets_rings_and_keeps_memory() -> None:
+    with attached(Echo()) as session:
+        exchange(session, b"before")
+        session.frontend.reset_device()
+        assert session.frontend.get_vring_base(0) == 0
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def test_memory_may_be_replaced_while_requests_run() -> None:
+    with attached(Echo()) as session:
+        for number in range(50):
+            session._share_memory()
+            assert exchange(session, bytes([number]) * 64) == bytes([number]) * 64
+
+
+def test_a_ring_outside_of_memory_is_reported_and_comes_back_with_the_memory(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with attached(Echo()) as session:
+        other, fd = GuestMemory.allocate(4096, guest_address=0)
+        error = os.eventfd(0, os.EFD_NONBLOCK)
+        session.frontend.set_vring_err(0, error)
+        session.frontend.set_mem_table(other.regions, [fd])
+        os.eventfd_write(session.vrings[0].kick_fd, 1)
+        poller = select.poll()
+        poller.register(error, select.POLLIN)
+        assert poller.poll(5000)
+        session._share_memory()
+        assert exchange(session, b"home again") == b"home again"
+        os.close(fd)
+        os.close(error)
+
+
+def test_the_510th_region_is_refused() -> None:
+    with raw() as frontend:
+        _, fd = GuestMemory.allocate(510 * 4096)
+        for index in range(510):
+            region = vp.MemoryRegion(index * 8192, 4096, 0x7000_0000_0000 + index * 8192)
+            if index < 509:
+                frontend.add_mem_reg(region, fd)
+            else:
+                with pytest.raises(vp.RequestFailed):
+                    frontend.add_mem_reg(region, fd)
+        frontend.rem_mem_reg(vp.MemoryRegion(0, 4096, 0x7000_0000_0000))
+        os.close(fd)
+
+
+def test_overlapping_and_too_large_regions_are_refused() -> None:
+    with raw() as frontend:
+        _, fd = GuestMemory.allocate(8192)
+        frontend.add_mem_reg(vp.MemoryRegion(0, 8192, 0x7000_0000_0000), fd)
+        for region in (
+            vp.MemoryRegion(4096, 4096, 0x7100_0000_0000),
+            vp.MemoryRegion(1 << 20, 16384, 0x7200_0000_0000),
+            vp.MemoryRegion(1 << 21, 4096, 0x7300_0000_0000, mmap_offset=8192),
+        ):
+            with pytest.raises(vp.RequestFailed):
+                frontend.add_mem_reg(region, fd)
+        os.close(fd)
+
+
+# -- in-flight memory -----------------------------------------------------------------------------
+
+
+def test_in_flight_memory_is_given_and_taken_back() -> None:
+    with raw() as frontend:
+        reply, fd = frontend.get_inflight_fd(1, 128)
+        assert fd is not None
+        assert reply.mmap_size >= 16 + 16 * 128
+        frontend.set_inflight_fd(reply.mmap_size, reply.mmap_offset, 1, 128, fd)
+        with pytest.raises(vp.RequestFailed):
+            frontend.set_inflight_fd(64, 0, 1, 128, fd)
+        fd.close()
+
+
+# -- connections ----------------------------------------------------------------------------------
+
+
+def test_a_front_end_that_vanishes_at_any_byte_leaves_nothing_behind(image: Path) -> None:
+    """Every prefix of a conversation, then silence: the next front-end finds a working device."""
+    ours, theirs = socket.socketpair()
+    recorder = _Recorder(theirs)
+    with VhostUserDaemon("test", DeviceBackend(Echo())) as daemon:
+        daemon.start_connection(ours)
+        recorder.converse()
+    conversation = recorder.data
+    before = len(os.listdir("/proc/self/fd"))
+    with served(Echo()) as path:
+        for end in range(1, len(conversation), 7):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(path)
+                client.sendall(conversation[:end])
+        with DriverSession.connect(path) as session:
+            assert exchange(session, b"still there") == b"still there"
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+class _Recorder:
+    """The bytes of a small conversation without descriptors."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self.data = b""
+
+    def converse(self) -> None:
+        for code, payload in (
+            (1, b""),
+            (15, b""),
+            (16, (1 << 3).to_bytes(8, "little")),
+            (3, b""),
+            (2, (1 << 30).to_bytes(8, "little")),
+            (8, bytes(4) + (128).to_bytes(4, "little")),
+            (10, bytes(8)),
+            (18, bytes(4) + b"\1\0\0\0"),
+            (11, bytes(8)),
+        ):
+            header = b"".join(n.to_bytes(4, "little") for n in (code, 1, len(payload)))
+            self.data += header + payload
+        self._socket.sendall(self.data)
+        self._socket.settimeout(5)
+        self._socket.recv(4096)
+        self._socket.close()
+
+
+def test_the_daemon_ends_while_connected_and_idle() -> None:
+    ours, theirs = socket.socketpair()
+    daemon = VhostUserDaemon("test", DeviceBackend(Echo()))
+    daemon.start_connection(ours)
+    with vp.Frontend(theirs, timeout=5.0) as frontend:
+        frontend.get_features()
+        threading.Timer(0.05, daemon.shutdown).start()
+        daemon.wait()
+        daemon.close()
+        with pytest.raises((vp.ConnectionClosed, OSError)):
+            frontend.get_features()
+
+
+def test_the_daemon_ends_though_a_handler_is_stuck(caplog: pytest.LogCaptureFixture) -> None:
+    release = threading.Event()
+
+    class Stuck(VirtioDevice):
+        def handle(self, queue: DeviceQueueView, request: Request) -> None:
+            release.wait(30)
+
+    ours, theirs = socket.socketpair()
+    daemon = VhostUserDaemon("test", DeviceBackend(Stuck()), drain_timeout=0.2)
+    daemon.start_connection(ours)
+    with DriverSession(vp.Frontend(theirs, timeout=5.0)) as session:
+        vring = session.vrings[0]
+        vring.submit([(session.allocate(4), 4)], [(session.allocate(4), 4)])
+        vring.kick()
+        time.sleep(0.1)
+        begin = time.monotonic()
+        assert session.frontend.get_vring_base(0) == 1  # bounded, though nothing drains
+        assert time.monotonic() - begin < 5
+        daemon.close()
+    release.set()
+    assert "did not end in time" in caplog.text
+
+
+def test_get_vring_base_waits_for_requests_in_flight() -> None:
+    class Slow(VirtioDevice):
+        def handle(self, queue: DeviceQueueView, request: Request) -> None:
+            time.sleep(0.3)
+            request.write(b"done")
+
+    with attached(Slow()) as session:
+        vring = session.vrings[0]
+        target = session.allocate(4)
+        vring.submit([(session.allocate(4), 4)], [(target, 4)])
+        vring.kick()
+        time.sleep(0.1)
+        assert session.frontend.get_vring_base(0) == 1
+        assert session.memory.read(target, 4) == b"done"
+        assert len(vring.queue.collect()) == 1
+
+
+def test_front_ends_come_one_after_another(image: Path) -> None:
+    with served(BlockDevice(image)) as path:
+        for number in range(5):
+            with DriverSession.connect(path, features=DRIVER_FEATURES) as session:
+                driver = BlockDriver(session)
+                if number:
+                    assert driver.read(0, 512) == bytes([number - 1]) * 512
+                driver.write(0, bytes([number]) * 512)
+
+
+def test_a_daemon_as_client_connects_and_comes_back(tmp_path: Path) -> None:
+    path = str(tmp_path / "front-end.sock")
+    with VhostUserDaemon("test", DeviceBackend(Echo())) as daemon:
+        daemon.start_client(path)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            listener.settimeout(10)
+            for _ in range(3):
+                connection, _ = listener.accept()
+                with DriverSession(vp.Frontend(connection, timeout=5.0)) as session:
+                    assert exchange(session, b"hello") == b"hello"
+
+
+def test_a_client_that_may_not_reconnect_says_why_it_ended(tmp_path: Path) -> None:
+    with VhostUserDaemon("test", DeviceBackend(Echo())) as daemon:
+        daemon.start_client(tmp_path / "nobody", reconnect=False)
+        with pytest.raises(VhostBackendError, match="No such file"):
+            daemon.wait()

@@ -1,0 +1,238 @@
+"""Devices written the comfortable way: one method, plain, asynchronous or for a batch."""
+
+import asyncio
+import logging
+
+import pytest
+
+from vhost_backend import Queue, Request, VirtioDevice
+from vhost_backend.driver import DriverSession
+from vhost_backend.testing import attached
+from virtqueue import DONE, Batch, ChainCompleted
+
+
+class Pieces:
+    """Shared memory for `count` requests of one readable and one writable piece."""
+
+    def __init__(self, session: DriverSession, count: int, size: int = 16) -> None:
+        self.session = session
+        self.size = size
+        self.sources = [session.allocate(size) for _ in range(count)]
+        self.targets = [session.allocate(size) for _ in range(count)]
+
+    def submit(self, index: int, data: bytes) -> int:
+        self.session.memory.write(self.sources[index], data.ljust(self.size, b"\0"))
+        return self.session.vrings[0].submit(
+            [(self.sources[index], self.size)], [(self.targets[index], self.size)]
+        )
+
+    def answer(self, index: int) -> bytes:
+        return self.session.memory.read(self.targets[index], self.size).rstrip(b"\0")
+
+
+def test_a_plain_handler(engine: str) -> None:
+    class Upper(VirtioDevice):
+        def handle(self, queue: Queue, request: Request) -> None:
+            assert request.readable_length == request.writable_length == 16
+            assert bytes(request.readable[0][:5]) == b"hello"
+            assert request.read(2) == b"he"
+            request.write(b"HE" + request.read().rstrip(b"\0").upper())
+
+    with attached(Upper(), engine=engine) as session:
+        pieces = Pieces(session, 1)
+        identity = pieces.submit(0, b"hello")
+        session.vrings[0].kick()
+        assert session.vrings[0].completions() == [(identity, 5)]
+        assert pieces.answer(0) == b"HELLO"
+
+
+def test_written_may_be_set_after_filling_the_buffer_in_place(engine: str) -> None:
+    class InPlace(VirtioDevice):
+        def handle(self, queue: Queue, request: Request) -> None:
+            request.writable[0][:3] = b"abc"
+            request.written = 3
+
+    with attached(InPlace(), engine=engine) as session:
+        pieces = Pieces(session, 1)
+        identity = pieces.submit(0, b"x")
+        session.vrings[0].kick()
+        assert session.vrings[0].completions() == [(identity, 3)]
+        assert pieces.answer(0) == b"abc"
+
+
+def test_a_handler_that_raises_fails_its_request_only(
+    engine: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Picky(VirtioDevice):
+        status_byte = True
+        error_status = 7
+
+        def handle(self, queue: Queue, request: Request) -> None:
+            if request.read(3) == b"bad":
+                raise ValueError("this one is bad")
+            request.write(b"fine")
+
+    with attached(Picky(), engine=engine) as session:
+        pieces = Pieces(session, 3)
+        sent = [pieces.submit(0, b"good"), pieces.submit(1, b"bad"), pieces.submit(2, b"good")]
+        session.vrings[0].kick()
+        done: dict[int, int] = {}
+        while len(done) < 3:
+            done.update(session.vrings[0].completions())
+        assert done == {sent[0]: 5, sent[1]: 1, sent[2]: 5}
+        last = [session.memory.read(target, 16)[15] for target in pieces.targets]
+        assert last == [0, 7, 0]
+        assert caplog.text.count("ValueError: this one is bad") == 1
+
+
+def test_a_storm_of_exceptions_is_logged_a_few_times(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(VirtioDevice):
+        def handle(self, queue: Queue, request: Request) -> None:
+            raise RuntimeError("always")
+
+    with attached(Broken()) as session:
+        pieces = Pieces(session, 32)
+        for _ in range(5):
+            for index in range(32):
+                pieces.submit(index, b"x")
+            session.vrings[0].kick()
+            left = 32
+            while left:
+                left -= len(session.vrings[0].completions())
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert 1 <= len(errors) <= 10
+
+
+def test_a_batch_handler_that_raises_fails_the_batch(engine: str) -> None:
+    class Wrong(VirtioDevice):
+        status_byte = True
+
+        def handle_batch(self, queue: Queue, batch: Batch) -> None:
+            raise RuntimeError("half-way")
+
+    with attached(Wrong(), engine=engine) as session:
+        pieces = Pieces(session, 2)
+        for index in range(2):
+            pieces.submit(index, b"x")
+        session.vrings[0].kick()
+        left = 2
+        while left:
+            left -= len(session.vrings[0].completions())
+        assert [session.memory.read(target, 16)[15] for target in pieces.targets] == [1, 1]
+
+
+def test_a_device_without_a_handler_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with attached(VirtioDevice()) as session:
+        pieces = Pieces(session, 1)
+        pieces.submit(0, b"x")
+        session.vrings[0].kick()
+        session.vrings[0].completions()
+    assert "overrides neither handle nor handle_batch" in caplog.text
+
+
+def test_a_batch_handler_with_records(engine: str) -> None:
+    class Lengths(VirtioDevice):
+        def handle_batch(self, queue: Queue, batch: Batch) -> None:
+            for position, chain in enumerate(batch):
+                DONE.pack_into(batch.done, position * 8, chain.head, 0, 0, position)
+
+    with attached(Lengths(), engine=engine) as session:
+        pieces = Pieces(session, 4)
+        for index in range(4):
+            pieces.submit(index, b"x")
+        session.vrings[0].kick()
+        done: list[tuple[int, int]] = []
+        while len(done) < 4:
+            done += session.vrings[0].completions()
+        assert all(written < 4 for _, written in done)
+
+
+# -- asynchronous handlers ------------------------------------------------------------------------
+
+
+class Sleeper(VirtioDevice):
+    """Takes as long as the request says; so the later one may be done first."""
+
+    async def handle(self, queue: Queue, request: Request) -> None:
+        text = request.read(3).decode()
+        await asyncio.sleep(int(text) / 1000)
+        request.write(text.encode())
+
+
+def test_asynchronous_requests_complete_out_of_order(engine: str) -> None:
+    with attached(Sleeper(), engine=engine) as session:
+        pieces = Pieces(session, 3)
+        slow, quick, middle = (
+            pieces.submit(0, b"300"), pieces.submit(1, b"001"), pieces.submit(2, b"150"),
+        )  # fmt: skip
+        session.vrings[0].kick()
+        order: list[int] = []
+        while len(order) < 3:
+            order += [identity for identity, _ in session.vrings[0].completions()]
+        assert order == [quick, middle, slow]
+        assert [pieces.answer(index) for index in range(3)] == [b"300", b"001", b"150"]
+
+
+def test_many_asynchronous_requests(engine: str) -> None:
+    with attached(Sleeper(), engine=engine) as session:
+        pieces = Pieces(session, 32)
+        for round_ in range(10):
+            sent = {
+                pieces.submit(index, b"%03d" % ((index * 7 + round_) % 5)) for index in range(32)
+            }
+            session.vrings[0].kick()
+            while sent:
+                for identity, written in session.vrings[0].completions():
+                    assert written == 3
+                    sent.remove(identity)
+
+
+def test_an_asynchronous_handler_that_raises(engine: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Picky(VirtioDevice):
+        status_byte = True
+
+        async def handle(self, queue: Queue, request: Request) -> None:
+            await asyncio.sleep(0)
+            if request.read(3) == b"bad":
+                raise ValueError("this one is bad")
+
+    with attached(Picky(), engine=engine) as session:
+        pieces = Pieces(session, 2)
+        for index, data in enumerate((b"bad", b"good")):
+            pieces.submit(index, data)
+        session.vrings[0].kick()
+        left = 2
+        while left:
+            left -= len(session.vrings[0].completions())
+        assert [session.memory.read(target, 16)[15] for target in pieces.targets] == [1, 0]
+    assert caplog.text.count("ValueError: this one is bad") == 1
+
+
+def test_a_ring_drains_its_asynchronous_requests_before_it_stops(engine: str) -> None:
+    with attached(Sleeper(), engine=engine) as session:
+        pieces = Pieces(session, 1)
+        pieces.submit(0, b"200")
+        session.vrings[0].kick()
+        while not session.frontend.get_queue_num():
+            pass
+        assert session.frontend.get_vring_base(0) in (0, 1)
+        # Either it was not taken at all, or it was finished.
+        done = session.vrings[0].queue.collect()
+        assert [pieces.answer(0)] == ([b"200"] if done else [b""])
+
+
+def test_requests_end_with_the_daemon(engine: str) -> None:
+    kept: list[Request] = []
+
+    class Keeper(VirtioDevice):
+        async def handle(self, queue: Queue, request: Request) -> None:
+            kept.append(request)
+            await asyncio.sleep(0.1)
+
+    with attached(Keeper(), engine=engine) as session:
+        pieces = Pieces(session, 1)
+        pieces.submit(0, b"x")
+        session.vrings[0].kick()
+        session.vrings[0].completions()
+    with pytest.raises(ChainCompleted):
+        kept[0].read()
