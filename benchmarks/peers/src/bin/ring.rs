@@ -1,7 +1,8 @@
 //! Take and complete block chains on the published `virtio-queue` and `vm-memory` crates.
 //!
-//! `ring [--seconds=S]` prints a JSON line per case: `{"peer": ..., "loop": ..., "regions": R,
-//! "batch": B, "ns": N}` where `ns` is nanoseconds per chain, the best of several rounds.
+//! `ring [--seconds=S] [--regions=R] [--batch=B] [--loop=pop|collect]` prints nanoseconds per
+//! chain, of the best sample of 2048 chains. `ring --chains=N ...` takes and completes that many and prints
+//! nothing: for counting instructions.
 //!
 //! The memory that `benchmarks/rings.py` lays out for our engine is laid out here in the same
 //! way: a split ring of 512 entries in region 0, 128 chains of three direct descriptors (16 bytes
@@ -26,7 +27,8 @@ const STRIDE: u64 = 4 << 20;
 const DESCRIPTORS: u64 = 0;
 const AVAIL: u64 = 0x4000;
 const USED: u64 = 0x8000;
-const ROUNDS: u32 = 7;
+/// Chains between two looks at the clock.
+const SAMPLE: u64 = 2048;
 
 type Memory = GuestMemoryMmap<()>;
 
@@ -110,61 +112,49 @@ fn collected(memory: &Memory, queue: &mut Queue) -> u32 {
     count
 }
 
-fn measure(
-    memory: &Memory,
-    batch: u16,
-    time: Duration,
-    take: fn(&Memory, &mut Queue) -> u32,
-) -> f64 {
-    let mut queue = queue();
-    let mut avail = 0u16;
+type Take = fn(&Memory, &mut Queue) -> u32;
+
+/// Take and complete `turns` batches.
+fn run(memory: &Memory, queue: &mut Queue, avail: &mut u16, batch: u16, turns: u64, take: Take) {
     let index = GuestAddress(AVAIL + 2);
-    memory.store(avail.to_le(), index, Ordering::Release).unwrap();
-    let mut best = f64::INFINITY;
-    for _ in 0..ROUNDS {
-        let (start, mut chains) = (Instant::now(), 0u64);
-        let spent = loop {
-            for _ in 0..256 {
-                avail = avail.wrapping_add(batch);
-                memory.store(avail.to_le(), index, Ordering::Release).unwrap();
-                let taken = take(memory, &mut queue);
-                assert_eq!(taken, u32::from(batch));
-                std::hint::black_box(queue.needs_notification(memory).unwrap());
-                chains += u64::from(taken);
-            }
-            let spent = start.elapsed();
-            if spent >= time / ROUNDS {
-                break spent;
-            }
-        };
-        best = best.min(spent.as_nanos() as f64 / chains as f64);
+    for _ in 0..turns {
+        *avail = avail.wrapping_add(batch);
+        memory.store(avail.to_le(), index, Ordering::Release).unwrap();
+        assert_eq!(take(memory, queue), u32::from(batch));
+        std::hint::black_box(queue.needs_notification(memory).unwrap());
     }
-    best
 }
 
 fn main() {
-    let mut seconds = 0.7;
+    let (mut seconds, mut chains, mut regions, mut batch) = (0.5, 0, 2, 32);
+    let mut take: Take = popped;
     for argument in std::env::args().skip(1) {
         match argument.split_once('=') {
-            Some(("--seconds", value)) => seconds = value.parse().expect("a number of seconds"),
+            Some(("--seconds", value)) => seconds = value.parse().expect("seconds"),
+            Some(("--chains", value)) => chains = value.parse().expect("a number of chains"),
+            Some(("--regions", value)) => regions = value.parse().expect("a number of regions"),
+            Some(("--batch", value)) => batch = value.parse().expect("a batch size"),
+            Some(("--loop", "pop")) => take = popped,
+            Some(("--loop", "collect")) => take = collected,
             _ => panic!("unknown argument {argument}"),
         }
     }
-    let time = Duration::from_secs_f64(seconds);
-    for regions in [2, 509] {
-        let memory = memory(regions);
-        fill(&memory, regions);
-        for batch in [1, 32, 128] {
-            for (name, take) in [
-                ("pop", popped as fn(&Memory, &mut Queue) -> u32),
-                ("collect", collected),
-            ] {
-                let ns = measure(&memory, batch, time, take);
-                println!(
-                    "{{\"peer\": \"virtio-queue\", \"loop\": \"{name}\", \"regions\": {regions}, \
-                     \"batch\": {batch}, \"ns\": {ns:.1}}}"
-                );
-            }
-        }
+    let memory = memory(regions);
+    fill(&memory, regions);
+    let (mut queue, mut avail) = (queue(), 0u16);
+    let index = GuestAddress(AVAIL + 2);
+    memory.store(avail.to_le(), index, Ordering::Release).unwrap();
+    if chains > 0 {
+        let turns = chains / u64::from(batch);
+        return run(&memory, &mut queue, &mut avail, batch, turns, take);
     }
+    let turns = (SAMPLE / u64::from(batch)).max(1);
+    let (begin, mut best) = (Instant::now(), f64::INFINITY);
+    while begin.elapsed() < Duration::from_secs_f64(seconds) {
+        let start = Instant::now();
+        run(&memory, &mut queue, &mut avail, batch, turns, take);
+        let spent = start.elapsed().as_nanos() as f64;
+        best = best.min(spent / (turns * u64::from(batch)) as f64);
+    }
+    println!("{best:.2}");
 }

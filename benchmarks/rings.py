@@ -1,0 +1,273 @@
+"""Take and complete block chains in one process: our engine beside the Rust crate.
+
+``python benchmarks/rings.py`` prints the table. The memory and the loop are the same for all (see
+``peers/src/bin/ring.rs``): a split ring of 512 entries, chains of three direct descriptors with
+the header copied or read and the status byte written, 2 or 509 regions. Contestants take turns
+within a round and ratios are medians over the rounds, so that a busy machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from guest_memory import GuestAddress, GuestMemory, Region, UserAddress, allocate_memfd
+from virtqueue import DONE, DeviceQueue, RingConfig
+
+HERE = Path(__file__).resolve().parent
+RUST = HERE / "peers" / "target" / "release" / "ring"
+DRIVER = HERE / "rings" / "build" / "engine"
+
+QUEUE = 512
+CHAINS = 128
+REGION = 2 << 20
+STRIDE = 4 << 20
+USER = 0x7000_0000_0000
+AVAIL = 0x4000
+USED = 0x8000
+NEXT, WRITE = 1, 2
+BATCHES = (1, 32, 128)
+REGIONS = (2, 509)
+
+# A record (virtqueue.RECORD) with the block header's type and sector in the place of its bytes.
+BLOCK_RECORD = struct.Struct("=I4xQQQQIIHHHxxIxxxx")
+
+Loop = Callable[[DeviceQueue, memoryview, int, int, int], int]
+
+
+class Case(NamedTuple):
+    """One measurement: nanoseconds per chain of a contestant."""
+
+    regions: int
+    batch: int
+
+
+class Ring:
+    """A device queue over memory of its own, and the driver's view of the index to move."""
+
+    def __init__(self, regions: int, batch: int) -> None:
+        self._maps: list[mmap.mmap] = []
+        pairs = []
+        for number in range(regions):
+            fd = allocate_memfd(REGION)
+            self._maps.append(mmap.mmap(fd, REGION))
+            guest = number * STRIDE
+            pairs.append((Region(GuestAddress(guest), REGION, UserAddress(USER + guest)), fd))
+        self.memory = GuestMemory.map(pairs)
+        for _, fd in pairs:
+            os.close(fd)
+        self._fill(regions)
+        config = RingConfig(QUEUE, USER, USER + AVAIL, USER + USED, event_idx=True, status_byte=True)
+        self.queue = DeviceQueue(config, self.memory, base=0, engine="c", batch=batch)
+        self.index = memoryview(self._maps[0]).cast("H")[AVAIL // 2 : USED // 2]
+        self.avail = 0
+
+    def _put(self, guest: int, data: bytes) -> None:
+        number, offset = divmod(guest, STRIDE)
+        self._maps[number][offset : offset + len(data)] = data
+
+    def _fill(self, regions: int) -> None:
+        others = regions - 1
+        for chain in range(CHAINS):
+            control = (1 + 2 * chain % others) * STRIDE + chain * 64
+            data = (1 + (2 * chain + 1) % others) * STRIDE + 0x10000 + chain * 4096
+            head = 3 * chain
+            for index, descriptor in enumerate(
+                (
+                    (control, 16, NEXT, head + 1),
+                    (data, 4096, NEXT | WRITE, head + 2),
+                    (control + 32, 1, WRITE, 0),
+                )
+            ):
+                self._put(16 * (head + index), struct.pack("<QIHH", *descriptor))
+        heads = [slot % CHAINS * 3 for slot in range(QUEUE)]
+        # After the ring comes used_event, far behind: no notification is wanted.
+        self._put(AVAIL + 4, struct.pack(f"<{QUEUE + 1}H", *heads, 0x8000))
+
+
+def batches(queue: DeviceQueue, index: memoryview, avail: int, batch: int, turns: int) -> int:
+    """One call a batch; nothing per request: what a device in C pays."""
+    cycle = queue.cycle
+    for _ in range(turns):
+        avail = avail + batch & 0xFFFF
+        index[1] = avail
+        cycle()
+    return avail
+
+
+def records(queue: DeviceQueue, index: memoryview, avail: int, batch: int, turns: int) -> int:
+    """Python per request by the record idiom: look at each request, say only what failed."""
+    cycle, unpack = queue.cycle, BLOCK_RECORD.iter_unpack
+    for _ in range(turns):
+        avail = avail + batch & 0xFFFF
+        index[1] = avail
+        taken = cycle()
+        position = 0
+        for (
+            kind, sector, _readable, _writable, _status, readable_length, writable_length,
+            head, _flags, _segments, _first,
+        ) in unpack(taken.records):  # fmt: skip
+            if kind == 0:
+                length = writable_length - 1
+            elif kind == 1:
+                length = readable_length
+            else:
+                DONE.pack_into(taken.done, position, head, 2, 1, 1)
+                length = 0
+            if sector * 512 + length > 1 << 40:
+                DONE.pack_into(taken.done, position, head, 1, 1, 1)
+            position += 8
+    return avail
+
+
+def chains(queue: DeviceQueue, index: memoryview, avail: int, batch: int, turns: int) -> int:
+    """An object for each request, its header read through it."""
+    cycle = queue.cycle
+    for _ in range(turns):
+        avail = avail + batch & 0xFFFF
+        index[1] = avail
+        for chain in cycle():
+            chain.read(16)
+    return avail
+
+
+def python_loop(loop: Loop) -> Callable[[Case, float], float]:
+    """Nanoseconds per chain of a loop in this process."""
+
+    def measure(case: Case, seconds: float) -> float:
+        ring = Ring(case.regions, case.batch)
+        turns = max(1, 2048 // case.batch)
+        best, end = float("inf"), time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            start = time.perf_counter_ns()
+            ring.avail = loop(ring.queue, ring.index, ring.avail, case.batch, turns)
+            best = min(best, (time.perf_counter_ns() - start) / (turns * case.batch))
+        ring.queue.close()
+        return best
+
+    return measure
+
+
+def program(*command: str) -> Callable[[Case, float], float]:
+    """Nanoseconds per chain that another program prints."""
+
+    def measure(case: Case, seconds: float) -> float:
+        options = [f"--regions={case.regions}", f"--batch={case.batch}", f"--seconds={seconds}"]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    return measure
+
+
+def library() -> str:
+    """The engine's library, as this interpreter has loaded it."""
+    ring = Ring(2, 1)
+    ring.queue.close()
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            if "libvirtqueue" in line:
+                return line.split(None, 5)[5].strip()
+    raise RuntimeError("the C engine was not loaded")
+
+
+def contestants() -> dict[str, Callable[[Case, float], float]]:
+    """Every way to take and complete a chain, by name; the Rust ones only where they are built."""
+    found = {}
+    if RUST.exists():
+        found["rust pop"] = program(str(RUST), "--loop=pop")
+        found["rust collect"] = program(str(RUST), "--loop=collect")
+    if DRIVER.exists():
+        found["ours, C engine alone"] = program(str(DRIVER), library())
+    found["ours, a call from Python a batch"] = python_loop(batches)
+    found["ours, Python per request (records)"] = python_loop(records)
+    found["ours, an object per request"] = python_loop(chains)
+    return found
+
+
+# Contestant, regions, batch, and how many times the best Rust loop's rate it has to reach.
+TARGETS = (
+    ("ours, C engine alone", 2, 32, 3.0),
+    ("ours, C engine alone", 509, 32, 4.0),
+    ("ours, Python per request (records)", 2, 32, 0.8),
+    ("ours, Python per request (records)", 509, 32, 1.3),
+)
+
+
+def measure(rounds: int, seconds: float) -> dict[Case, dict[str, list[float]]]:
+    """Nanoseconds per chain: case, contestant, one for each round."""
+    names = contestants()
+    cases = [Case(regions, batch) for regions in REGIONS for batch in BATCHES]
+    results: dict[Case, dict[str, list[float]]] = {case: {n: [] for n in names} for case in cases}
+    for _ in range(rounds):
+        for case in cases:
+            for name, contestant in names.items():
+                results[case][name].append(contestant(case, seconds))
+    return results
+
+
+def best_rust(times: dict[str, list[float]]) -> list[float]:
+    """The better Rust loop of each round."""
+    return [min(pair) for pair in zip(times["rust pop"], times["rust collect"], strict=True)]
+
+
+def report(results: dict[Case, dict[str, list[float]]]) -> str:
+    """Markdown: medians, and rates as multiples of the better Rust loop's in the same round."""
+    cases = list(results)
+    names = list(results[cases[0]])
+    lines = [
+        "| ns per chain (times Rust's rate) | "
+        + " | ".join(f"{case.regions} regions, batch {case.batch}" for case in cases)
+        + " |",
+        "|---|" + "---|" * len(cases),
+    ]
+    for name in names:
+        cells = []
+        for case in cases:
+            times = results[case][name]
+            cell = f"{statistics.median(times):.0f}"
+            if "rust pop" in names and not name.startswith("rust"):
+                pairs = zip(best_rust(results[case]), times, strict=True)
+                cell += f" ({statistics.median(rust / ours for rust, ours in pairs):.2f}×)"
+            cells.append(cell)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if "rust pop" in names:
+        lines += ["", "| target | wanted | measured | |", "|---|---|---|---|"]
+        for name, regions, batch, wanted in TARGETS:
+            case = Case(regions, batch)
+            if name not in names:
+                continue
+            pairs = zip(best_rust(results[case]), results[case][name], strict=True)
+            ratio = statistics.median(rust / ours for rust, ours in pairs)
+            met = "met" if ratio >= wanted else "**missed**"
+            label = f"{name}, {regions} regions, batch {batch}"
+            lines.append(f"| {label} | ≥ {wanted:g}× | {ratio:.2f}× | {met} |")
+    if "ours, C engine alone" in names:
+        few, many = (results[Case(n, 32)]["ours, C engine alone"] for n in REGIONS)
+        ratio = statistics.median(b / a for a, b in zip(few, many, strict=True))
+        met = "met" if ratio <= 1.5 else "**missed**"
+        lines.append(f"| C engine alone, 509 regions against 2 | ≤ 1.5× the cost | {ratio:.2f}× | {met} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.2)
+    options = parser.parse_args()
+    subprocess.run(["make", "--silent"], cwd=HERE / "rings", check=True)
+    print(report(measure(options.rounds, options.seconds)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
