@@ -66,7 +66,9 @@ class Ring:
         for _, fd in pairs:
             os.close(fd)
         self._fill(regions)
-        config = RingConfig(QUEUE, USER, USER + AVAIL, USER + USED, event_idx=True, status_byte=True)
+        config = RingConfig(
+            QUEUE, USER, USER + AVAIL, USER + USED, event_idx=True, status_byte=True
+        )
         self.queue = DeviceQueue(config, self.memory, base=0, engine="c", batch=batch)
         self.index = memoryview(self._maps[0]).cast("H")[AVAIL // 2 : USED // 2]
         self.avail = 0
@@ -236,7 +238,7 @@ def report(results: dict[Case, dict[str, list[float]]]) -> str:
             cell = f"{statistics.median(times):.0f}"
             if "rust pop" in names and not name.startswith("rust"):
                 pairs = zip(best_rust(results[case]), times, strict=True)
-                cell += f" ({statistics.median(rust / ours for rust, ours in pairs):.2f}×)"
+                cell += f" ({statistics.median(rust / ours for rust, ours in pairs):.2f}x)"
             cells.append(cell)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     if "rust pop" in names:
@@ -249,12 +251,14 @@ def report(results: dict[Case, dict[str, list[float]]]) -> str:
             ratio = statistics.median(rust / ours for rust, ours in pairs)
             met = "met" if ratio >= wanted else "**missed**"
             label = f"{name}, {regions} regions, batch {batch}"
-            lines.append(f"| {label} | ≥ {wanted:g}× | {ratio:.2f}× | {met} |")
+            lines.append(f"| {label} | ≥ {wanted:g}x | {ratio:.2f}x | {met} |")
     if "ours, C engine alone" in names:
         few, many = (results[Case(n, 32)]["ours, C engine alone"] for n in REGIONS)
         ratio = statistics.median(b / a for a, b in zip(few, many, strict=True))
         met = "met" if ratio <= 1.5 else "**missed**"
-        lines.append(f"| C engine alone, 509 regions against 2 | ≤ 1.5× the cost | {ratio:.2f}× | {met} |")
+        lines.append(
+            f"| C engine alone, 509 regions against 2 | ≤ 1.5x the cost | {ratio:.2f}x | {met} |"
+        )
     return "\n".join(lines)
 
 

@@ -54,7 +54,7 @@ class Records(Null):
         ) in BLOCK_RECORD.iter_unpack(batch.records):  # fmt: skip
             if kind == T_IN:
                 length = writable_length - 1
-            elif kind == T_OUT or kind == T_FLUSH:
+            elif kind in (T_OUT, T_FLUSH):
                 length = readable_length
             else:
                 DONE.pack_into(batch.done, position, head, S_UNSUPP, 1, 1)
