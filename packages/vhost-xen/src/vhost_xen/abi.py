@@ -36,9 +36,9 @@ class BatchRequest:
     """
 
     def __init__(self, domid: int, first_frame: int, count: int, address: int) -> None:
-        self.frames = array.array("Q", range(first_frame, first_frame + count))
-        self.errors = array.array("i", bytes(4 * count))
-        self.argument = ctypes.create_string_buffer(
+        self.frames: array.array[int] = array.array("Q", range(first_frame, first_frame + count))
+        self.errors: array.array[int] = array.array("i", bytes(4 * count))
+        self.argument: ctypes.Array[ctypes.c_char] = ctypes.create_string_buffer(
             _BATCH.pack(
                 count,
                 domid,
@@ -67,7 +67,9 @@ class MapRequest:
         pairs[1::2] = array.array("I", range(first_reference, first_reference + count))
         # An empty request still carries room for one reference: the request number says so.
         data += pairs.tobytes() or bytes(_REFERENCE.size)
-        self.argument = ctypes.create_string_buffer(bytes(data), len(data))
+        self.argument: ctypes.Array[ctypes.c_char] = ctypes.create_string_buffer(
+            bytes(data), len(data)
+        )
 
     @property
     def index(self) -> int:
@@ -80,4 +82,6 @@ class UnmapRequest:
     """One UNMAP_GRANT_REF: `count` must be that of the MAP_GRANT_REF that gave `index`."""
 
     def __init__(self, index: int, count: int) -> None:
-        self.argument = ctypes.create_string_buffer(_UNMAP.pack(index, count, 0), _UNMAP.size)
+        self.argument: ctypes.Array[ctypes.c_char] = ctypes.create_string_buffer(
+            _UNMAP.pack(index, count, 0), _UNMAP.size
+        )

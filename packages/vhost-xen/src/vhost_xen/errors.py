@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno as errnos
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from guest_memory import GuestMemoryError, InvalidRegion, MappingFailed, UsageError
 
@@ -48,7 +49,7 @@ class XenFlagsError(XenRegionError):
 
     def __init__(self, address: int, length: int, flags: int) -> None:
         super().__init__(address, length, f"xen mmap flags {flags:#x} are not valid")
-        self.args = (address, length, flags)
+        self.args: tuple[Any, ...] = (address, length, flags)
         self.flags = flags
 
 
@@ -61,7 +62,7 @@ class XenDomainError(XenRegionError):
 
     def __init__(self, address: int, length: int, domid: int) -> None:
         super().__init__(address, length, f"{domid:#x} is no guest's domain number")
-        self.args = (address, length, domid)
+        self.args: tuple[Any, ...] = (address, length, domid)
         self.domid = domid
 
 
@@ -74,7 +75,7 @@ class XenAlignmentError(XenRegionError):
 
     def __init__(self, address: int, length: int, page_size: int) -> None:
         super().__init__(address, length, f"its address is not a multiple of {page_size:#x}")
-        self.args = (address, length, page_size)
+        self.args: tuple[Any, ...] = (address, length, page_size)
         self.page_size = page_size
 
 
@@ -87,7 +88,7 @@ class XenFileError(XenRegionError):
 
     def __init__(self, address: int, length: int, device: str, reason: str) -> None:
         super().__init__(address, length, reason)
-        self.args = (address, length, device, reason)
+        self.args: tuple[Any, ...] = (address, length, device, reason)
         self.device = device
 
 
@@ -103,7 +104,7 @@ class XenMapError(MappingFailed, XenError):
 
     def __init__(self, errno: int | None, call: str, domid: int, count: int) -> None:
         super().__init__(errno or errnos.EIO, call)
-        self.args = (self.errno, call, domid, count)
+        self.args: tuple[Any, ...] = (self.errno, call, domid, count)
         self.domid = domid
         self.count = count
 
@@ -121,7 +122,7 @@ class GrantMapError(XenMapError):
         self, errno: int | None, call: str, domid: int, reference: int, count: int, writable: bool
     ) -> None:
         super().__init__(errno, call, domid, count)
-        self.args = (self.errno, call, domid, reference, count, writable)
+        self.args: tuple[Any, ...] = (self.errno, call, domid, reference, count, writable)
         self.reference = reference
         self.writable = writable
 
@@ -154,9 +155,9 @@ class ForeignMapError(XenMapError):
     ) -> None:
         super().__init__(errno, call, domid, count)
         self.frame = frame
-        self.failed = len(failures)
-        self.failures = tuple(failures[:_FAILURES_KEPT])
-        self.args = (self.errno, call, domid, frame, count, self.failures)
+        self.failed: int = len(failures)
+        self.failures: tuple[tuple[int, int], ...] = tuple(failures[:_FAILURES_KEPT])
+        self.args: tuple[Any, ...] = (self.errno, call, domid, frame, count, self.failures)
 
     def __str__(self) -> str:
         what = f"{self.failed} of {self.count}" if self.failed else f"{self.count}"
@@ -181,7 +182,7 @@ class XenReleaseError(XenError):
 
     def __init__(self, errno: int | None, call: str) -> None:
         super().__init__(errno, call)
-        self.errno = errno or errnos.EIO
+        self.errno: int = errno or errnos.EIO
         self.call = call
 
     def __str__(self) -> str:

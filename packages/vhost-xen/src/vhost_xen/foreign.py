@@ -44,7 +44,7 @@ class ForeignRange:
         self._window = window
         place = window.take(self._length, XEN_PAGE_SIZE) if window else 0
         try:
-            self.address = calls.mmap(place, self._length, PROT_READ | PROT_WRITE, fd, 0)
+            self.address: int = calls.mmap(place, self._length, PROT_READ | PROT_WRITE, fd, 0)
         except BaseException as error:
             if window:
                 window.cover(place, self._length)

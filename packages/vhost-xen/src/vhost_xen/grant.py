@@ -38,7 +38,7 @@ class GrantRange:
         # A page that was granted for reading only cannot be mapped writable, not even in part.
         protection = PROT_READ | PROT_WRITE if writable else PROT_READ
         try:
-            self.address = calls.mmap(0, count * XEN_PAGE_SIZE, protection, fd, self._index)
+            self.address: int = calls.mmap(0, count * XEN_PAGE_SIZE, protection, fd, self._index)
         except BaseException as error:
             self._give_back()
             if isinstance(error, OSError):
