@@ -1,59 +1,67 @@
 #include "chain.h"
 
-enum outcome building_resolve(struct engine *engine, struct building *building, uint64_t address,
-                              uint32_t length, bool writable)
+struct building building_refuse(struct engine *engine, struct building building, uint64_t address,
+                                uint32_t length, bool writable)
 {
-    if (address + (length - 1) < address)
-        return fault(engine, VQ_REASON_ADDRESS, address);
+    if (!length)
+        building.outcome = fault(engine, VQ_REASON_ZERO_LENGTH, address);
+    else if (!writable && building.total != building.readable)
+        building.outcome = fault(engine, VQ_REASON_READABLE_AFTER_WRITABLE, address);
+    else
+        building.outcome = fault(engine, VQ_REASON_TOTAL_LENGTH, building.total + length);
+    return building;
+}
+
+/* What an address that cannot be resolved means for the chain. */
+static enum outcome unresolved(struct engine *engine, enum resolution how,
+                               const struct piece *piece, uint32_t access)
+{
+    if (how == UNRESOLVED_ADDRESS)
+        return fault(engine, VQ_REASON_ADDRESS, piece->guest);
+    if (how == UNRESOLVED_ACCESS)
+        return fault(engine, VQ_REASON_ACCESS, piece->guest);
+    engine->need_address = piece->guest;
+    engine->need_length = piece->length;
+    engine->need_access = access;
+    return NEEDED;
+}
+
+struct building building_resolve(struct engine *engine, struct building building,
+                                 uint64_t address, uint32_t length, bool writable)
+{
     const uint32_t access = writable ? GM_WRITE : GM_READ;
-    uint64_t left = length;
-    while (left) {
+    if (address + (length - 1) < address) {
+        building.outcome = fault(engine, VQ_REASON_ADDRESS, address);
+        return building;
+    }
+    for (uint64_t left = length; left;) {
         struct piece piece;
-        switch (memory_resolve(&engine->memory, address, left, access, &piece)) {
-        case RESOLVED:
-            break;
-        case UNRESOLVED_NEED:
-            engine->need_address = piece.guest;
-            engine->need_length = piece.length;
-            engine->need_access = access;
-            return NEEDED;
-        case UNRESOLVED_ADDRESS:
-            return fault(engine, VQ_REASON_ADDRESS, piece.guest);
-        case UNRESOLVED_ACCESS:
-            return fault(engine, VQ_REASON_ACCESS, piece.guest);
+        enum resolution how = memory_resolve(&engine->memory, address, left, access, &piece);
+        if (how != RESOLVED) {
+            building.outcome = unresolved(engine, how, &piece, access);
+            return building;
         }
-        building_piece(&engine->memory, building, piece.host, piece.guest, (uint32_t)piece.length,
-                       writable, piece.provision);
-        building->provided += piece.provision != 0;
-        building->regions |= piece.mask;
+        building = building_piece(building, piece.host, piece.guest, (uint32_t)piece.length,
+                                  writable, piece.provision);
+        building.provided += piece.provision != 0;
+        building.regions |= piece.mask;
+        building.flags |= piece.outside ? REGION_OUTSIDE : 0;
         address += piece.length;
         left -= piece.length;
     }
-    return TAKEN;
+    return building;
 }
 
 enum outcome table_gather(struct engine *engine, uint64_t address, uint32_t length)
 {
-    /* The pieces of the table are found as those of a buffer, in an array of their own. */
     unsigned char *copy = (unsigned char *)engine->raw;
     if (address + (length - 1) < address)
         return fault(engine, VQ_REASON_ADDRESS, address);
-    uint64_t left = length;
-    while (left) {
+    for (uint64_t left = length; left;) {
         struct piece piece;
-        switch (memory_resolve(&engine->memory, address, left, GM_READ, &piece)) {
-        case RESOLVED:
-            break;
-        case UNRESOLVED_NEED:
-            engine->need_address = piece.guest;
-            engine->need_length = piece.length;
-            engine->need_access = GM_READ;
-            return NEEDED;
-        case UNRESOLVED_ADDRESS:
-            return fault(engine, VQ_REASON_ADDRESS, piece.guest);
-        case UNRESOLVED_ACCESS:
-            return fault(engine, VQ_REASON_ACCESS, piece.guest);
-        }
+        enum resolution how = memory_resolve(&engine->memory, address, left, GM_READ, &piece);
+        if (how != RESOLVED)
+            return unresolved(engine, how, &piece, GM_READ);
         memcpy(copy, pointer(piece.host), piece.length);
         copy += piece.length;
         address += piece.length;
@@ -62,13 +70,13 @@ enum outcome table_gather(struct engine *engine, uint64_t address, uint32_t leng
     return TAKEN;
 }
 
-void building_gather(const struct building *building, uint64_t window_base,
+void building_gather(const struct vq_segment *segments, uint32_t readable_count,
+                     uint32_t readable, bool external, uint64_t window_base,
                      struct vq_record *record)
 {
-    const struct vq_segment *segments = building->segments;
     uint32_t header = 0, number = 0, offset = 0;
     memset(record->header, 0, VQ_HEADER_SIZE);
-    while (number < building->readable_count && header < VQ_HEADER_SIZE) {
+    while (number < readable_count && header < VQ_HEADER_SIZE) {
         const struct vq_segment *segment = &segments[number];
         offset = VQ_HEADER_SIZE - header;
         if (segment->length < offset)
@@ -81,22 +89,24 @@ void building_gather(const struct building *building, uint64_t window_base,
         }
     }
     /* The rest begins in segment `number` at `offset`. */
-    record->readable_length = (uint32_t)building->readable - header;
-    if (building->outside)
+    record->readable = 0;
+    record->readable_length = readable - header;
+    if (external)
         return;
     if (record->readable_length)
         record->readable = segments[number].host + offset - window_base;
-    if (number + 1 >= building->readable_count)
+    if (number + 1 >= readable_count)
         record->flags |= VQ_READABLE_CONTIGUOUS;
 }
 
-void chain_keep_extras(struct engine *engine, const struct building *building,
-                       struct chain *chain)
+void chain_keep_extras(struct engine *engine, const struct vq_segment *segments, uint32_t count,
+                       uint32_t readable_count, struct chain *chain)
 {
     struct vq_provision *provisions = pointer(engine->queue->provisions);
-    for (uint32_t i = 0; i < building->count; i++) {
-        const struct vq_segment *segment = &building->segments[i];
-        const bool logged = i >= building->readable_count + INLINE_PIECES;
+    uint32_t previous = NONE;
+    for (uint32_t i = 0; i < count; i++) {
+        const struct vq_segment *segment = &segments[i];
+        const bool logged = i >= readable_count + INLINE_PIECES;
         if (!logged && !segment->provision)
             continue;
         /* room_limit was checked, so there is one. */
@@ -114,11 +124,11 @@ void chain_keep_extras(struct engine *engine, const struct building *building,
         if (segment->provision)
             provisions[segment->provision - 1].uses++;
         /* In the order of the pieces: what is logged are the first bytes. */
-        if (chain->extra == NONE)
+        if (previous == NONE)
             chain->extra = index;
         else
-            engine->extras[engine->extra_last].next = index;
-        engine->extra_last = index;
+            engine->extras[previous].next = index;
+        previous = index;
     }
 }
 
@@ -171,19 +181,24 @@ void chain_log(const struct engine *engine, const struct chain *chain, const str
         log_write(log, last, 1);
 }
 
-int take_result(struct engine *engine, uint32_t count, enum outcome outcome, bool available)
+int taking_end(struct engine *engine, const struct taking *taking, enum outcome outcome,
+               bool available)
 {
     struct vq_queue *queue = engine->queue;
+    const uint32_t count = taking->count;
     queue->count = count;
+    queue->segment_count = taking->segment_count;
+    engine->room += taking->room;
+    engine->slots_out += taking->slots;
     if (count) {
         queue->taken += count;
         queue->in_flight += count;
-        pin(engine->memory.table, count);
+        pin(taking->table, count);
     }
-    queue->more = available ? VQ_MORE_AVAILABLE : 0;
     switch (outcome) {
     case TAKEN:
     case NOTHING:
+        queue->more = available ? VQ_MORE_AVAILABLE : 0;
         return (int)count;
     case STALLED:
         queue->more = VQ_MORE_STALLED;
@@ -197,15 +212,16 @@ int take_result(struct engine *engine, uint32_t count, enum outcome outcome, boo
         queue->need_access = engine->need_access;
         return VQ_NEED;
     case NO_ROOM:
-        queue->more = VQ_MORE_AVAILABLE;
+        queue->more = count ? VQ_MORE_AVAILABLE : 0;
         if (count)
             return (int)count;
         /* Not even the whole array holds it: it has more pieces than any right chain. */
-        break;
+        return broken(engine, engine->fault, engine->fault_detail);
     case FAULT:
         break;
     }
+    /* The chains before the wrong one are right; the reason is there to be seen at once. */
     queue->more = count ? VQ_MORE_AVAILABLE : 0;
-    int result = broken(engine, engine->fault, engine->fault_detail);
-    return count ? (int)count : result;
+    broken(engine, engine->fault, engine->fault_detail);
+    return count ? (int)count : VQ_BROKEN;
 }

@@ -10,6 +10,46 @@
 /* ---- taking ---- */
 
 /*
+ * A take at work.  What it reads of the queue and the engine again and again, and what it has to
+ * add to them at its end, kept by value: guest memory is written in between, and for all the
+ * compiler knows that changes every structure that has an address.
+ */
+struct taking {
+    struct vq_record *records;
+    struct vq_done *done;
+    struct vq_segment *segments;
+    struct chain *chains;
+    const struct gm_table *table;
+    uint64_t window_base;
+    uint32_t segment_capacity;
+    uint32_t features;
+    uint32_t queue_size;
+    uint32_t limit;
+    uint32_t count;         /* chains taken */
+    uint32_t segment_count; /* their pieces */
+    uint32_t room;          /* added to engine->room */
+    uint32_t slots;         /* added to engine->slots_out */
+};
+
+static inline struct taking taking_start(const struct engine *engine)
+{
+    const struct vq_queue *queue = engine->queue;
+    return (struct taking){
+        .records = pointer(queue->records),
+        .done = pointer(queue->done),
+        .segments = pointer(queue->segments),
+        .chains = engine->chains,
+        .table = engine->memory.table,
+        .window_base = engine->memory.window_base,
+        .segment_capacity = queue->segment_capacity,
+        .features = queue->features,
+        .queue_size = queue->queue_size,
+        .limit =
+            queue->limit < queue->record_capacity ? queue->limit : queue->record_capacity,
+    };
+}
+
+/*
  * A chain while its descriptors are being read.  What is wrong with its shape is found by the
  * format while it walks and ends the walk; what is wrong with its buffers is only remembered here
  * until the walk is over.
@@ -17,84 +57,73 @@
 struct building {
     struct vq_segment *segments;
     uint32_t capacity;
-    uint32_t count;    /* pieces; those beyond capacity are not stored */
+    uint32_t count; /* pieces; those beyond capacity are not stored */
     uint32_t readable_count;
     uint32_t provided; /* pieces that rest on provisions */
-    uint32_t outside;  /* pieces outside the window */
+    uint32_t flags;    /* of all regions: REGION_OUTSIDE */
     enum outcome outcome;
     uint64_t readable; /* bytes */
-    uint64_t writable;
+    uint64_t total;
     uint64_t regions;
 };
 
-static inline struct building building_start(const struct engine *engine)
+static ALWAYS_INLINE struct building building_start(const struct taking *taking)
 {
-    const struct vq_queue *queue = engine->queue;
-    struct vq_segment *segments = pointer(queue->segments);
     return (struct building){
-        .segments = segments + queue->segment_count,
-        .capacity = queue->segment_capacity - queue->segment_count,
+        .segments = taking->segments + taking->segment_count,
+        .capacity = taking->segment_capacity - taking->segment_count,
         .outcome = TAKEN,
     };
 }
 
-static inline void building_piece(const struct memory *memory, struct building *building,
-                                  uint64_t host, uint64_t guest, uint32_t length, bool writable,
-                                  uint64_t provision)
+static ALWAYS_INLINE struct building building_piece(struct building building, uint64_t host,
+                                                    uint64_t guest, uint32_t length, bool writable,
+                                                    uint64_t provision)
 {
-    if (likely(building->count < building->capacity))
-        building->segments[building->count] = (struct vq_segment){
-            .host = host,
-            .guest = guest,
-            .length = length,
-            .flags = writable ? VQ_SEGMENT_WRITABLE : 0,
-            .provision = provision,
-        };
-    building->count++;
-    building->readable_count += !writable;
-    uint64_t offset = host - memory->window_base;
-    building->outside +=
-        offset >= memory->window_size || length > memory->window_size - offset;
+    if (likely(building.count < building.capacity)) {
+        struct vq_segment *segment = &building.segments[building.count];
+        segment->host = host;
+        segment->guest = guest;
+        segment->length = length;
+        segment->flags = writable ? VQ_SEGMENT_WRITABLE : 0;
+        segment->provision = provision;
+    }
+    building.count++;
+    building.readable_count += !writable;
+    return building;
 }
 
 /* The long way: across regions, behind an IOMMU, mapped on demand, or wrong. */
-enum outcome building_resolve(struct engine *engine, struct building *building, uint64_t address,
-                              uint32_t length, bool writable);
+struct building building_resolve(struct engine *engine, struct building building,
+                                 uint64_t address, uint32_t length, bool writable);
+
+/* A buffer that breaks a rule of its own. */
+struct building building_refuse(struct engine *engine, struct building building, uint64_t address,
+                                uint32_t length, bool writable);
 
 /* One buffer: a descriptor that was copied out of the ring or of an indirect table. */
-static inline void building_add(struct engine *engine, struct building *building,
-                                uint64_t address, uint32_t length, bool writable)
+static ALWAYS_INLINE struct building building_add(struct engine *engine, struct building building,
+                                                  uint64_t address, uint32_t length, bool writable)
 {
-    if (unlikely(building->outcome != TAKEN))
-        return;
-    if (unlikely(length == 0)) {
-        building->outcome = fault(engine, VQ_REASON_ZERO_LENGTH, address);
-        return;
-    }
-    if (unlikely(!writable && building->writable)) {
-        building->outcome = fault(engine, VQ_REASON_READABLE_AFTER_WRITABLE, address);
-        return;
-    }
-    if (writable)
-        building->writable += length;
-    else
-        building->readable += length;
-    /* Both were below 2^32 before: the sums cannot overflow. */
-    uint64_t total = building->readable + building->writable;
-    if (unlikely(total > UINT32_MAX)) {
-        building->outcome = fault(engine, VQ_REASON_TOTAL_LENGTH, total);
-        return;
-    }
-    uint32_t hint = building->count < HINTS ? building->count : HINTS - 1;
+    /* Both were below 2^32 before: the sum cannot overflow. */
+    const uint64_t total = building.total + length;
+    const bool after_writable = !writable && building.total != building.readable;
+    if (unlikely(building.outcome != TAKEN))
+        return building;
+    if (unlikely(!length || after_writable || total > UINT32_MAX))
+        return building_refuse(engine, building, address, length, writable);
+    building.total = total;
+    if (!writable)
+        building.readable = total;
+    const uint32_t hint = building.count < HINTS ? building.count : HINTS - 1;
     const struct region *region =
         memory_direct(&engine->memory, &engine->hints[hint], address, length, writable);
-    if (unlikely(!region)) {
-        building->outcome = building_resolve(engine, building, address, length, writable);
-        return;
-    }
-    building->regions |= region->mask;
-    building_piece(&engine->memory, building, region->host + (address - region->start), address,
-                   length, writable, 0);
+    if (unlikely(!region))
+        return building_resolve(engine, building, address, length, writable);
+    building.regions |= region->mask;
+    building.flags |= region->flags;
+    return building_piece(building, region->host + (address - region->start), address, length,
+                          writable, 0);
 }
 
 /* Copy an indirect table that does not lie in one piece into engine->raw. */
@@ -123,10 +152,11 @@ static inline enum outcome table_find(struct engine *engine, uint64_t address, u
 }
 
 /* Store a record's header when it does not lie in one piece, and what follows from it. */
-void building_gather(const struct building *building, uint64_t window_base,
+void building_gather(const struct vq_segment *segments, uint32_t readable_count,
+                     uint32_t readable, bool external, uint64_t window_base,
                      struct vq_record *record);
-void chain_keep_extras(struct engine *engine, const struct building *building,
-                       struct chain *chain);
+void chain_keep_extras(struct engine *engine, const struct vq_segment *segments, uint32_t count,
+                       uint32_t readable_count, struct chain *chain);
 void chain_drop_extras(struct engine *engine, struct chain *chain);
 
 /* The pieces that count against room_limit. */
@@ -140,107 +170,105 @@ static inline uint32_t chain_room(const struct engine *engine, const struct chai
 
 /*
  * The walk is over and the shape is right: check what remains, then write the chain's record, its
- * done entry, and our own record of it.  `number` is its index in the batch, `head` its head
- * (packed: buffer id), `slots` the descriptors of the ring that it covers.
+ * done entry, and our own record of it.  `head` is its head (packed: buffer id), `slots` the
+ * descriptors of the ring that it covers.
  */
-static inline enum outcome building_finish(struct engine *engine, struct building *building,
-                                           uint32_t number, uint16_t head, uint16_t slots,
-                                           bool resubmitted)
+static ALWAYS_INLINE enum outcome building_finish(struct engine *engine, struct taking *taking,
+                                                  const struct building building, uint16_t head,
+                                                  uint16_t slots, bool resubmitted)
 {
-    struct vq_queue *queue = engine->queue;
-    const struct memory *memory = &engine->memory;
-    const struct vq_segment *segments = building->segments;
-    const uint32_t count = building->count, readable_count = building->readable_count;
+    const struct vq_segment *segments = building.segments;
+    const uint32_t count = building.count, readable_count = building.readable_count;
     const uint32_t writable_count = count - readable_count;
-    const bool status_byte = queue->features & VQ_STATUS_BYTE;
+    const uint32_t writable = (uint32_t)(building.total - building.readable);
+    const uint64_t base = taking->window_base;
+    const bool status_byte = taking->features & VQ_STATUS_BYTE;
+    const bool external = building.flags & REGION_OUTSIDE;
 
-    if (unlikely(building->outcome != TAKEN))
-        return building->outcome;
+    if (unlikely(building.outcome != TAKEN))
+        return building.outcome;
     if (unlikely(status_byte && !writable_count))
         return fault(engine, VQ_REASON_STATUS_BYTE, head);
-    if (unlikely(count > building->capacity || count > UINT16_MAX)) {
+    if (unlikely(count > building.capacity || count > UINT16_MAX)) {
         fault(engine, VQ_REASON_CHAIN_TOO_LONG, count);
         return NO_ROOM;
     }
-    const uint32_t room = writable_count + building->provided;
-    if (unlikely(engine->room + room > engine->room_limit && engine->room))
+    const uint32_t room = writable_count + building.provided;
+    const uint32_t occupied = engine->room + taking->room;
+    if (unlikely(occupied + room > engine->room_limit && occupied))
         return STALLED;
 
-    struct vq_record *record = (struct vq_record *)pointer(queue->records) + number;
-    const struct vq_segment *first = &segments[readable_count], *last = &segments[count - 1];
-    uint32_t flags = resubmitted ? VQ_RESUBMITTED : 0;
-    record->writable = record->status = record->readable = 0;
-    if (likely(!building->outside)) {
-        uint32_t parts = writable_count;
-        if (likely(writable_count)) {
-            record->writable = first->host - memory->window_base;
-            record->status = last->host + last->length - 1 - memory->window_base;
-            parts -= status_byte && last->length == 1;
-        }
-        if (parts <= 1)
-            flags |= VQ_WRITABLE_CONTIGUOUS;
-    } else {
-        flags |= VQ_EXTERNAL;
-    }
-    record->flags = (uint16_t)flags;
-    if (likely(readable_count == 1 && segments[0].length == VQ_HEADER_SIZE)) {
-        memcpy(record->header, pointer(segments[0].host), VQ_HEADER_SIZE);
-        record->readable_length = 0;
-        if (likely(!building->outside))
-            record->flags |= VQ_READABLE_CONTIGUOUS;
-    } else if (readable_count == 2 && segments[0].length == VQ_HEADER_SIZE) {
-        memcpy(record->header, pointer(segments[0].host), VQ_HEADER_SIZE);
-        record->readable_length = segments[1].length;
-        if (likely(!building->outside)) {
-            record->readable = segments[1].host - memory->window_base;
-            record->flags |= VQ_READABLE_CONTIGUOUS;
-        }
-    } else {
-        building_gather(building, memory->window_base, record);
-    }
-    record->writable_length = (uint32_t)building->writable;
-    record->head = head;
-    record->segment_count = (uint16_t)count;
-    record->reserved = 0;
-    record->first_segment = queue->segment_count;
-    record->reserved2 = 0;
+    struct chain *chain = &taking->chains[head];
+    chain->table = taking->table;
+    chain->regions = building.regions;
+    chain->writable_length = writable;
+    chain->extra = NONE;
+    chain->slots = slots;
+    chain->state = CHAIN_TAKEN;
+    chain->resubmitted = resubmitted;
+    chain->status = 0;
+    chain->length[0] = chain->length[1] = 0;
 
-    struct vq_done *done = (struct vq_done *)pointer(queue->done) + number;
-    *done = (struct vq_done){
-        .head = head,
-        .flags = status_byte ? VQ_DONE_STATUS : 0,
-        .written = (uint32_t)building->writable,
-    };
-
-    struct chain *chain = &engine->chains[head];
-    *chain = (struct chain){
-        .table = memory->table,
-        .regions = building->regions,
-        .writable_length = (uint32_t)building->writable,
-        .extra = NONE,
-        .slots = slots,
-        .state = CHAIN_TAKEN,
-        .resubmitted = resubmitted,
-    };
+    struct vq_record *record = &taking->records[taking->count];
+    uint32_t flags = (resubmitted ? VQ_RESUBMITTED : 0) | (external ? VQ_EXTERNAL : 0);
+    uint32_t parts = writable_count;
+    uint64_t first_byte = 0, last_byte = 0;
     if (likely(writable_count)) {
-        chain->status = last->host + last->length - 1;
-        chain->guest[0] = first[0].guest;
-        chain->length[0] = first[0].length;
+        const struct vq_segment *first = &segments[readable_count], *last = &segments[count - 1];
+        const uint64_t status = last->host + last->length - 1;
+        chain->status = status;
+        chain->guest[0] = first->guest;
+        chain->length[0] = first->length;
         if (writable_count > 1) {
             chain->guest[1] = first[1].guest;
             chain->length[1] = first[1].length;
         }
+        parts -= status_byte && last->length == 1;
+        if (likely(!external)) {
+            first_byte = first->host - base;
+            last_byte = status - base;
+        }
     }
-    if (unlikely(writable_count > INLINE_PIECES || building->provided))
-        chain_keep_extras(engine, building, chain);
-    engine->room += room;
-    engine->slots_out += slots;
-    if (unlikely(queue->features & VQ_IN_ORDER)) {
+    record->writable = first_byte;
+    record->status = last_byte;
+    if (likely(parts <= 1 && !external))
+        flags |= VQ_WRITABLE_CONTIGUOUS;
+    record->flags = (uint16_t)flags;
+    if (likely(readable_count && readable_count <= 2 && segments[0].length == VQ_HEADER_SIZE)) {
+        const bool rest = readable_count == 2;
+        memcpy(record->header, pointer(segments[0].host), VQ_HEADER_SIZE);
+        record->readable = rest && !external ? segments[1].host - base : 0;
+        record->readable_length = rest ? segments[1].length : 0;
+        if (likely(!external))
+            record->flags = (uint16_t)(flags | VQ_READABLE_CONTIGUOUS);
+    } else {
+        building_gather(segments, readable_count, (uint32_t)building.readable, external, base,
+                        record);
+    }
+    record->writable_length = writable;
+    record->head = head;
+    record->segment_count = (uint16_t)count;
+    record->reserved = 0;
+    record->first_segment = taking->segment_count;
+    record->reserved2 = 0;
+
+    struct vq_done *done = &taking->done[taking->count];
+    done->head = head;
+    done->status = 0;
+    done->flags = status_byte ? VQ_DONE_STATUS : 0;
+    done->written = writable;
+
+    if (unlikely(writable_count > INLINE_PIECES || building.provided))
+        chain_keep_extras(engine, segments, count, readable_count, chain);
+    if (unlikely(taking->features & VQ_IN_ORDER)) {
         uint32_t place = engine->order_first + engine->order_count++;
-        place = place < queue->queue_size ? place : place - queue->queue_size;
+        place = place < taking->queue_size ? place : place - taking->queue_size;
         engine->order[place] = head;
     }
-    queue->segment_count += count;
+    taking->room += room;
+    taking->slots += slots;
+    taking->segment_count += count;
+    taking->count++;
     return TAKEN;
 }
 
@@ -248,7 +276,8 @@ static inline enum outcome building_finish(struct engine *engine, struct buildin
  * Turn what stopped a take into its result.  `outcome` is TAKEN when `limit` chains were taken and
  * NOTHING when the ring was seen empty; `available` says whether there is one more.
  */
-int take_result(struct engine *engine, uint32_t count, enum outcome outcome, bool available);
+int taking_end(struct engine *engine, const struct taking *taking, enum outcome outcome,
+               bool available);
 
 /* ---- completing ---- */
 
@@ -294,7 +323,8 @@ static inline void chain_release(struct engine *engine, uint16_t head,
     chain_forget(engine, head);
 }
 
-/* Log a write to the device's ring, at an offset from its start. */
+/* Log a write to the device's ring, at an offset from its start; after the write, or the page could
+ * be fetched and its bit cleared in between. */
 static inline void log_ring(const struct engine *engine, uint64_t offset, uint64_t length)
 {
     if (unlikely(engine->log && (engine->queue->features & VQ_LOG_USED)))

@@ -69,13 +69,12 @@ struct engine {
     uint16_t avail_index;   /* split: the driver's index when it was last loaded */
     uint32_t slots_out;     /* packed: descriptors covered by chains in flight */
     struct chain *chains;   /* [queue_size] */
-    struct vq_done *batch;  /* [queue_size] what the completion at hand returns to the driver */
+    struct vq_done *batch;  /* [queue_size] the completion at hand, when it is not done[0:count] as it stands */
     struct descriptor *raw; /* [queue_size] an indirect table, or a packed chain */
 
     struct extra_piece *extras;
     uint32_t extra_free; /* the list of returned ones */
     uint32_t extra_used; /* those behind were never used */
-    uint32_t extra_last; /* the end of the list being built */
     uint32_t room;       /* writable and provided pieces of all chains in flight */
     uint32_t room_limit;
 
@@ -134,8 +133,8 @@ static inline int broken(struct engine *engine, uint32_t reason, uint64_t detail
 /* The two formats: what queue.c calls. */
 struct format {
     int (*take)(struct engine *engine);
-    /* Return batch[0:count] to the driver; 1 when it wants to be told. */
-    int (*use)(struct engine *engine, uint32_t count);
+    /* Return done[0:count] to the driver; 1 when it wants to be told. */
+    int (*use)(struct engine *engine, const struct vq_done *done, uint32_t count);
     void (*retreat)(struct engine *engine, uint16_t head);
     int (*arm)(struct engine *engine);
     int (*disarm)(struct engine *engine);

@@ -137,11 +137,12 @@ void split_inflight_using(struct engine *engine, uint16_t head)
     STORE(region->last_batch_head, head);
 }
 
-void split_inflight_used(struct engine *engine, uint32_t count, uint16_t used)
+void split_inflight_used(struct engine *engine, const struct vq_done *done, uint32_t count,
+                         uint16_t used)
 {
     struct split_region *region = engine->inflight;
     for (uint32_t i = 0; i < count; i++)
-        STORE(region->states[engine->batch[i].head].inflight, 0);
+        STORE(region->states[done[i].head].inflight, 0);
     STORE(region->used_idx, used);
 }
 

@@ -17,8 +17,9 @@ void split_inflight_take(struct engine *engine, uint16_t head);
 void split_inflight_give_back(struct engine *engine, uint16_t head);
 /* The chain belongs to the batch that the used index is about to cover. */
 void split_inflight_using(struct engine *engine, uint16_t head);
-/* The used index, now `used`, covers engine->batch[0:count]. */
-void split_inflight_used(struct engine *engine, uint32_t count, uint16_t used);
+/* The used index, now `used`, covers done[0:count]. */
+void split_inflight_used(struct engine *engine, const struct vq_done *done, uint32_t count,
+                         uint16_t used);
 /*
  * Adopt the queue's region.  Returns how many chains have to be taken again and lists them in
  * engine->resubmit (NULL when the region was new), or breaks the queue.

@@ -17,6 +17,12 @@ static int reserve(void **array, uint32_t *capacity, uint32_t count, size_t size
     return 0;
 }
 
+static bool in_window(const struct gm_table *table, uint64_t host, uint64_t length)
+{
+    const uint64_t offset = host - table->window_base;
+    return offset < table->window_size && length <= table->window_size - offset;
+}
+
 int memory_adopt(struct memory *memory, const struct gm_table *table)
 {
     uint32_t count = table->region_count;
@@ -35,14 +41,19 @@ int memory_adopt(struct memory *memory, const struct gm_table *table)
         return failed;
 
     const struct gm_region *source = pointer(table->regions);
-    for (uint32_t i = 0; i < count; i++)
+    for (uint32_t i = 0; i < count; i++) {
+        const bool mapped = source[i].host_address && !(source[i].flags & GM_REGION_ON_DEMAND);
+        const uint64_t host = mapped ? source[i].host_address : 0;
+        const bool inside = mapped && in_window(table, host, source[i].size);
         memory->regions[i] = (struct region){
             .start = source[i].guest_address,
             .size = source[i].size,
-            .host = source[i].flags & GM_REGION_ON_DEMAND ? 0 : source[i].host_address,
+            .host = host,
             .mask = UINT64_C(1) << (i % 64),
-            .flags = source[i].flags,
+            .flags = (source[i].flags & GM_REGION_READ_ONLY) |
+                     (mapped ? 0 : GM_REGION_ON_DEMAND) | (inside ? 0 : REGION_OUTSIDE),
         };
+    }
     /* Hints point here while there is nothing better: it holds no address. */
     memory->regions[count] = (struct region){0};
     memory->count = count;
@@ -177,6 +188,7 @@ enum resolution memory_resolve(const struct memory *memory, uint64_t address, ui
         .guest = guest,
         .length = length,
         .mask = region->mask,
+        .outside = region->flags & REGION_OUTSIDE,
     };
     if (region->host)
         return RESOLVED;
@@ -189,6 +201,7 @@ enum resolution memory_resolve(const struct memory *memory, uint64_t address, ui
         piece->length = provision->length - offset;
     piece->host = provision->host_address + offset;
     piece->provision = (uint64_t)(provision - memory->provisions) + 1;
+    piece->outside = !in_window(memory->table, piece->host, piece->length);
     return RESOLVED;
 }
 

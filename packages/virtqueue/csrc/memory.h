@@ -16,15 +16,18 @@
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 
 struct region {
     uint64_t start; /* guest address */
     uint64_t size;
-    uint64_t host; /* 0: mapped on demand */
-    uint64_t mask; /* its bit in sets of regions: number % 64 */
-    uint32_t flags;
+    uint64_t host;  /* 0: mapped on demand */
+    uint64_t mask;  /* its bit in sets of regions: number % 64 */
+    uint32_t flags; /* GM_REGION_*, REGION_OUTSIDE */
     uint32_t reserved;
 };
+
+#define REGION_OUTSIDE (1u << 31) /* not, or not wholly, inside the window */
 
 struct memory {
     const struct gm_table *table;
@@ -51,6 +54,7 @@ struct piece {
     uint64_t length;
     uint64_t provision; /* 0, or 1 + index */
     uint64_t mask;      /* its region's */
+    bool outside;       /* not inside the window */
 };
 
 enum resolution {
@@ -119,7 +123,7 @@ static inline const struct region *memory_find(const struct memory *memory, uint
  * the region, or NULL when the long way has to be taken.  `hint` is the region that held the
  * descriptor of the same kind in the chain before.
  */
-static inline const struct region *memory_direct(const struct memory *memory,
+static ALWAYS_INLINE const struct region *memory_direct(const struct memory *memory,
                                                  const struct region **hint, uint64_t guest,
                                                  uint64_t length, bool writable)
 {
@@ -132,9 +136,8 @@ static inline const struct region *memory_direct(const struct memory *memory,
             return NULL;
         *hint = region;
     }
-    if (unlikely(length > region->size - (guest - region->start) || region->host == 0))
-        return NULL;
-    if (unlikely(writable && (region->flags & GM_REGION_READ_ONLY)))
+    const uint32_t wrong = GM_REGION_ON_DEMAND | (writable ? GM_REGION_READ_ONLY : 0);
+    if (unlikely(length > region->size - (guest - region->start) || (region->flags & wrong)))
         return NULL;
     return region;
 }

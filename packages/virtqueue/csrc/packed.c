@@ -86,13 +86,14 @@ static inline bool is_available(uint16_t flags, uint8_t wrap)
     return (flags & (AVAIL | USED)) == available_flags(wrap);
 }
 
-static inline enum outcome walk_table(struct engine *engine, struct building *building,
-                                      const struct descriptor *indirect)
+/* Collect the buffers of an indirect table; FAULT and NEEDED come through the building. */
+static struct building walk_table(struct engine *engine, struct building building,
+                                  const struct descriptor *indirect, enum outcome *outcome)
 {
     const unsigned char *table;
-    enum outcome outcome = table_find(engine, indirect->address, indirect->length, &table);
-    if (unlikely(outcome != TAKEN))
-        return outcome;
+    *outcome = table_find(engine, indirect->address, indirect->length, &table);
+    if (unlikely(*outcome != TAKEN))
+        return building;
     /* Only WRITE counts in a table, and its descriptors follow each other. */
     for (uint32_t i = 0; i < indirect->length / 16; i++) {
         struct {
@@ -104,10 +105,10 @@ static inline enum outcome walk_table(struct engine *engine, struct building *bu
         memcpy(&raw, table + (size_t)i * 16, sizeof(raw));
         /* The copy is what is checked and used; it must not be made again. */
         __asm__ volatile("" ::: "memory");
-        building_add(engine, building, little64(raw.address), little32(raw.length),
-                     little16(raw.flags) & DESCRIPTOR_WRITE);
+        building = building_add(engine, building, little64(raw.address), little32(raw.length),
+                                little16(raw.flags) & DESCRIPTOR_WRITE);
     }
-    return TAKEN;
+    return building;
 }
 
 static inline enum outcome check_id(struct engine *engine, uint16_t id)
@@ -119,63 +120,69 @@ static inline enum outcome check_id(struct engine *engine, uint16_t id)
     return TAKEN;
 }
 
-/* Take the chain at `at`; *slots is how far it reaches. */
-static inline enum outcome take_one(struct engine *engine, uint32_t number, struct position at,
-                                    uint32_t *slots)
+/* Take the chain at `*at`, which moves past it. */
+static ALWAYS_INLINE enum outcome take_one(struct engine *engine, struct taking *taking,
+                                           const struct vq_queue *queue, struct position *at)
 {
-    const struct vq_queue *queue = engine->queue;
-    const uint32_t size = queue->queue_size;
-    const uint32_t room = size - engine->slots_out;
+    const uint32_t size = taking->queue_size;
+    const uint32_t room = size - engine->slots_out - taking->slots;
     if (unlikely(!room))
         return NOTHING; /* every slot is covered by a chain in flight */
-    struct descriptor found = ring_descriptor(queue, at.slot);
-    if (!is_available(found.flags, at.wrap))
+    struct position here = *at;
+    struct descriptor found = ring_descriptor(queue, here.slot);
+    if (!is_available(found.flags, here.wrap))
         return NOTHING;
 
-    struct building building = building_start(engine);
+    struct building building = building_start(taking);
+    const bool keep = engine->inflight != NULL;
     enum outcome outcome;
     uint32_t seen = 1;
     if (found.flags & DESCRIPTOR_INDIRECT) {
         if (unlikely(found.flags & DESCRIPTOR_NEXT))
-            return fault(engine, VQ_REASON_INDIRECT_WITH_NEXT, at.slot);
+            return fault(engine, VQ_REASON_INDIRECT_WITH_NEXT, here.slot);
         outcome = check_id(engine, found.link);
         if (likely(outcome == TAKEN))
-            outcome = walk_table(engine, &building, &found);
+            building = walk_table(engine, building, &found, &outcome);
         if (unlikely(outcome != TAKEN))
             return outcome;
-        engine->raw[0] = found;
+        engine->raw[0] = found; /* the table's copy is no longer needed */
     } else {
         for (;; seen++) {
-            engine->raw[seen - 1] = found;
-            building_add(engine, &building, found.address, found.length,
-                         found.flags & DESCRIPTOR_WRITE);
+            if (unlikely(keep))
+                engine->raw[seen - 1] = found;
+            building = building_add(engine, building, found.address, found.length,
+                                    found.flags & DESCRIPTOR_WRITE);
             if (!(found.flags & DESCRIPTOR_NEXT))
                 break;
             if (unlikely(seen >= room))
-                return fault(engine, VQ_REASON_CHAIN_TOO_LONG, at.slot);
-            at = move(at, 1, size);
-            found = ring_descriptor(queue, at.slot);
-            if (unlikely(!is_available(found.flags, at.wrap)))
-                return fault(engine, VQ_REASON_UNFINISHED_CHAIN, at.slot);
+                return fault(engine, VQ_REASON_CHAIN_TOO_LONG, here.slot);
+            here = move(here, 1, size);
+            found = ring_descriptor(queue, here.slot);
+            if (unlikely(!is_available(found.flags, here.wrap)))
+                return fault(engine, VQ_REASON_UNFINISHED_CHAIN, here.slot);
             if (unlikely(found.flags & DESCRIPTOR_INDIRECT))
-                return fault(engine, VQ_REASON_INDIRECT_WITH_NEXT, at.slot);
+                return fault(engine, VQ_REASON_INDIRECT_WITH_NEXT, here.slot);
         }
         outcome = check_id(engine, found.link);
         if (unlikely(outcome != TAKEN))
             return outcome;
     }
-    *slots = seen;
-    outcome = building_finish(engine, &building, number, found.link, (uint16_t)seen, false);
-    if (unlikely(outcome == TAKEN && engine->inflight) &&
+    outcome = building_finish(engine, taking, building, found.link, (uint16_t)seen, false);
+    if (unlikely(outcome != TAKEN))
+        return outcome;
+    if (unlikely(keep) &&
         packed_inflight_take(engine, engine->raw, seen, &engine->entries[found.link]) < 0) {
         chain_forget(engine, found.link);
+        taking->count--;
+        taking->segment_count -= building.count;
         return fault(engine, VQ_REASON_INFLIGHT, found.link);
     }
-    return outcome;
+    *at = move(here, 1, size);
+    return TAKEN;
 }
 
 /* Take again the oldest chain that the in-flight region lists. */
-static enum outcome take_again(struct engine *engine, uint32_t number)
+static enum outcome take_again(struct engine *engine, struct taking *taking)
 {
     const uint32_t place = engine->resubmit_next;
     const struct descriptor *saved = engine->saved + engine->saved_at[place];
@@ -184,17 +191,17 @@ static enum outcome take_again(struct engine *engine, uint32_t number)
     enum outcome outcome = check_id(engine, id);
     if (outcome != TAKEN)
         return outcome;
-    struct building building = building_start(engine);
+    struct building building = building_start(taking);
     if (saved[0].flags & DESCRIPTOR_INDIRECT) {
-        outcome = walk_table(engine, &building, &saved[0]);
+        building = walk_table(engine, building, &saved[0], &outcome);
         if (outcome != TAKEN)
             return outcome;
     } else {
         for (uint32_t i = 0; i < slots; i++)
-            building_add(engine, &building, saved[i].address, saved[i].length,
-                         saved[i].flags & DESCRIPTOR_WRITE);
+            building = building_add(engine, building, saved[i].address, saved[i].length,
+                                    saved[i].flags & DESCRIPTOR_WRITE);
     }
-    outcome = building_finish(engine, &building, number, id, (uint16_t)slots, true);
+    outcome = building_finish(engine, taking, building, id, (uint16_t)slots, true);
     if (outcome == TAKEN) {
         engine->entries[id] = engine->resubmit[place];
         engine->slots_out -= slots; /* they were counted when the region was read */
@@ -205,35 +212,27 @@ static enum outcome take_again(struct engine *engine, uint32_t number)
 static int packed_take(struct engine *engine)
 {
     struct vq_queue *queue = engine->queue;
-    const uint32_t limit = queue->limit < queue->record_capacity ? queue->limit
-                                                                  : queue->record_capacity;
-    uint32_t count = 0;
+    struct taking taking = taking_start(engine);
     enum outcome outcome = TAKEN;
 
-    while (unlikely(queue->resubmit && count < limit)) {
-        outcome = take_again(engine, count);
+    while (unlikely(queue->resubmit && taking.count < taking.limit)) {
+        outcome = take_again(engine, &taking);
         if (outcome != TAKEN)
-            return take_result(engine, count, outcome, true);
+            break;
         engine->resubmit_next++;
         queue->resubmit--;
-        count++;
     }
     struct position at = {queue->next_avail, queue->avail_wrap};
-    for (; count < limit; count++) {
-        uint32_t slots = 0;
-        outcome = take_one(engine, count, at, &slots);
-        if (unlikely(outcome != TAKEN))
-            break;
-        at = move(at, slots, queue->queue_size);
-    }
+    while (outcome == TAKEN && taking.count < taking.limit)
+        outcome = take_one(engine, &taking, queue, &at);
     queue->next_avail = at.slot;
     queue->avail_wrap = at.wrap;
     bool more = false;
     if (outcome == TAKEN)
         more = queue->resubmit ||
-               (engine->slots_out < queue->queue_size &&
+               (engine->slots_out + taking.slots < queue->queue_size &&
                 is_available(ring_descriptor(queue, at.slot).flags, at.wrap));
-    return take_result(engine, count, outcome, more);
+    return taking_end(engine, &taking, outcome, more);
 }
 
 static inline void store_flags(struct engine *engine, uint32_t slot, uint32_t flags)
@@ -245,7 +244,7 @@ static inline void store_flags(struct engine *engine, uint32_t slot, uint32_t fl
     log_ring(engine, 16 * (uint64_t)slot, 16);
 }
 
-static int packed_use(struct engine *engine, uint32_t count)
+static int packed_use(struct engine *engine, const struct vq_done *done, uint32_t count)
 {
     struct vq_queue *queue = engine->queue;
     const uint32_t size = queue->queue_size;
@@ -254,19 +253,19 @@ static int packed_use(struct engine *engine, uint32_t count)
     uint32_t moved = 0, first_flags = 0;
 
     for (uint32_t i = 0; i < count; i++) {
-        const struct vq_done *done = &engine->batch[i];
-        const uint32_t slots = engine->chains[done->head].slots;
+        const uint16_t head = done[i].head;
+        const uint32_t slots = engine->chains[head].slots;
         const struct position next = move(at, slots, size);
-        const uint32_t flags = used_flags(at.wrap) | (done->written ? DESCRIPTOR_WRITE : 0);
+        const uint32_t flags = used_flags(at.wrap) | (done[i].written ? DESCRIPTOR_WRITE : 0);
         unsigned char *slot = ring_slot(queue, at.slot);
-        store32(slot + 8, little32(done->written));
+        store32(slot + 8, little32(done[i].written));
         test_stop();
-        store16(slot + 12, little16(done->head));
+        store16(slot + 12, little16(head));
         test_stop();
         if (unlikely(engine->inflight != NULL)) {
             /* One at a time: a death within a batch would leave used flags in slots that the
              * position, rolled back, comes to again. */
-            const uint16_t entry = engine->entries[done->head];
+            const uint16_t entry = engine->entries[head];
             packed_inflight_using(engine, entry, next.slot, next.wrap);
             store_flags(engine, at.slot, flags);
             packed_inflight_used(engine, entry);

@@ -182,21 +182,22 @@ static int claim(struct engine *engine, const struct vq_done *done, uint32_t cou
 }
 
 /* The status byte of a completion, and the log of what was written to the chain's buffers. */
-static inline void settle(const struct engine *engine, const struct vq_done *done)
+static inline void settle(struct engine *engine, const struct vq_done *done)
 {
-    const struct chain *chain = &engine->chains[done->head];
+    struct chain *chain = &engine->chains[done->head];
     if (done->flags & VQ_DONE_STATUS)
         store8(pointer(chain->status), done->status);
+    chain->written = done->written;
     if (unlikely(engine->log != NULL))
         chain_log(engine, chain, done);
 }
 
-/* Release batch[0:count]. */
-static void release(struct engine *engine, uint32_t count)
+/* Forget the chains of done[0:count] and give back their pins. */
+static void release(struct engine *engine, const struct vq_done *done, uint32_t count)
 {
     struct unpinning unpinning = {.table = engine->memory.table};
     for (uint32_t i = 0; i < count; i++)
-        chain_release(engine, engine->batch[i].head, &unpinning);
+        chain_release(engine, done[i].head, &unpinning);
     unpin(&unpinning, NULL);
     engine->queue->in_flight -= count;
 }
@@ -234,18 +235,22 @@ static uint32_t drain_order(struct engine *engine)
     return count;
 }
 
+/* The entries that are not marked KEEP go to the batch.  Returns how many. */
+static uint32_t leave_out_kept(struct engine *engine, const struct vq_done *done, uint32_t count)
+{
+    uint32_t left = 0;
+    for (uint32_t i = 0; i < count; i++)
+        if (!(done[i].flags & VQ_DONE_KEEP))
+            engine->batch[left++] = done[i];
+    return left;
+}
+
 /* Release claimed chains without touching the ring or their buffers. */
 static void drop(struct engine *engine, const struct vq_done *done, uint32_t count)
 {
-    uint32_t dropped = 0;
-    if (engine->queue->features & VQ_IN_ORDER) {
-        dropped = drain_order(engine);
-    } else {
-        for (uint32_t i = 0; i < count; i++)
-            if (!(done[i].flags & VQ_DONE_KEEP))
-                engine->batch[dropped++] = done[i];
-    }
-    release(engine, dropped);
+    uint32_t dropped = engine->queue->features & VQ_IN_ORDER ? drain_order(engine)
+                                                              : leave_out_kept(engine, done, count);
+    release(engine, engine->batch, dropped);
 }
 
 static bool fatal(uint32_t reason)
@@ -267,28 +272,25 @@ static int complete(struct engine *engine, const struct vq_done *done, uint32_t 
         drop(engine, done, count);
         return claimed;
     }
-    uint32_t using = 0;
     const bool in_order = queue->features & VQ_IN_ORDER;
-    for (uint32_t i = 0; i < count; i++) {
-        if (unlikely(done[i].flags & VQ_DONE_KEEP))
-            continue;
-        settle(engine, &done[i]);
-        if (unlikely(in_order))
-            engine->chains[done[i].head].written = done[i].written;
-        else
-            engine->batch[using++] = done[i];
-    }
+    for (uint32_t i = 0; i < count; i++)
+        if (likely(!(done[i].flags & VQ_DONE_KEEP)))
+            settle(engine, &done[i]);
     /* After the device's writes and the status bytes, before the driver is shown anything. */
     if (unlikely(chains_poisoned(engine, done, count))) {
         broken(engine, VQ_REASON_TRUNCATED, done[0].head);
         drop(engine, done, count);
         return claimed;
     }
-    if (unlikely(in_order))
-        using = pop_order(engine);
+    uint32_t using = (uint32_t)claimed;
+    const struct vq_done *used = done;
+    if (unlikely(in_order || using != count)) {
+        using = in_order ? pop_order(engine) : leave_out_kept(engine, done, count);
+        used = engine->batch;
+    }
     if (using) {
-        queue->notify = (uint32_t)format_of(queue)->use(engine, using);
-        release(engine, using);
+        queue->notify = (uint32_t)format_of(queue)->use(engine, used, using);
+        release(engine, used, using);
         queue->completed += using;
     }
     return claimed;
@@ -344,7 +346,7 @@ int vq_rewind(struct vq_queue *queue)
         if (queue->features & VQ_IN_ORDER)
             engine->order_count--;
         engine->batch[0].head = record->head;
-        release(engine, 1);
+        release(engine, engine->batch, 1);
         queue->taken--;
         queue->segment_count -= record->segment_count;
     }
@@ -399,7 +401,7 @@ void vq_close(struct vq_queue *queue)
     for (uint32_t head = 0; head < queue->queue_size; head++)
         if (engine->chains[head].state != CHAIN_FREE)
             engine->batch[count++].head = (uint16_t)head;
-    release(engine, count);
+    release(engine, engine->batch, count);
     queue->private = 0;
     destroy(engine);
 }

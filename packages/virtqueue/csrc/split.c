@@ -74,70 +74,89 @@ static inline struct descriptor table_descriptor(const unsigned char *at, bool s
     return descriptor_order(raw, swap);
 }
 
-static inline enum outcome walk_table(struct engine *engine, struct building *building,
-                                      const struct descriptor *indirect, uint32_t seen, bool swap)
+/* What walking a chain came to. */
+struct walked {
+    struct building building;
+    enum outcome outcome;
+};
+
+static struct walked walk_table(struct engine *engine, struct building building,
+                                struct descriptor indirect, uint32_t seen, bool swap)
 {
     const unsigned char *table;
-    enum outcome outcome = table_find(engine, indirect->address, indirect->length, &table);
+    enum outcome outcome = table_find(engine, indirect.address, indirect.length, &table);
     if (unlikely(outcome != TAKEN))
-        return outcome;
-    const uint32_t length = indirect->length / 16;
+        return (struct walked){building, outcome};
+    const uint32_t size = engine->queue->queue_size, length = indirect.length / 16;
     uint32_t index = 0;
     for (;; seen++) {
-        if (unlikely(seen >= engine->queue->queue_size))
-            return fault(engine, VQ_REASON_CHAIN_TOO_LONG, index);
-        struct descriptor found = table_descriptor(table + (size_t)index * 16, swap);
-        if (unlikely(found.flags & DESCRIPTOR_INDIRECT))
-            return fault(engine, VQ_REASON_INDIRECT_NESTED, index);
-        building_add(engine, building, found.address, found.length,
-                     found.flags & DESCRIPTOR_WRITE);
+        if (unlikely(seen >= size)) {
+            outcome = fault(engine, VQ_REASON_CHAIN_TOO_LONG, index);
+            break;
+        }
+        const struct descriptor found = table_descriptor(table + (size_t)index * 16, swap);
+        if (unlikely(found.flags & DESCRIPTOR_INDIRECT)) {
+            outcome = fault(engine, VQ_REASON_INDIRECT_NESTED, index);
+            break;
+        }
+        building = building_add(engine, building, found.address, found.length,
+                                found.flags & DESCRIPTOR_WRITE);
         if (!(found.flags & DESCRIPTOR_NEXT))
-            return TAKEN;
-        if (unlikely(found.link >= length))
-            return fault(engine, VQ_REASON_INDIRECT_NEXT_OUT_OF_RANGE, found.link);
+            break;
+        if (unlikely(found.link >= length)) {
+            outcome = fault(engine, VQ_REASON_INDIRECT_NEXT_OUT_OF_RANGE, found.link);
+            break;
+        }
         index = found.link;
     }
+    return (struct walked){building, outcome};
 }
 
-/* Walk the chain that begins at `head` (in range) and hand over its buffers. */
-static inline enum outcome walk(struct engine *engine, struct building *building,
-                                const unsigned char *descriptors, uint32_t size, uint32_t head,
-                                bool swap)
+/* Walk the chain that begins at `head`, which is in range, and collect its buffers. */
+static ALWAYS_INLINE struct walked walk(struct engine *engine, struct building building,
+                                        const unsigned char *descriptors, uint32_t size,
+                                        uint32_t head, bool swap)
 {
     uint32_t index = head;
-    for (uint32_t seen = 0;;) {
-        struct descriptor found = ring_descriptor(descriptors + (size_t)index * 16, swap);
+    enum outcome outcome = TAKEN;
+    for (uint32_t seen = 1;; seen++) {
+        const struct descriptor found = ring_descriptor(descriptors + (size_t)index * 16, swap);
         if (unlikely(found.flags & DESCRIPTOR_INDIRECT)) {
-            if (unlikely(found.flags & DESCRIPTOR_NEXT))
-                return fault(engine, VQ_REASON_INDIRECT_WITH_NEXT, index);
-            return walk_table(engine, building, &found, seen, swap);
+            if (likely(!(found.flags & DESCRIPTOR_NEXT)))
+                return walk_table(engine, building, found, seen - 1, swap);
+            outcome = fault(engine, VQ_REASON_INDIRECT_WITH_NEXT, index);
+            break;
         }
-        building_add(engine, building, found.address, found.length,
-                     found.flags & DESCRIPTOR_WRITE);
-        seen++;
+        building = building_add(engine, building, found.address, found.length,
+                                found.flags & DESCRIPTOR_WRITE);
         if (!(found.flags & DESCRIPTOR_NEXT))
-            return TAKEN;
-        if (unlikely(seen >= size))
-            return fault(engine, VQ_REASON_CHAIN_TOO_LONG, head);
-        if (unlikely(found.link >= size))
-            return fault(engine, VQ_REASON_NEXT_OUT_OF_RANGE, found.link);
+            break;
+        if (unlikely(seen >= size)) {
+            outcome = fault(engine, VQ_REASON_CHAIN_TOO_LONG, head);
+            break;
+        }
+        if (unlikely(found.link >= size)) {
+            outcome = fault(engine, VQ_REASON_NEXT_OUT_OF_RANGE, found.link);
+            break;
+        }
         index = found.link;
     }
+    return (struct walked){building, outcome};
 }
 
-static inline enum outcome take_one(struct engine *engine, const struct rings *rings,
-                                    uint32_t number, uint16_t head, bool resubmitted, bool swap)
+static ALWAYS_INLINE enum outcome take_one(struct engine *engine, struct taking *taking,
+                                           const unsigned char *descriptors, uint16_t head,
+                                           bool resubmitted, bool swap)
 {
-    if (unlikely(head >= rings->size))
+    if (unlikely(head >= taking->queue_size))
         return fault(engine, VQ_REASON_HEAD_OUT_OF_RANGE, head);
-    if (unlikely(engine->chains[head].state != CHAIN_FREE))
+    if (unlikely(taking->chains[head].state != CHAIN_FREE))
         return fault(engine, VQ_REASON_HEAD_IN_FLIGHT, head);
-    struct building building = building_start(engine);
-    enum outcome outcome =
-        walk(engine, &building, rings->descriptors, rings->size, head, swap);
-    if (unlikely(outcome != TAKEN))
-        return outcome;
-    return building_finish(engine, &building, number, head, 1, resubmitted);
+    const struct walked walked =
+        walk(engine, building_start(taking), descriptors, taking->queue_size, head, swap);
+    if (unlikely(walked.outcome != TAKEN))
+        return walked.outcome;
+    return building_finish(engine, taking, walked.building, head, 1, resubmitted);
 }
 
 /* How many chains are available; FAULT through *outcome when the index jumped. */
@@ -157,48 +176,58 @@ static inline uint16_t load_available(struct engine *engine, const struct rings 
     return (uint16_t)(engine->avail_index - next);
 }
 
-static inline int take(struct engine *engine, bool swap)
+/* What a process before us had taken comes first. */
+static enum outcome take_again(struct engine *engine, struct taking *taking,
+                               const struct rings *rings)
+{
+    struct vq_queue *queue = engine->queue;
+    while (queue->resubmit && taking->count < taking->limit) {
+        const uint16_t head = engine->resubmit[engine->resubmit_next];
+        enum outcome outcome =
+            take_one(engine, taking, rings->descriptors, head, true, engine->swap);
+        if (outcome != TAKEN)
+            return outcome;
+        engine->resubmit_next++;
+        queue->resubmit--;
+    }
+    return TAKEN;
+}
+
+static ALWAYS_INLINE int take(struct engine *engine, bool swap)
 {
     struct vq_queue *queue = engine->queue;
     const struct rings rings = rings_of(engine);
-    const uint32_t limit = queue->limit < queue->record_capacity ? queue->limit
-                                                                  : queue->record_capacity;
     const uint32_t mask = rings.size - 1;
-    uint32_t count = 0;
+    const bool inflight = engine->inflight != NULL;
+    struct taking taking = taking_start(engine);
     enum outcome outcome = TAKEN;
 
-    while (unlikely(queue->resubmit && count < limit)) {
-        uint16_t head = engine->resubmit[engine->resubmit_next];
-        outcome = take_one(engine, &rings, count, head, true, swap);
-        if (outcome != TAKEN)
-            return take_result(engine, count, outcome, true);
-        engine->resubmit_next++;
-        queue->resubmit--;
-        count++;
-    }
+    if (unlikely(queue->resubmit))
+        outcome = take_again(engine, &taking, &rings);
     uint16_t next = queue->next_avail;
-    while (count < limit) {
-        uint16_t available = load_available(engine, &rings, next, swap, &outcome);
+    while (outcome == TAKEN && taking.count < taking.limit) {
+        uint32_t available = load_available(engine, &rings, next, swap, &outcome);
         if (!available) {
             if (outcome == TAKEN)
                 outcome = NOTHING;
             break;
         }
-        for (; available && count < limit; available--, count++, next++) {
-            uint16_t head = order16(load16(rings.driver + 4 + 2 * (next & mask)), swap);
-            outcome = take_one(engine, &rings, count, head, false, swap);
+        if (available > taking.limit - taking.count)
+            available = taking.limit - taking.count;
+        for (; available; available--, next++) {
+            const uint16_t head = order16(load16(rings.driver + 4 + 2 * (next & mask)), swap);
+            outcome = take_one(engine, &taking, rings.descriptors, head, false, swap);
             if (unlikely(outcome != TAKEN))
-                goto end;
-            if (unlikely(engine->inflight != NULL))
+                break;
+            if (unlikely(inflight))
                 split_inflight_take(engine, head);
         }
     }
-end:
     queue->next_avail = next;
     bool more = false;
     if (outcome == TAKEN)
         more = queue->resubmit || load_available(engine, &rings, next, swap, &outcome);
-    return take_result(engine, count, outcome, more);
+    return taking_end(engine, &taking, outcome, more);
 }
 
 static int split_take(struct engine *engine)
@@ -207,25 +236,26 @@ static int split_take(struct engine *engine)
     return engine->swap ? take(engine, true) : take(engine, false);
 }
 
-static int split_use(struct engine *engine, uint32_t count)
+static int split_use(struct engine *engine, const struct vq_done *done, uint32_t count)
 {
     struct vq_queue *queue = engine->queue;
     const struct rings rings = rings_of(engine);
     const uint32_t mask = rings.size - 1;
     const bool swap = engine->swap;
+    const bool inflight = engine->inflight != NULL, logged = engine->log != NULL;
     const uint16_t old = queue->next_used;
 
     for (uint32_t i = 0; i < count; i++) {
-        const struct vq_done *done = &engine->batch[i];
-        if (unlikely(engine->inflight != NULL))
-            split_inflight_using(engine, done->head);
         const uint32_t slot = (uint16_t)(old + i) & mask;
         unsigned char *element = rings.device + 4 + 8 * (size_t)slot;
-        store32(element, order32(done->head, swap));
+        if (unlikely(inflight))
+            split_inflight_using(engine, done[i].head);
+        store32(element, order32(done[i].head, swap));
         test_stop();
-        store32(element + 4, order32(done->written, swap));
+        store32(element + 4, order32(done[i].written, swap));
         test_stop();
-        log_ring(engine, 4 + 8 * (uint64_t)slot, 8);
+        if (unlikely(logged))
+            log_ring(engine, 4 + 8 * (uint64_t)slot, 8);
     }
     const uint16_t new = (uint16_t)(old + count);
     /* Release.  Partner: the driver's barrier between loading used idx and loading the elements
@@ -233,7 +263,7 @@ static int split_use(struct engine *engine, uint32_t count)
     store16_release(rings.device + 2, order16(new, swap));
     test_stop();
     if (unlikely(engine->inflight != NULL))
-        split_inflight_used(engine, count, new);
+        split_inflight_used(engine, done, count, new);
     queue->next_used = new;
     log_ring(engine, 2, 2);
 
