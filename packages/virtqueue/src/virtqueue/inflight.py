@@ -25,6 +25,9 @@ from .layout import Reason
 from .table import Broken
 
 VERSION: Final = 1
+Descriptor = tuple[int, int, int, int]
+"""(address, length, id, flags) of a packed ring."""
+
 SPLIT_HEADER: Final = 16
 SPLIT_ENTRY: Final = 16
 PACKED_HEADER: Final = 32
@@ -246,7 +249,7 @@ class PackedInflight:
 
     def recover(
         self, used: int, wrap: int, flags_at: Any
-    ) -> tuple[tuple[int, int, int, int] | None, list[tuple[int, list[PackedState]]]]:
+    ) -> tuple[tuple[int, int, int, int] | None, list[tuple[int, list[Descriptor]]]]:
         """((available, wrap, used, wrap) or None for a new region, entries to take again).
 
         ``flags_at`` loads the flags of a slot of the ring.
@@ -290,17 +293,18 @@ class PackedInflight:
             (state.counter, index) for index, state in enumerate(states) if state.inflight
         )
         self._counter = heads[-1][0] + 1 if heads else 0
-        chains: list[tuple[int, list[PackedState]]] = []
+        chains: list[tuple[int, list[Descriptor]]] = []
         seen = set(free)
         for _, head in heads:
-            entries: list[PackedState] = []
+            entries: list[Descriptor] = []
             index = head
             count = states[head].num
             for _ in range(count):
                 if index >= size or index in seen:
                     raise Broken(Reason.INFLIGHT, index)
                 seen.add(index)
-                entries.append(PackedState.from_buffer_copy(states[index]))
+                state = states[index]
+                entries.append((state.addr, state.len, state.id, state.flags))
                 last = index
                 index = states[index].next
             if not count or last != states[head].last:

@@ -6,7 +6,7 @@ from collections import deque
 from typing import Any, Final, NamedTuple
 
 from . import barrier
-from .inflight import PackedInflight, PackedState
+from .inflight import PackedInflight
 from .layout import QueueBlock, Reason
 from .python_engine import INDIRECT, NEXT, WRITABLE, Descriptor, RingEngine, Taken
 from .split_engine import needs_event
@@ -74,10 +74,10 @@ class PackedEngine(RingEngine):
         self._inflight = inflight
         if position is not None:
             block.next_avail, block.avail_wrap, block.next_used, block.used_wrap = position
-        for entry, states in chains:
-            self._resubmit.append(Resubmission(entry, [_descriptor(state) for state in states]))
+        for entry, descriptors in chains:
+            self._resubmit.append(Resubmission(entry, descriptors))
             # They cover their slots of the ring from before the restart on.
-            self._slots_out += len(states)
+            self._slots_out += len(descriptors)
         block.resubmit = len(chains)
         return len(chains)
 
@@ -236,7 +236,3 @@ class PackedEngine(RingEngine):
         if block.descriptors and not block.stopped:
             self._device_event[0] = EVENT_DISABLE << 16
         return 0
-
-
-def _descriptor(state: PackedState) -> Descriptor:
-    return (state.addr, state.len, state.id, state.flags)
