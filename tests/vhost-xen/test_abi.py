@@ -25,10 +25,22 @@ def test_batch_bytes() -> None:
 
 def test_batch_failures_are_those_the_kernel_wrote() -> None:
     request = abi.BatchRequest(domid=1, first_frame=10, count=4, address=0)
-    assert request.failures() == []
+    assert request.failures(9) == (0, [])
     at = struct.unpack("=IHHQQQ", bytes(request.argument))[5]
     (ctypes.c_int * 4).from_address(at)[2] = -22
-    assert request.failures() == [(12, 22)]
+    assert request.failures(9) == (1, [(12, 22)])
+    (ctypes.c_int * 4).from_address(at)[3] = -3
+    assert request.failures(9) == (2, [(12, 22), (13, 3)])
+    assert request.failures(1) == (2, [(12, 22)])
+    assert request.failures(0) == (2, [])
+
+
+def test_large_batches_are_made_in_steps() -> None:
+    request = abi.BatchRequest(domid=1, first_frame=7, count=200_000, address=0)
+    assert list(request.frames) == list(range(7, 200_007))
+    for position in (0, 65_535, 65_536, 199_999):
+        request.errors[position] = -22
+    assert request.failures(3) == (4, [(7, 22), (65_542, 22), (65_543, 22)])
 
 
 def test_map_bytes() -> None:

@@ -108,6 +108,13 @@ def test_plain_regions_are_not_bound_by_xen_rules() -> None:
     assert check_region(region(0, address=0x123, domid=0xFFFFFFFF)) == 0
 
 
+@pytest.mark.parametrize("flags", [0, 1, 2, 10])
+def test_empty_and_endless_regions(flags: int) -> None:
+    for address, size in ((0x1000, 0), ((1 << 64) - 0x1000, 0x1001), (0x1000, 1 << 64)):
+        with pytest.raises(InvalidRegion):
+            check_region(region(flags, address=address, size=size))
+
+
 def test_a_wrong_region_is_an_error_of_guest_memory_too() -> None:
     with pytest.raises(XenError) as caught:
         check_region(region(3))

@@ -362,10 +362,10 @@ def test_a_failed_release_is_loud_and_does_the_rest(
     mapper: XenMapper, system: Recorder, step: str, call: str
 ) -> None:
     mapping = mapper.map(region(GRANT), FD)
-    system.fail[step] = os_error(errno.ENOENT)
+    system.fail[step] = os_error(errno.EFAULT)
     with pytest.raises(XenReleaseError) as caught:
         mapping.close()
-    assert (caught.value.errno, caught.value.call) == (errno.ENOENT, call)
+    assert (caught.value.errno, caught.value.call) == (errno.EFAULT, call)
     assert not system.files
     assert len(system.mappings) == (step == "munmap")
     assert len(system.grants) == (step == "unmap")
@@ -584,12 +584,39 @@ def test_a_token_is_good_once(mapper: XenMapper, system: Recorder) -> None:
 def test_an_unpin_that_fails_is_loud(mapper: XenMapper, system: Recorder) -> None:
     mapping = mapper.map(region(ON_DEMAND), FD)
     _, token = mapping.pin(0x40000, 1, READ)
-    system.fail["unmap"] = os_error(errno.ENOENT)
+    system.fail["unmap"] = os_error(errno.EFAULT)
     with pytest.raises(XenReleaseError):
         mapping.unpin(token)
     mapping.close()
     assert not system.files
     assert not system.mappings
+
+
+@pytest.mark.parametrize("flags", [GRANT, ON_DEMAND])
+def test_a_front_end_that_gives_our_grants_back(
+    mapper: XenMapper, system: Recorder, flags: int
+) -> None:
+    """It has the same open file, so it can; that is nothing to be loud about."""
+    mapping = mapper.map(region(flags), FD)
+    token = mapping.pin(0x40000, 8, READ)[1]
+    system.fail["unmap"] = os_error(errno.ENOENT)
+    mapping.unpin(token)
+    mapping.close()
+    assert not system.mappings
+    assert not system.files
+    system.fail["mmap"] = os_error(errno.EINVAL)
+    with pytest.raises(GrantMapError):
+        mapper.map(region(GRANT), FD)
+
+
+@pytest.mark.parametrize("flags", [FOREIGN, GRANT, ON_DEMAND])
+def test_a_mapping_that_is_forgotten_is_released(
+    mapper: XenMapper, system: Recorder, flags: int
+) -> None:
+    mapping = mapper.map(region(flags), FD)
+    assert system.held
+    del mapping
+    assert system.held == 0
 
 
 # What comes before any call
@@ -609,6 +636,7 @@ def test_an_unpin_that_fails_is_loud(mapper: XenMapper, system: Recorder) -> Non
         (region(FOREIGN, offset=0x1000), XenFileError),
         (region(GRANT, offset=1), XenFileError),
         (region(ON_DEMAND, offset=1), XenFileError),
+        (region(FOREIGN, address=1 << 52), XenRegionError),
         (region(GRANT, size=(1 << 20) * 4096 + 1), XenRegionError),
         (region(FOREIGN, size=(1 << 28) * 4096 + 1), XenRegionError),
     ],

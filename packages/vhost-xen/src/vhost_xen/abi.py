@@ -7,6 +7,7 @@ requests are ``_IOC(_IOC_NONE, type, number, size)``, so a number tells the size
 import array
 import ctypes
 import struct
+from itertools import islice
 from typing import Final
 
 
@@ -24,6 +25,8 @@ MAP_GRANT_REF: Final = _ioc("G", 0, _MAP.size + _REFERENCE.size)  # one number f
 UNMAP_GRANT_REF: Final = _ioc("G", 1, _UNMAP.size)
 
 XEN_PAGE_SIZE: Final = 4096
+# Large arrays are worked on in steps, between which other threads get their turn.
+_STEP: Final = 1 << 16
 GRANT_ADDRESS_BIT: Final = 1 << 63
 DOMID_FIRST_RESERVED: Final = 0x7FF0
 
@@ -36,7 +39,10 @@ class BatchRequest:
     """
 
     def __init__(self, domid: int, first_frame: int, count: int, address: int) -> None:
-        self.frames: array.array[int] = array.array("Q", range(first_frame, first_frame + count))
+        self.frames: array.array[int] = array.array("Q")
+        for start in range(0, count, _STEP):
+            step = min(_STEP, count - start)
+            self.frames.extend(range(first_frame + start, first_frame + start + step))
         self.errors: array.array[int] = array.array("i", bytes(4 * count))
         self.argument: ctypes.Array[ctypes.c_char] = ctypes.create_string_buffer(
             _BATCH.pack(
@@ -49,13 +55,21 @@ class BatchRequest:
             _BATCH.size,
         )
 
-    def failures(self) -> list[tuple[int, int]]:
-        """The frames that could not be mapped, each with its (positive) errno."""
-        if self.errors.tobytes() == bytes(4 * len(self.errors)):
-            return []
-        return [
-            (frame, -error) for frame, error in zip(self.frames, self.errors, strict=True) if error
-        ]
+    def failures(self, limit: int) -> tuple[int, list[tuple[int, int]]]:
+        """How many frames failed, and the first `limit` of them with their (positive) errno."""
+        failed = 0
+        first: list[tuple[int, int]] = []
+        for start in range(0, len(self.errors), _STEP):
+            errors = self.errors[start : start + _STEP]
+            count = len(errors) - errors.count(0)
+            failed += count
+            if count and len(first) < limit:
+                frames = self.frames[start : start + _STEP]
+                found = (
+                    (frame, -error) for frame, error in zip(frames, errors, strict=True) if error
+                )
+                first += islice(found, limit - len(first))
+        return failed, first
 
 
 class MapRequest:

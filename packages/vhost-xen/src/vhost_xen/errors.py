@@ -19,8 +19,6 @@ from typing import Any
 
 from guest_memory import GuestMemoryError, InvalidRegion, MappingFailed, UsageError
 
-_FAILURES_KEPT = 64
-
 
 class XenError(GuestMemoryError):
     """Base of everything that this package raises on purpose."""
@@ -151,13 +149,22 @@ class ForeignMapError(XenMapError):
         domid: int,
         frame: int,
         count: int,
+        failed: int = 0,
         failures: Sequence[tuple[int, int]] = (),
     ) -> None:
         super().__init__(errno, call, domid, count)
         self.frame = frame
-        self.failed: int = len(failures)
-        self.failures: tuple[tuple[int, int], ...] = tuple(failures[:_FAILURES_KEPT])
-        self.args: tuple[Any, ...] = (self.errno, call, domid, frame, count, self.failures)
+        self.failed = failed
+        self.failures: tuple[tuple[int, int], ...] = tuple(failures)
+        self.args: tuple[Any, ...] = (
+            self.errno,
+            call,
+            domid,
+            frame,
+            count,
+            failed,
+            self.failures,
+        )
 
     def __str__(self) -> str:
         what = f"{self.failed} of {self.count}" if self.failed else f"{self.count}"

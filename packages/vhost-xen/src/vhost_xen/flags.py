@@ -48,8 +48,10 @@ def check_region(region: Region) -> XenFlags:
     Nothing is asked of a region with no flags here.
 
     Raises:
+        guest_memory.InvalidRegion: the region is empty, or runs beyond 64 bits.
         XenFlagsError, XenDomainError, XenAlignmentError, XenRegionError: the rule that is broken.
     """
+    region.check()
     address, size = region.guest_address, region.size
     value = region.flags & ~_NO_ADVANCE_MAP_SPECIFICATION
     if value != region.flags:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # 1 TiB: the request's arrays take 12 bytes for each page while it runs.
 MAX_PAGES: Final = 1 << 28
+_FAILURES_KEPT: Final = 64
 
 
 class ForeignRange:
@@ -64,11 +65,13 @@ class ForeignRange:
             self._calls.ioctl(fd, MMAPBATCH_V2, request.argument)
         except OSError as error:
             number = error.errno or errno.EIO
-        failures = request.failures()
+        failed, failures = request.failures(_FAILURES_KEPT)
         if failures:
             number = number or failures[0][1]
         if number:
-            raise ForeignMapError(number, "MMAPBATCH_V2", domid, first_frame, count, failures)
+            raise ForeignMapError(
+                number, "MMAPBATCH_V2", domid, first_frame, count, failed, failures
+            )
 
     def release(self) -> None:
         """Unmap the frames."""

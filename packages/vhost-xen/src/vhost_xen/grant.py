@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Final
 
 from .abi import MAP_GRANT_REF, UNMAP_GRANT_REF, XEN_PAGE_SIZE, MapRequest, UnmapRequest
@@ -50,7 +51,9 @@ class GrantRange:
             request = UnmapRequest(self._index, self._count)
             self._calls.ioctl(self._fd, UNMAP_GRANT_REF, request.argument)
         except OSError as error:
-            raise XenReleaseError(error.errno, "UNMAP_GRANT_REF") from error
+            # The front-end has the same open file and may have given them back before us.
+            if error.errno != errno.ENOENT:
+                raise XenReleaseError(error.errno, "UNMAP_GRANT_REF") from error
 
     def release(self) -> None:
         """Unmap the pages, then give the references back, in this order.

@@ -42,6 +42,9 @@ class XenMapper:
         XenUnavailable: this is not Linux.
     """
 
+    xen_mmap: Final = True
+    """For back-ends: with this mapper they offer XEN_MMAP, and refuse postcopy."""
+
     def __init__(self, files: Mapper | None = None, calls: SystemCalls | None = None) -> None:
         self._files = MmapMapper() if files is None else files
         self._calls = LinuxCalls() if calls is None else calls
@@ -212,6 +215,9 @@ class WholeMapping:
             self._address = None
         self._release()
 
+    def __del__(self) -> None:
+        self.close()
+
 
 class GrantsOnDemand:
     """Granted pages of another domain, each mapped only while it is pinned.
@@ -325,6 +331,9 @@ class GrantsOnDemand:
             last = not self._mapping and not self._pinned
         if last:
             self._calls.close(self._fd)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _check_range(region: Region, address: int, length: int, access: int) -> None:
