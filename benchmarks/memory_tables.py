@@ -152,7 +152,9 @@ def copies() -> dict[str, float]:
         local = ctypes.addressof(ours)
         actions: dict[str, tuple[Callable[[], object], int]] = {}
 
-        def plain(length: int = length, calls: int = calls, host: int = host) -> None:
+        def plain(
+            length: int = length, calls: int = calls, host: int = host, local: int = local
+        ) -> None:
             move = ctypes.memmove
             for _ in range(calls):
                 move(host, local, length)

@@ -18,7 +18,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from . import syscalls
 from .abi import (
@@ -244,6 +244,8 @@ class GuestMemory:
         "_entries",
         "_hint",
         "_order",
+        "_physical_addresses",
+        "_postcopy",
         "_records",
         "_starts",
         "_state",
@@ -261,6 +263,8 @@ class GuestMemory:
     _state: _State
     _base: "GuestMemory | None"
     _hint: int
+    _postcopy: bool
+    _physical_addresses: bool
     _table: GmTable
     _view: memoryview | None
 
@@ -541,6 +545,8 @@ class GuestMemory:
     def _enter(self, state: _State) -> None:
         """Build the C table over what is there."""
         self._state = state
+        self._postcopy = state.postcopy
+        self._physical_addresses = state.iotlb is None
         iotlb, window = state.iotlb, state.window
         if window is not None and not any(
             entry.host and window.contains(entry.host, entry.end - entry.guest)
@@ -553,9 +559,9 @@ class GuestMemory:
             ABI_VERSION,
             ctypes.sizeof(GmTable),
             len(self._entries),
-            _address_of(self._records),
+            syscalls.address_of(self._records),
             self._order.buffer_info()[0],
-            0 if iotlb is None else _address_of(iotlb.records),
+            0 if iotlb is None else syscalls.address_of(iotlb.records),
             0 if iotlb is None else len(iotlb.entries),
             0 if iotlb is None else TABLE_IOMMU,
             0 if window is None else window.base,
@@ -638,7 +644,7 @@ class GuestMemory:
     @property
     def bounded(self) -> bool:
         """True when no access can wait for another process: memory files only, and no postcopy."""
-        return not self._state.postcopy and all(entry.bounded for entry in self._entries)
+        return not self._postcopy and all(entry.bounded for entry in self._entries)
 
     @property
     def iommu(self) -> bool:
@@ -658,6 +664,23 @@ class GuestMemory:
             self._hint = index
             return index
         return -1
+
+    def _find(self, address: int, length: int) -> _Entry | None:
+        """The short way: the entry that holds a range, if it is one and the range is not empty."""
+        if self._physical_addresses and length > 0:
+            starts, entries = self._starts, self._entries
+            index = self._hint
+            if index < len(starts) and starts[index] <= address:
+                entry = entries[index]
+                if address + length <= entry.end:
+                    return entry
+            index = bisect_right(starts, address) - 1
+            if index >= 0:
+                entry = entries[index]
+                if address + length <= entry.end:
+                    self._hint = index
+                    return entry
+        return None
 
     def _physical(
         self, address: int, length: int, access: int, whole: int, whole_length: int
@@ -782,6 +805,9 @@ class GuestMemory:
         Raises:
             NotContiguous: the range has more than one piece.
         """
+        found = self._find(address, length)
+        if found is not None and found.host and not (found.read_only and access & _WRITE):
+            return found.host + address - found.guest
         entry, guest, _ = self._span(address, length, access)
         if not entry.host:
             raise NotMapped(guest, length, access)
@@ -865,18 +891,16 @@ class GuestMemory:
             if length:
                 raise UsageError("a length cannot be negative")
             return b""
+        entry = self._find(address, length)
+        if entry is not None and entry.fast and not self._postcopy:
+            data = _string_at(entry.host + address - entry.guest, length)
+            if entry.poison.value:
+                raise Poisoned(address, length)
+            return data
         spans = self._spans(address, length, _READ)
-        if len(spans) == 1 and not self._state.postcopy:
-            entry, guest, _ = spans[0]
-            if entry.fast:
-                data = _string_at(entry.host + guest - entry.guest, length)
-                if entry.poison.value:
-                    raise Poisoned(address, length)
-                return data
-        out = bytearray(length)
-        with syscalls.buffer_address(out, True) as (local, _):
-            self._copy(spans, local, _READ)
-        return bytes(out)
+        result, local = syscalls.new_bytes(length)
+        self._copy(spans, local, _READ)
+        return result
 
     def read_into(self, address: int, buffer: "Buffer") -> int:
         """Copy a range of guest memory into a writable buffer, which says how long it is.
@@ -887,7 +911,7 @@ class GuestMemory:
         Raises:
             As `read`; the buffer may be filled in part when the memory is gone.
         """
-        with syscalls.buffer_address(buffer, True) as (local, length):
+        with syscalls.BufferAddress(buffer, True) as (local, length):
             if length:
                 self._copy(self._spans(address, length, _READ), local, _READ)
             return length
@@ -906,7 +930,22 @@ class GuestMemory:
             OutOfBounds, IotlbMiss, AccessDenied: nothing was written.
             Poisoned: the memory is gone; a part may have been written.
         """
-        with syscalls.buffer_address(data, False) as (local, length):
+        if type(data) is bytes or type(data) is bytearray:
+            length = len(data)
+            entry = self._find(address, length)
+            if (
+                entry is not None
+                and entry.fast
+                and not entry.read_only
+                and not self._postcopy
+                and length
+            ):
+                entry.borrow(entry.host + address - entry.guest, length)[:] = data
+                self._mark([(entry, address, length)])
+                if entry.poison.value:
+                    raise Poisoned(address, length)
+                return length
+        with syscalls.BufferAddress(data, False) as (local, length):
             if length:
                 spans = self._spans(address, length, _WRITE)
                 try:
@@ -936,7 +975,7 @@ class GuestMemory:
     def _move(
         self, entry: _Entry, host: int, guest: int, local: int, length: int, access: int
     ) -> None:
-        if entry.direct and not self._state.postcopy:
+        if entry.direct and not self._postcopy:
             if access == _WRITE:
                 _memmove(host, local, length)
             else:
@@ -1042,7 +1081,11 @@ class GuestMemory:
             raise UsageError("atomic accesses have 1, 2, 4 or 8 bytes")
         if address & (size - 1):
             raise Misaligned(address, size)
-        entry, guest, _ = self._span(address, size, access)
+        found = self._find(address, size)
+        if found is not None and not (found.read_only and access & _WRITE):
+            entry, guest = found, address
+        else:
+            entry, guest, _ = self._span(address, size, access)
         if entry.host and (entry.host + guest - entry.guest) & (size - 1):
             raise Misaligned(address, size)  # the file's offset is odd
         return entry, guest
@@ -1055,7 +1098,7 @@ class GuestMemory:
             OutOfBounds, NotContiguous, IotlbMiss, AccessDenied, Poisoned.
         """
         entry, guest = self._word(address, size, _READ)
-        if entry.fast and not self._state.postcopy:
+        if entry.fast and not self._postcopy:
             value: int = _WORDS[size].from_address(entry.host + guest - entry.guest).value
             if entry.poison.value:
                 raise Poisoned(address, size)
@@ -1099,7 +1142,7 @@ class GuestMemory:
             self._mark([(entry, guest, size)])
 
     def _store(self, entry: _Entry, host: int, guest: int, size: int, value: int) -> None:
-        if entry.direct and not self._state.postcopy:
+        if entry.direct and not self._postcopy:
             _WORDS[size].from_address(host).value = value
             if entry.poison.value:
                 raise Poisoned(guest, size)
@@ -1115,11 +1158,6 @@ class GuestMemory:
 
 
 _guest_of = attrgetter("guest")
-
-
-def _address_of(data: bytes) -> int:
-    """Address of a bytes object's content, which never moves."""
-    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
 
 
 def _room(region: Region) -> int:
@@ -1153,9 +1191,10 @@ def _check_overlaps(regions: Sequence[Region]) -> None:
 
 
 def _map_one(mapper: Mapper, region: Region, fd: int | None, window: Window | None) -> _Entry:
-    if window is not None and isinstance(mapper, WindowMapper):
-        return _Entry.of(region, mapper.map_into(region, fd, window))
-    return _Entry.of(region, mapper.map(region, fd))
+    """Map a region; ``window`` is None for mappers that know nothing of windows."""
+    if window is None:
+        return _Entry.of(region, mapper.map(region, fd))
+    return _Entry.of(region, cast(WindowMapper, mapper).map_into(region, fd, window))
 
 
 def _bigger(window: Window | None, room: int) -> Window | None:

@@ -4,8 +4,6 @@ import ctypes
 import errno
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import MappingFailed
@@ -113,9 +111,12 @@ def duplicate_mapping(address: int, length: int, target: int) -> None:
         raise MappingFailed(ctypes.get_errno(), "mremap")
 
 
+_Statfs = ctypes.c_uint64 * 32  # larger than struct statfs, which begins with the two words wanted
+
+
 def file_system(fd: int) -> tuple[int, int]:
     """Return the type (magic number) and the block size of the file system that ``fd`` is on."""
-    buffer = (ctypes.c_uint64 * 32)()  # larger than struct statfs; it begins with these two words
+    buffer = _Statfs()
     if _fstatfs(fd, ctypes.addressof(buffer)):
         raise MappingFailed(ctypes.get_errno(), "fstatfs")
     return buffer[0], buffer[1]
@@ -293,18 +294,42 @@ _get_buffer = ctypes.PYFUNCTYPE(_int, ctypes.py_object, _pointer, _int)(
     ("PyObject_GetBuffer", ctypes.pythonapi)
 )
 _release_buffer = ctypes.PYFUNCTYPE(None, _pointer)(("PyBuffer_Release", ctypes.pythonapi))
+_new_bytes = ctypes.PYFUNCTYPE(ctypes.py_object, _pointer, ctypes.c_ssize_t)(
+    ("PyBytes_FromStringAndSize", ctypes.pythonapi)
+)
+_bytes_address = ctypes.PYFUNCTYPE(_size, ctypes.py_object)(("PyBytes_AsString", ctypes.pythonapi))
 
 
-@contextmanager
-def buffer_address(data: "Buffer", writable: bool) -> Iterator[tuple[int, int]]:
-    """Give the address and the size in bytes of a contiguous buffer, which stays put meanwhile.
+class BufferAddress:
+    """The address and the size of a contiguous buffer, which stays put inside the ``with`` block.
 
     Raises:
         BufferError, TypeError: as Python does for objects that are no (writable) buffers.
     """
-    buffer = _PyBuffer()
-    _get_buffer(data, ctypes.addressof(buffer), int(writable))  # PyBUF_SIMPLE or PyBUF_WRITABLE
-    try:
-        yield buffer.buf or 0, buffer.len
-    finally:
-        _release_buffer(ctypes.addressof(buffer))
+
+    __slots__ = ("_buffer", "_data", "_writable")
+
+    def __init__(self, data: "Buffer", writable: bool) -> None:
+        self._data = data
+        self._writable = int(writable)  # PyBUF_SIMPLE or PyBUF_WRITABLE
+        self._buffer = _PyBuffer()
+
+    def __enter__(self) -> tuple[int, int]:
+        buffer = self._buffer
+        _get_buffer(self._data, ctypes.addressof(buffer), self._writable)
+        return buffer.buf or 0, buffer.len
+
+    def __exit__(self, *_: object) -> None:
+        _release_buffer(ctypes.addressof(self._buffer))
+
+
+def new_bytes(length: int) -> tuple[bytes, int]:
+    """A bytes object to be filled by its maker before anybody else sees it, and its address."""
+    data: bytes = _new_bytes(None, length)
+    return data, _bytes_address(data)
+
+
+def address_of(data: bytes) -> int:
+    """Address of a bytes object's content, which never moves."""
+    address: int = _bytes_address(data)
+    return address
