@@ -188,8 +188,15 @@ def idle_memory(place: Path, image: Path, missing: dict[str, str]) -> dict[str, 
 # --- reporting ---
 
 
-def _median(runs: list[Figures], key: str) -> float:
-    return statistics.median(run[key] for run in runs)
+best_only = False
+
+
+def _typical(runs: list[Figures], key: str) -> float:
+    """The median over the rounds, or the best of them where that was asked for."""
+    values = [run[key] for run in runs]
+    if not best_only:
+        return statistics.median(values)
+    return max(values) if key in ("rate", "mib_per_s") else min(values)
 
 
 def _peers(outcome: Outcome, target: Target) -> list[str]:
@@ -204,6 +211,8 @@ def _ratio(outcome: Outcome, name: str, peers: list[str], key: str, most: bool) 
     if not ours or not theirs:
         return None
     best = min if most else max
+    if best_only:
+        return _typical(ours, key) / best(_typical(runs, key) for runs in theirs)
     pairs = zip(ours, zip(*theirs, strict=True), strict=True)
     return statistics.median(run[key] / best(peer[key] for peer in group) for run, group in pairs)
 
@@ -225,12 +234,12 @@ def table(outcome: Outcome) -> Iterator[str]:
     for name, runs in outcome.figures.items():
         ratio = _ratio(outcome, name, peers, "rate", most=False) if BACKENDS[name].ours else None
         yield (
-            f"| {BACKENDS[name].what} | {_rate(_median(runs, 'rate'))} | "
-            f"{'' if ratio is None else f'{ratio:.2f}x'} | {_median(runs, 'mib_per_s'):.0f} | "
+            f"| {BACKENDS[name].what} | {_rate(_typical(runs, 'rate'))} | "
+            f"{'' if ratio is None else f'{ratio:.2f}x'} | {_typical(runs, 'mib_per_s'):.0f} | "
             + " | ".join(
-                f"{_median(runs, key) / 1e3:.1f}" for key in ("p50_ns", "p99_ns", "p999_ns")
+                f"{_typical(runs, key) / 1e3:.1f}" for key in ("p50_ns", "p99_ns", "p999_ns")
             )
-            + f" | {_median(runs, 'cpu_ns_per_request') / 1e3:.2f} | {_median(runs, 'cpus'):.2f} |"
+            + f" | {_typical(runs, 'cpu_ns_per_request') / 1e3:.2f} | {_typical(runs, 'cpus'):.2f} |"
         )
     for name, reason in outcome.failures.items():
         yield f"| {BACKENDS[name].what} | not measured: {reason} | | | | | | | |"
@@ -277,7 +286,7 @@ def setup_table(outcomes: list[Outcome], memory: dict[str, dict[str, int]]) -> I
         if runs:
             idle = memory.get(name, {})
             yield (
-                f"| {BACKENDS[name].what} | {_median(runs, 'setup_us') / 1e3:.2f} | "
+                f"| {BACKENDS[name].what} | {_typical(runs, 'setup_us') / 1e3:.2f} | "
                 f"{idle.get('Rss', '')} | {idle.get('Pss', '')} |"
             )
     yield ""
@@ -291,22 +300,12 @@ def machine() -> Iterator[str]:
             if line.startswith("model name"):
                 model = line.split(":", 1)[1].strip()
                 break
-    # Debian's build asks for it through make and not through configure.
-    marks = ("--enable-optimizations", "-fprofile-use", "PGO")
-    flags = " ".join(_config(name) for name in ("CONFIG_ARGS", "PGO_PROF_USE_FLAG", "CFLAGS"))
-    built = "with" if any(mark in flags for mark in marks) else "without"
     yield f"- date: {time.strftime('%Y-%m-%d', time.gmtime())}"
     yield f"- machine: {model}, {os.cpu_count()} CPUs, Linux {platform.release()}"
     name = f"{platform.python_implementation()} {platform.python_version()}"
-    yield f"- interpreter: {name}, built {built} profile-guided optimisation"
+    yield f"- interpreter: {name} ({Path(sys.executable).resolve()}; {platform.python_compiler()})"
     load = os.getloadavg()
     yield f"- load average when the run began: {load[0]:.1f}, {load[1]:.1f}, {load[2]:.1f}"
-
-
-def _config(name: str) -> str:
-    import sysconfig
-
-    return str(sysconfig.get_config_var(name) or "")
 
 
 def prepare(wanted: set[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -354,6 +353,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, metavar="N", help="turns of each contestant")
     parser.add_argument("--seconds", type=float, metavar="S", help="measured time of one turn")
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="each contestant's best round instead of medians: for a machine that others use, too",
+    )
     parser.add_argument("--image-folder", type=Path, help="where the image is made (tmpfs)")
     parser.add_argument("--output", type=Path, help="write the Markdown to this file, too")
     parser.add_argument("--json", type=Path, help="write every figure of every round to this file")
@@ -406,7 +410,9 @@ def rings(options: argparse.Namespace) -> Iterator[str]:
 
 def main() -> int:
     """Build, run, print."""
+    global best_only
     options = arguments()
+    best_only = options.best
     rounds = options.rounds or (7 if options.full else 3)
     seconds = options.seconds or (2.0 if options.full else 0.5)
     cases = select(options)
@@ -423,7 +429,8 @@ def main() -> int:
         header.append(f"- ours: {backends.build_ours()}")
     header += [f"- peer ({need}): {text}" for need, text in versions.items()]
     header += [f"- peer ({need}) is missing: {reason}" for need, reason in missing.items()]
-    header.append(f"- {rounds} rounds of {seconds:g} s for each contestant of a case")
+    figure = "the best" if best_only else "medians"
+    header.append(f"- {figure} of {rounds} rounds of {seconds:g} s for each contestant of a case")
 
     lines = [*header, ""]
     print("\n".join(lines), flush=True)

@@ -1,0 +1,194 @@
+"""Keep the data path from getting slower: counts that do not depend on the machine's mood.
+
+``python benchmarks/guard.py`` takes less than a minute and ends with status 1 when a count is above
+its bound. Two kinds of count, both the same on every run of the same code:
+
+- machine instructions for each chain inside the C engine's ``vq_cycle`` (valgrind's callgrind over
+  ``rings/engine.c``). They depend on the compiler, so the bounds leave 15 % over gcc 12 -O2.
+- Python function calls and bytecode instructions that the queue spends on a batch in the idioms of
+  ``rings.py`` (`sys.setprofile`, `sys.settrace`). They depend on the interpreter's version, so the
+  bounds leave 25 % over CPython 3.11.
+
+A bound is raised only together with the reason for it, beside it. When a change makes a count much
+smaller, lower the bound in the same change: otherwise the gain can be lost again unseen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import rings
+
+CHAINS = 12800
+TURNS = 4
+
+
+class Engine(NamedTuple):
+    """Instructions for each chain in the C engine."""
+
+    name: str
+    options: tuple[str, ...]
+    bound: int
+    reason: str
+
+
+class Python(NamedTuple):
+    """Bytecode instructions and function calls of a loop, for each batch and each chain."""
+
+    name: str
+    loop: rings.Loop
+    batch: int
+    bytecodes: int
+    calls: int
+    reason: str
+
+
+WALK = "walking three descriptors with every check, a record, a done entry and its completion"
+ENGINE = (
+    Engine("split, 2 regions, batch 32", ("--batch=32",), 690, WALK),
+    Engine(
+        "split, 2 regions, batch 1",
+        ("--batch=1",),
+        1310,
+        "a whole cycle for each chain: ring and memory looked at anew, one barrier",
+    ),
+    Engine(
+        "split, 509 regions, batch 32",
+        ("--batch=32", "--regions=509"),
+        790,
+        "the same and two binary searches over 509 regions",
+    ),
+    Engine(
+        "split, indirect, batch 32",
+        ("--batch=32", "--indirect"),
+        930,
+        "the same and finding the indirect table",
+    ),
+    Engine("packed, 2 regions, batch 32", ("--batch=32", "--packed"), 875, WALK),
+    Engine(
+        "packed, indirect, batch 32",
+        ("--batch=32", "--packed", "--indirect"),
+        930,
+        "the same and finding the indirect table",
+    ),
+)
+
+PYTHON = (
+    Python("a call a batch", rings.batches, 32, 145, 3, "one call into the engine, one batch"),
+    Python("records", rings.records, 32, 1115, 4, "32 records, 24 bytecodes each, and the call"),
+    Python(
+        "a chain object a request",
+        rings.chains,
+        32,
+        36000,
+        2700,
+        "an object, its segments and a copy of 16 bytes for each request",
+    ),
+)
+
+
+def instructions(case: Engine, library: str) -> int:
+    """Instructions for each chain that callgrind counts inside ``vq_cycle``."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *("valgrind", "--tool=callgrind", "--toggle-collect=vq_cycle"),
+            f"--callgrind-out-file={folder}/out",
+            *(str(rings.DRIVER), library, f"--chains={CHAINS}", *case.options),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+    found = re.search(r"Collected : (\d+)", done.stderr)
+    if done.returncode or not found:
+        raise SystemExit(f"guard: {case.name}: {done.stderr.strip().splitlines()[-1]}")
+    return int(found[1]) // CHAINS
+
+
+def bytecodes(case: Python) -> int:
+    """Bytecode instructions for each batch."""
+    ring = rings.Ring(2, case.batch)
+    count = 0
+
+    def local(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal count
+        count += event == "opcode"
+        return local
+
+    def enter(frame: FrameType, event: str, argument: Any) -> Any:
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        return local
+
+    return _counted(case, ring, sys.settrace, enter, lambda: count)
+
+
+def calls(case: Python) -> int:
+    """Function calls, of Python and of C, for each batch."""
+    ring = rings.Ring(2, case.batch)
+    count = 0
+
+    def event(frame: FrameType, kind: str, argument: Any) -> None:
+        nonlocal count
+        count += kind in ("call", "c_call")
+
+    return _counted(case, ring, sys.setprofile, event, lambda: count)
+
+
+def _counted(
+    case: Python,
+    ring: rings.Ring,
+    install: Callable[[Any], None],
+    hook: Any,
+    count: Callable[[], int],
+) -> int:
+    avail = case.loop(ring.queue, ring.index, 0, case.batch, 1)
+    install(hook)
+    try:
+        case.loop(ring.queue, ring.index, avail, case.batch, TURNS)
+    finally:
+        install(None)
+    ring.queue.close()
+    return count() // TURNS
+
+
+def check(name: str, what: str, count: int, bound: int, reason: str) -> bool:
+    """Print one line; whether the count is within its bound."""
+    good = count <= bound
+    print(f"{'ok' if good else 'TOO MANY':8} {name}: {count} {what}, bound {bound}")
+    if not good:
+        print(f"         the bound: {reason}")
+    return good
+
+
+def main() -> int:
+    """Count and compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--library", help="the C engine to count (the installed one)")
+    options = parser.parse_args()
+    good = True
+    if shutil.which("valgrind") is None:
+        print("guard: valgrind is not installed", file=sys.stderr)
+        return 1
+    subprocess.run(["make", "--silent"], cwd=Path(rings.HERE, "rings"), check=True)
+    library = options.library or rings.library()
+    for engine in ENGINE:
+        count = instructions(engine, library)
+        good &= check(engine.name, "instructions a chain", count, engine.bound, engine.reason)
+    for python in PYTHON:
+        name = f"{python.name}, batch {python.batch}"
+        good &= check(name, "bytecodes a batch", bytecodes(python), python.bytecodes, python.reason)
+        good &= check(name, "calls a batch", calls(python), python.calls, python.reason)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
