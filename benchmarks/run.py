@@ -78,7 +78,7 @@ def _null_cases() -> Iterator[Case]:
         targets = [Target(n, "rate", f) for n, f in zip(names, factors, strict=True)]
         if depth == 1:
             targets += [Target(name, "p99_ns", 1.2, most=True) for name in names]
-        load = (f"--depth={depth}",)
+        load: tuple[str, ...] = (f"--depth={depth}",)
         yield Case(f"null, depth {depth}", "null", load, NULL, tuple(targets), short=True)
     polled = (Target("null-records", "p99_ns", 1.2, most=True),)
     yield Case("null, depth 1, driver polls", "null", ("--poll",), NULL, polled)
@@ -90,7 +90,7 @@ def _null_cases() -> Iterator[Case]:
 
 def _file_cases() -> Iterator[Case]:
     for depth, (qemu, rust) in {1: (2.0, 1.0), 32: (3.0, 1.2), 128: (3.0, 1.2)}.items():
-        load = (f"--depth={depth}",)
+        load: tuple[str, ...] = (f"--depth={depth}",)
         targets = [
             Target("blk/qsd", "rate", qemu),
             Target("blk/rust-file", "rate", rust),
@@ -118,7 +118,7 @@ def _file_cases() -> Iterator[Case]:
 
 def _scale_cases() -> Iterator[Case]:
     for queues in (1, 2, 4, 8):
-        load = ("--depth=32",)
+        load: tuple[str, ...] = ("--depth=32",)
         yield Case(f"queues: {queues}", "queues", load, (*RUST_FILE, "null-batch"), queues=queues)
     for kib in (4, 16, 64, 256, 1024):
         load = ("--depth=8", f"--block={kib * 1024}")
@@ -193,7 +193,7 @@ best_only = False
 
 def _typical(runs: list[Figures], key: str) -> float:
     """The median over the rounds, or the best of them where that was asked for."""
-    values = [run[key] for run in runs]
+    values: list[float] = [run[key] for run in runs]
     if not best_only:
         return statistics.median(values)
     return max(values) if key in ("rate", "mib_per_s") else min(values)
@@ -214,7 +214,8 @@ def _ratio(outcome: Outcome, name: str, peers: list[str], key: str, most: bool) 
     if best_only:
         return _typical(ours, key) / best(_typical(runs, key) for runs in theirs)
     pairs = zip(ours, zip(*theirs, strict=True), strict=True)
-    return statistics.median(run[key] / best(peer[key] for peer in group) for run, group in pairs)
+    ratios: list[float] = [run[key] / best(peer[key] for peer in group) for run, group in pairs]
+    return statistics.median(ratios)
 
 
 def _rate(value: float) -> str:
@@ -239,7 +240,8 @@ def table(outcome: Outcome) -> Iterator[str]:
             + " | ".join(
                 f"{_typical(runs, key) / 1e3:.1f}" for key in ("p50_ns", "p99_ns", "p999_ns")
             )
-            + f" | {_typical(runs, 'cpu_ns_per_request') / 1e3:.2f} | {_typical(runs, 'cpus'):.2f} |"
+            + f" | {_typical(runs, 'cpu_ns_per_request') / 1e3:.2f} "
+            + f"| {_typical(runs, 'cpus'):.2f} |"
         )
     for name, reason in outcome.failures.items():
         yield f"| {BACKENDS[name].what} | not measured: {reason} | | | | | | | |"
