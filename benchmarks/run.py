@@ -361,7 +361,11 @@ def arguments() -> argparse.Namespace:
         help="each contestant's best round instead of medians: for a machine that others use, too",
     )
     parser.add_argument("--image-folder", type=Path, help="where the image is made (tmpfs)")
-    parser.add_argument("--output", type=Path, help="write the Markdown to this file, too")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="write the Markdown to this file, too, between its `results` marks if it has them",
+    )
     parser.add_argument("--json", type=Path, help="write every figure of every round to this file")
     return parser.parse_args()
 
@@ -408,6 +412,15 @@ def rings(options: argparse.Namespace) -> Iterator[str]:
         else f"not measured: {done.stderr.strip().splitlines()[-1]}"
     )
     yield ""
+
+
+def write(path: Path, text: str) -> None:
+    """Put the results into a file: between its two marks where it has them, else as its content."""
+    begin, end = "<!-- results: begin -->\n", "<!-- results: end -->\n"
+    old = path.read_text() if path.exists() else ""
+    before, mark, rest = old.partition(begin)
+    after = rest.partition(end)[2]
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}" if mark else text)
 
 
 def main() -> int:
@@ -458,7 +471,7 @@ def main() -> int:
         print("\n".join(part), flush=True)
         lines += part
     if options.output:
-        options.output.write_text("\n".join(lines) + "\n")
+        write(options.output, "\n".join(lines) + "\n")
     if options.json:
         data = {o.case.name: {"figures": o.figures, "failures": o.failures} for o in outcomes}
         options.json.write_text(json.dumps(data, indent=1))
