@@ -9,7 +9,7 @@ def main() -> None:
     """Import the modules with checks, so that they register them; then run them."""
     import time
 
-    for name in ("own_grants", "foreign", "guest_grants", "regions", "ring", "daemon", "leftovers"):
+    for name in ("own_grants", "foreign", "guest_grants", "regions", "ring", "leftovers"):
         started = time.monotonic()
         try:
             importlib.import_module(f".{name}", __package__)

@@ -37,7 +37,6 @@ class _CreateDomain(ctypes.Structure):
         ("cpupool_id", _u32),
         ("emulation_flags", _u32),
         ("misc_flags", _u32),
-        ("spare", _u32 * 16),  # newer hypervisors have more fields
     )
 
 

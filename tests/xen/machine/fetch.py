@@ -22,6 +22,7 @@ from typing import NamedTuple
 from .errors import Unavailable
 
 CACHE_VARIABLE = "VHOST_BACKEND_TEST_CACHE"
+XEN = "4.17"
 MODULES = ("xen-privcmd", "xen-gntdev", "xen-gntalloc", "xen-evtchn", "xenfs")
 _LAYOUT = 1  # raised when what the cache holds changes
 
@@ -63,12 +64,16 @@ def _run(*command: str, cwd: Path | None = None) -> str:
 
 
 def check_host() -> None:
-    """Raise Unavailable when this host cannot fetch or run the machine."""
+    """Raise Unavailable when this host cannot run the machine."""
     if platform.machine() != "x86_64":
         raise Unavailable(f"the Xen machine is x86-64, this host is {platform.machine()}")
-    for tool in ("apt-get", "apt-cache", "dpkg-deb", "ldd", "qemu-system-x86_64"):
+    _need("ldd", "qemu-system-x86_64")
+
+
+def _need(*tools: str) -> None:
+    for tool in tools:
         if shutil.which(tool) is None:
-            raise Unavailable(f"{tool} is needed (a Debian host with qemu-system-x86)")
+            raise Unavailable(f"{tool} is needed (a Debian 12 host with qemu-system-x86)")
 
 
 def _newest(pattern: str) -> str:
@@ -88,14 +93,12 @@ def _dependencies(package: str, pattern: str) -> list[str]:
 
 
 def _packages() -> dict[str, list[str]]:
-    hypervisor = _newest(r"^xen-hypervisor-4\.[0-9]+-amd64$")
+    # The guest is made through libxenctrl, whose structures change with each version.
+    hypervisor = _newest(rf"^xen-hypervisor-{re.escape(XEN)}-amd64$")
     kernels = _dependencies("linux-image-amd64", r"linux-image-\S+")
     if not kernels:
         raise Unavailable("apt knows no Debian kernel (linux-image-amd64)")
-    version = re.search(r"4\.\d+", hypervisor)
-    if version is None:
-        raise Unavailable(f"cannot read a version in {hypervisor}")
-    misc = f"libxenmisc{version.group()}"
+    misc = f"libxenmisc{XEN}"
     libraries = [misc, *_dependencies(misc, r"lib(?:xen|yajl)\S+")]
     for library in list(libraries[1:]):
         libraries += _dependencies(library, r"libxen\S+")
@@ -184,7 +187,7 @@ def fetch() -> Assets:
     folder = cache / f"xen-{_LAYOUT}"
     with locked(cache / "locks-xen"):
         if not (folder / "versions").exists():
-            check_host()
+            _need("apt-get", "apt-cache", "dpkg-deb")
             shutil.rmtree(folder, ignore_errors=True)
             partial = cache / f"xen-{_LAYOUT}.partial"
             shutil.rmtree(partial, ignore_errors=True)

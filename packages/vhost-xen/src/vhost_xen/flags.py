@@ -53,11 +53,12 @@ def check_region(region: Region) -> XenFlags:
     """
     region.check()
     address, size = region.guest_address, region.size
-    value = region.flags & ~_NO_ADVANCE_MAP_SPECIFICATION
-    if value != region.flags:
-        value |= XenFlags.NO_ADVANCE_MAP
+    sent = int(region.flags)  # whatever flag type it comes as
+    value = sent & ~_NO_ADVANCE_MAP_SPECIFICATION
+    if value != sent:
+        value |= int(XenFlags.NO_ADVANCE_MAP)
     if value not in _VALID:
-        raise XenFlagsError(address, size, region.flags)
+        raise XenFlagsError(address, size, sent)
     flags = XenFlags(value)
     if not flags:
         return flags
