@@ -25,8 +25,8 @@ class RangeError(GuestMemoryError):
 
     _words = "bad range"
 
-    def __init__(self, address: int, length: int) -> None:
-        super().__init__(address, length)
+    def __init__(self, address: int, length: int, *more: object) -> None:
+        super().__init__(address, length, *more)
         self.address = address
         self.length = length
 
@@ -56,8 +56,7 @@ class Overlap(RangeError):
     _words = "overlaps another region"
 
     def __init__(self, address: int, length: int, space: str) -> None:
-        super().__init__(address, length)
-        self.args = (address, length, space)
+        super().__init__(address, length, space)
         self.space = space
 
     def __str__(self) -> str:
@@ -74,8 +73,7 @@ class InvalidRegion(RangeError):
     _words = "invalid region"
 
     def __init__(self, address: int, length: int, reason: str) -> None:
-        super().__init__(address, length)
-        self.args = (address, length, reason)
+        super().__init__(address, length, reason)
         self.reason = reason
 
     def __str__(self) -> str:
@@ -118,9 +116,8 @@ class AccessError(RangeError):
     """
 
     def __init__(self, address: int, length: int, access: int) -> None:
-        super().__init__(address, length)
-        self.args = (address, length, int(access))
-        self.access = int(access)
+        super().__init__(address, length, int(access))
+        self.access: int = int(access)
 
     def __str__(self) -> str:
         kind = {1: "read", 2: "write"}.get(self.access, "read and write")

@@ -33,9 +33,9 @@ class FrozenIotlb:
     __slots__ = ("entries", "records", "starts")
 
     def __init__(self, entries: list[IotlbEntry], starts: list[int], records: list[bytes]) -> None:
-        self.entries = entries
-        self.starts = starts
-        self.records = b"".join(records)
+        self.entries: list[IotlbEntry] = entries
+        self.starts: list[int] = starts
+        self.records: bytes = b"".join(records)
 
     def lookup(self, address: int, length: int, access: int) -> list[tuple[int, int]]:
         """Translate a range into (user address, length) pieces; see `Iotlb.lookup`."""

@@ -24,8 +24,8 @@ class _Placement:
     __slots__ = ("_open", "_window", "base", "length")
 
     def __init__(self, base: int, length: int, window: Window | None) -> None:
-        self.base = base
-        self.length = length
+        self.base: int = base
+        self.length: int = length
         self._window = window
         self._open = [True]
 
@@ -72,9 +72,9 @@ class MmapMapping:
         self._poison = poison
         self._delta = delta
         self.host_address: int = placement.base + delta
-        self.size = region.size
+        self.size: int = region.size
         self.page_size = page_size
-        self.poison_address = ctypes.addressof(poison)
+        self.poison_address: int = ctypes.addressof(poison)
         self.sealed = sealed
         self.guarded = guarded
         self.read_only = read_only

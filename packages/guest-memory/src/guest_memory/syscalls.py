@@ -66,8 +66,8 @@ _writev = _function(
 )
 _read = _function("read", ctypes.c_ssize_t, _int, _size, _size)
 _write = _function("write", ctypes.c_ssize_t, _int, _size, _size)
-syscall = _function("syscall", _long, _long, _size, _size, _size, _size, _size, _size)
-ioctl = _function("ioctl", _int, _int, ctypes.c_ulong, _pointer)
+syscall: Any = _function("syscall", _long, _long, _size, _size, _size, _size, _size, _size)
+ioctl: Any = _function("ioctl", _int, _int, ctypes.c_ulong, _pointer)
 
 # aarch64, riscv64 and loongarch64 share one table of system call numbers.
 _FUTEX = 202 if platform.machine() in ("x86_64", "AMD64") else 98

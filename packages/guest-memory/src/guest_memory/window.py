@@ -60,13 +60,13 @@ class Window:
 
     def __init__(self, size: int) -> None:
         self._reservation = _Reservation(align_up(size, _HUGE))
-        self.base = self._reservation.base
-        self.size = self._reservation.size
+        self.base: int = self._reservation.base
+        self.size: int = self._reservation.size
         self._gaps = [(self.base, self.base + self.size)]
         self._lock = threading.Lock()
         exporter = (ctypes.c_ubyte * self.size).from_address(self.base)
         exporter.reservation = self._reservation  # type: ignore[attr-defined]
-        self.view = memoryview(exporter).cast("B")
+        self.view: memoryview = memoryview(exporter).cast("B")
 
     @classmethod
     def reserve(cls, needed: int) -> "Window | None":
