@@ -20,7 +20,7 @@ from .message import BIG, LITTLE, Converters, Message, Wire, known_bits
 
 _ORDERS = (LITTLE, BIG)
 _U64_END: Final = 1 << 64
-_XEN_BITS: Final = 0x103
+_XEN_BITS: Final = 0x10B  # 8 is what rust-vmm and its front-ends send for NO_ADVANCE_MAP
 _COUNT = {o: Struct(f"{o}I4x") for o in _ORDERS}
 _CONFIG = {o: Struct(f"{o}III") for o in _ORDERS}
 _XEN_REGION = {o: Struct(f"{o}QQQQII") for o in _ORDERS}
