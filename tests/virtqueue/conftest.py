@@ -39,8 +39,7 @@ def features(request: pytest.FixtureRequest) -> dict[str, bool]:
     return FEATURES[request.param]
 
 
-@pytest.fixture
-def make_rig(engine: str) -> Iterator[type[Rig]]:
+def rigs(engine: str) -> Iterator[type[Rig]]:
     """`Rig` with the engine filled in; every rig is closed at the end."""
     made: list[Rig] = []
 
@@ -53,3 +52,14 @@ def make_rig(engine: str) -> Iterator[type[Rig]]:
     yield Made
     for rig in made:
         rig.close()
+
+
+@pytest.fixture
+def make_rig(engine: str) -> Iterator[type[Rig]]:
+    yield from rigs(engine)
+
+
+@pytest.fixture
+def make_python_rig() -> Iterator[type[Rig]]:
+    """For what can only be done to the Python engine."""
+    yield from rigs("python")

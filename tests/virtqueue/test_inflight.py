@@ -357,7 +357,6 @@ def run(make_rig: Any, stores: Stores, packed: bool, seed: int, deaths: list[int
     random_ = random.Random(seed)
     size = random_.choice([4, 5, 7]) if packed else 4
     rig: Rig = make_rig(
-        engine="python",
         packed=packed,
         inflight=True,
         device=False,
@@ -388,25 +387,19 @@ def run(make_rig: Any, stores: Stores, packed: bool, seed: int, deaths: list[int
 
 @pytest.mark.parametrize("seed", range(3))
 def test_death_before_every_store(
-    make_rig: Any, stores: Stores, packed: bool, seed: int, engine: str
+    make_python_rig: Any, stores: Stores, packed: bool, seed: int
 ) -> None:
-    if engine != "python":
-        pytest.skip("the C engine is stopped by its own test build")
     death = 0
-    while run(make_rig, stores, packed, seed, [death]):
+    while run(make_python_rig, stores, packed, seed, [death]):
         death += 1
     assert death > 60
 
 
-def test_death_again_during_recovery(
-    make_rig: Any, stores: Stores, packed: bool, engine: str
-) -> None:
-    if engine != "python":
-        pytest.skip("the C engine is stopped by its own test build")
+def test_death_again_during_recovery(make_python_rig: Any, stores: Stores, packed: bool) -> None:
     random_ = random.Random(99)
     for _ in range(250):
         deaths = [random_.randint(0, 120), random_.randint(0, 15), random_.randint(0, 15)]
-        run(make_rig, stores, packed, random_.randrange(1000), deaths)
+        run(make_python_rig, stores, packed, random_.randrange(1000), deaths)
 
 
 def test_sigkill_at_random_instants(engine: str, packed: bool) -> None:

@@ -81,13 +81,16 @@ class PackedEngine(RingEngine):
         block.resubmit = len(chains)
         return len(chains)
 
-    def _load_available(self) -> int:
+    def _peek(self) -> bool:
         block = self._block
         if self._slots_out >= self._size:
             # Every slot is covered by a chain in flight: none can be available.
-            return 0
+            return False
         flags = self._words[8 * block.next_avail + 7]
-        if flags & (AVAIL | USED) != available_flags(block.avail_wrap):
+        return bool(flags & (AVAIL | USED) == available_flags(block.avail_wrap))
+
+    def _load_available(self) -> int:
+        if not self._peek():
             return 0
         # Partner: the driver's barrier between filling the descriptors of a chain and storing
         # the flags of the first (virtio 2.8.21.1).  We load the rest after these flags.
@@ -228,7 +231,7 @@ class PackedEngine(RingEngine):
         barrier.full_barrier()
         if block.resubmit or block.reason:
             return int(block.resubmit != 0)
-        return self._load_available()
+        return int(self._peek())
 
     def disarm(self) -> int:
         block = self._block

@@ -151,6 +151,10 @@ class RingEngine:
         makes them readable."""
         raise NotImplementedError
 
+    def _peek(self) -> bool:
+        """Whether there is something to take, if only a wrong index."""
+        raise NotImplementedError
+
     def _fetch(self) -> tuple[int, int, list[tuple[int, int, bool]], Any]:
         """The next chain: (head, slots, descriptors as (address, length, writable), what
         `_advance` needs)."""
@@ -197,11 +201,9 @@ class RingEngine:
 
     def ready(self) -> int:
         block = self._block
-        if block.reason or block.stopped:
+        if block.reason or block.stopped or not block.descriptors:
             return 0
-        if block.resubmit:
-            return 1
-        return int(self._load_available() != 0)
+        return int(block.resubmit != 0 or self._peek())
 
     def take(self) -> int:
         block = self._block

@@ -73,6 +73,9 @@ class SplitEngine(RingEngine):
             barrier.order()
         return (self._avail_index - position) & 0xFFFF
 
+    def _peek(self) -> bool:
+        return bool(self._avail[1] != self._block.next_avail)
+
     def _fetch(self) -> tuple[int, int, list[tuple[int, int, bool]], Any]:
         if self._resubmit:
             head = self._resubmit[0]
@@ -186,7 +189,7 @@ class SplitEngine(RingEngine):
         barrier.full_barrier()
         if block.resubmit or block.reason:
             return int(block.resubmit != 0)
-        return int(self._avail[1] != block.next_avail)
+        return int(self._peek())
 
     def disarm(self) -> int:
         block = self._block
