@@ -24,7 +24,7 @@ import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
 
 from .backend import VhostUserBackend
-from .control import Answer, ControlPlane, Draining
+from .control import Answer, ControlPlane, Wait
 from .errors import BackendUsageError, Refused, VhostBackendError
 from .eventfd import WakeFd
 from .listener import Listener
@@ -47,6 +47,8 @@ class VhostUserDaemon:
         mapper: how regions are mapped; guest_memory's mmap when None.
         engine: ring engine, "c" or "python"; None for VIRTQUEUE_ENGINE's or the best there is.
         vring: `VringMutex` (default) or `VringRwLock`.
+        memory_slots: offer memory slots (CONFIGURE_MEM_SLOTS). The specification forbids postcopy
+            migration together with them, so that is offered only when this is False.
         drain_timeout: seconds that requests in flight get when a ring is stopped.
     """
 
@@ -59,6 +61,7 @@ class VhostUserDaemon:
         mapper: Mapper | None = None,
         engine: str | None = None,
         vring: type[VringMutex] | type[VringRwLock] = VringMutex,
+        memory_slots: bool = True,
         drain_timeout: float = 10.0,
     ) -> None:
         self.name = name
@@ -85,7 +88,8 @@ class VhostUserDaemon:
             self._workers,
             self.memory,
             mapper=mapper,
-            on_drained=self._drained.wake,
+            memory_slots=memory_slots,
+            wake=self._drained.wake,
         )
         for worker in self._workers:
             worker.start()
@@ -204,6 +208,7 @@ class VhostUserDaemon:
     def _serve_connection(self, sock: socket.socket) -> None:
         self._connection = sock
         connection = vp.BackendConnection(sock)
+        self._control.connect(connection.session)
         log.info("%s: a front-end has connected", self.name)
         try:
             if not self._stopping:
@@ -234,9 +239,9 @@ class VhostUserDaemon:
                         raise
                     log.warning("%s: %s", self.name, error)
                     continue
-                if isinstance(outcome, Draining):
-                    self._drain([outcome.ring], connection)
-                    outcome = self._control.stopped(outcome.ring)
+                if isinstance(outcome, Wait):
+                    self._wait_for(outcome.ready, connection, outcome.what)
+                    outcome = outcome.finish()
                 if isinstance(outcome, Answer):
                     try:
                         connection.reply(received, outcome.message, outcome.fds)
@@ -249,23 +254,30 @@ class VhostUserDaemon:
 
     def _release(self) -> None:
         """The front-end is gone: let requests in flight end, then forget its rings and memory."""
-        self._drain(self._control.begin_disconnect(), None)
+        busy = self._control.begin_disconnect()
+        self._wait_for(
+            lambda: not any(self._control.in_flight(index) for index in busy),
+            None,
+            "rings drain",
+        )
         self._control.disconnect()
 
-    def _drain(self, indices: Sequence[int], connection: vp.BackendConnection | None) -> None:
-        """Wait until the rings have no request in flight, for the time a drain may take.
+    def _wait_for(
+        self, ready: Callable[[], bool], connection: vp.BackendConnection | None, what: str
+    ) -> None:
+        """Wait until `ready()`, for the time a drain may take. Workers go on meanwhile.
 
-        Workers go on meanwhile. A front-end that hangs up ends its wait.
+        A front-end that hangs up ends its wait.
         """
         deadline = time.monotonic() + self._drain_timeout
         poller = select.poll()
         poller.register(self._drained.fd, select.POLLIN)
         if connection is not None:
             poller.register(connection.fileno(), select.POLLRDHUP)
-        while any(self._control.in_flight(index) for index in indices):
+        while not ready():
             left = deadline - time.monotonic()
             if left <= 0:
-                log.warning("%s: requests in flight did not end in time", self.name)
+                log.warning("%s: requests in flight did not end in time: %s", self.name, what)
                 return
             for fd, _ in poller.poll(left * 1000):
                 if fd != self._drained.fd:

@@ -23,7 +23,17 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from guest_memory import DirtyLog, GuestMemory
-from virtqueue import Batch, Chain, DeviceQueue, InflightRegion, QueueBroken, Reason, RingConfig
+from vhost_protocol import BackendChannel, ProtocolError
+from virtqueue import (
+    Batch,
+    Chain,
+    DeviceQueue,
+    InflightRegion,
+    Need,
+    QueueBroken,
+    Reason,
+    RingConfig,
+)
 
 from . import eventfd
 from .counters import QueueCounters
@@ -62,6 +72,12 @@ class VringState:
         self._guest_errors = RateLimited(log)
         self.queue: DeviceQueue | None = None
         self.kick_fd = self.call_fd = self.err_fd = -1
+        #: Borrowed: signalled when something was logged.
+        self.log_fd = -1
+        #: Called, with the lock held, after each completion, while somebody waits for one.
+        self.on_progress: Callable[[], None] | None = None
+        #: Called, with the lock held, when the IOTLB lacks an entry (see `control.iommu`).
+        self.on_miss: Callable[[VringState, Need], None] | None = None
         #: How many queues were built for this ring; a completion of an earlier one is dropped.
         self.generation = 0
         self._on_drained: Callable[[], None] | None = None
@@ -75,6 +91,11 @@ class VringState:
         self.log_used: int | None = None
         #: This queue's part of the in-flight region, when the front-end keeps one.
         self.inflight: InflightRegion | None = None
+        self.log: DirtyLog | None = None
+        #: For notifications as messages, where they were negotiated.
+        self.channel: BackendChannel | None = None
+        #: Memory that the ring waits for.
+        self.need: Need | None = None
         self.base = 0
         self.features = VirtioFeature(0)
         self.big_endian = False
@@ -127,7 +148,17 @@ class VringState:
         _close(self.err_fd)
         self.err_fd = eventfd.adopt(fd) if fd >= 0 else -1
 
-    def set_queue_ready(self, memory: GuestMemory, dirty_log: DirtyLog | None = None) -> None:
+    def set_log(self, log: DirtyLog | None, log_used: int | None) -> None:
+        """Log what is written from now on; `log_used` is where the used ring is logged, or None.
+
+        Changes no index and may happen at any time.
+        """
+        self.log = log
+        self.log_used = log_used
+        if self.queue is not None:
+            self.queue.set_log(log, log_used)
+
+    def set_queue_ready(self, memory: GuestMemory) -> None:
         """Build the queue from the configuration: the ring is started.
 
         A ring that does not lie in guest memory shows at the first take. Raises
@@ -142,7 +173,7 @@ class VringState:
             base=self.base,
             engine=self.engine,
             inflight=self.inflight,
-            log=dirty_log,
+            log=self.log,
         )
         self.started = True
         self.draining = False
@@ -207,8 +238,19 @@ class VringState:
         A ring that could not be found in the old table gets its chance in the new one.
         """
         self._homeless = False
+        self.need = None
         if self.queue is not None:
             self.queue.set_memory(memory)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests taken and not completed."""
+        return self.queue.in_flight if self.queue is not None else 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether every request in flight was taken with the present snapshot of memory."""
+        return self.queue is None or self.queue.settled
 
     # -- the data path: the worker's side -------------------------------------------------------
 
@@ -221,6 +263,7 @@ class VringState:
             and self.queue is not None
             and not self.draining
             and not self._homeless
+            and self.need is None
         )
 
     def cycle(self, limit: int) -> Batch | None:
@@ -241,11 +284,13 @@ class VringState:
                 self.signal_call()
             self.break_queue(error)
             return None
+        except Need as need:
+            if completes:
+                self._published(need.notify)
+            self._ask(need)
+            return None
         if completes:
-            if batch.notify:
-                self.signal_call()
-            else:
-                self.counters.notifications_suppressed += 1
+            self._published(batch.notify)
         taken = len(batch)
         if taken:
             self._working = taken
@@ -264,6 +309,9 @@ class VringState:
             batch = self.queue.take(limit)
         except QueueBroken as error:
             self.break_queue(error)
+            return None
+        except Need as need:
+            self._ask(need)
             return None
         if batch:
             self.counters.batches += 1
@@ -337,16 +385,38 @@ class VringState:
             eventfd.signal(self.err_fd)
 
     def signal_call(self) -> None:
-        """Signal the call descriptor, if there is one."""
+        """Signal the driver: by the call descriptor, or by a message where that was negotiated."""
         if self.call_fd >= 0:
             self.counters.notifications_sent += 1
             eventfd.signal(self.call_fd)
+        elif self.channel is not None:
+            self.counters.notifications_sent += 1
+            with contextlib.suppress(ProtocolError, OSError):
+                self.channel.vring_call(self.index)
 
     def _published(self, wanted: bool) -> None:
         if wanted:
             self.signal_call()
         else:
             self.counters.notifications_suppressed += 1
+        if self.log_fd >= 0 and self.log is not None and self.log.enabled:
+            eventfd.signal(self.log_fd)
+        if self.on_progress is not None:
+            self.on_progress()
+
+    def _ask(self, need: Need) -> None:
+        """The ring waits for an IOTLB entry; it is looked at again when memory changes."""
+        self.need = need
+        if self.on_miss is not None:
+            self.on_miss(self, need)
+        else:
+            self.fail_need()
+
+    def fail_need(self) -> None:
+        """What the ring waits for will not come: the driver used an address that means nothing."""
+        need, self.need = self.need, None
+        if need is not None:
+            self.break_queue(QueueBroken(Reason.ADDRESS, need.address))
 
     def _check_drained(self) -> None:
         if self._on_drained and (self.queue is None or not self.queue.in_flight):
@@ -428,10 +498,10 @@ class _Operations:
         with self.get_mut() as state:
             state.set_queue_event_idx(enabled)
 
-    def set_queue_ready(self, memory: GuestMemory, dirty_log: DirtyLog | None = None) -> None:
+    def set_queue_ready(self, memory: GuestMemory) -> None:
         """See `VringState.set_queue_ready`."""
         with self.get_mut() as state:
-            state.set_queue_ready(memory, dirty_log)
+            state.set_queue_ready(memory)
 
     def set_kick(self, fd: int) -> None:
         """See `VringState.set_kick`."""

@@ -1,0 +1,112 @@
+"""What the sections of the control plane share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import vhost_protocol as vp
+from guest_memory import DirtyLog, GuestMemory, Iotlb, Mapper, MemoryHolder
+
+from ..backend import VhostUserBackend
+from ..errors import BackendUsageError, Refused
+from ..features import VirtioFeature
+from ..guard import MemoryGuard
+from ..vring import Vring
+from ..worker import VringEpollHandler
+from .outcome import Outcome
+
+
+class Section(Protocol):
+    """One subject of the control plane."""
+
+    @property
+    def handlers(self) -> dict[type[vp.Message], Callable[..., Outcome]]:
+        """Handler by message class; each takes the message and its descriptors."""
+
+    def offers(self) -> vp.ProtocolFeatures:
+        """Protocol features to offer because of this section."""
+
+    def disconnect(self) -> None:
+        """The front-end is gone: forget what concerned it. Rings are stopped already."""
+
+
+class Context:
+    """The device on the present connection.
+
+    Only the connection's thread uses it; what workers share is in the vrings, behind their locks.
+    """
+
+    def __init__(
+        self,
+        backend: VhostUserBackend,
+        vrings: Sequence[Vring],
+        workers: Sequence[VringEpollHandler],
+        memory: MemoryHolder,
+        mapper: Mapper | None,
+        guard: MemoryGuard,
+        wake: Callable[[], None],
+    ) -> None:
+        self.backend = backend
+        self.vrings = vrings
+        self.memory = memory
+        self.mapper = mapper
+        self.guard = guard
+        #: Wakes the connection's thread when it waits for a `Wait` to be ready.
+        self.wake = wake
+        self.features = VirtioFeature(0)
+        self.protocol_features = vp.ProtocolFeatures(0)
+        self.session: vp.Session | None = None
+        self.channel: vp.BackendChannel | None = None
+        self.iotlb: Iotlb | None = None
+        self.log: DirtyLog | None = None
+        self._places = [_place(vring, workers) for vring in vrings]
+
+    def has(self, feature: vp.ProtocolFeatures) -> bool:
+        """Whether a protocol feature is negotiated."""
+        return bool(self.protocol_features & feature)
+
+    def vring(self, request: str, index: int) -> Vring:
+        """The vring of that index. Raises `Refused`."""
+        if index >= len(self.vrings):
+            raise Refused(request, f"there is no vring {index}")
+        return self.vrings[index]
+
+    def hook(self, name: str) -> Any:
+        """A hook that is not part of `VhostUserBackend`, or None if the back-end has none."""
+        return getattr(self.backend, name, None)
+
+    def place(self, index: int) -> tuple[VringEpollHandler, int]:
+        """The worker of a vring, and the vring's position there."""
+        return self._places[index]
+
+    def scan(self, index: int) -> None:
+        """Have the ring looked at without a kick."""
+        worker, position = self._places[index]
+        worker.scan(position)
+
+    def unwatch(self, index: int) -> None:
+        """Let kicks of that ring find nobody."""
+        worker, position = self._places[index]
+        worker.unwatch(position)
+
+    def use_memory(self, memory: GuestMemory) -> None:
+        """Make it the current snapshot, in one swap; queues resolve their rings anew.
+
+        What is not a matter of regions, the IOTLB and the dirty log, is put on here.
+        """
+        memory = memory.with_iotlb(self.iotlb).with_log(self.log)
+        self.guard.watch(memory)
+        self.memory.replace(memory)
+        for index, vring in enumerate(self.vrings):
+            with vring.get_mut() as state:
+                state.set_memory(memory)
+            self.scan(index)
+        self.backend.update_memory(memory)
+
+
+def _place(vring: Vring, workers: Sequence[VringEpollHandler]) -> tuple[VringEpollHandler, int]:
+    for worker in workers:
+        if vring in worker.vrings:
+            return worker, worker.vrings.index(vring)
+    raise BackendUsageError("a queue belongs to no worker")

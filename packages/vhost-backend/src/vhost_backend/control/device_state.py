@@ -1,0 +1,50 @@
+"""Moving the device's own state ("Migrating back-end state").
+
+The front-end passes a channel, the back-end saves its state into it or loads it from there on a
+thread of its own, and CHECK_DEVICE_STATE tells, once the channel's other end is closed, whether all
+went well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import vhost_protocol as vp
+
+from ..errors import Refused
+from .context import Context
+from .outcome import Answer, Descriptors, Outcome
+
+
+class DeviceState:
+    """SET_DEVICE_STATE_FD and CHECK_DEVICE_STATE."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
+            vp.SetDeviceStateFd: self._set_fd,
+            vp.CheckDeviceState: self._check,
+        }
+
+    def offers(self) -> vp.ProtocolFeatures:
+        """DEVICE_STATE, for a back-end that asks for it."""
+        return self._context.backend.protocol_features() & vp.ProtocolFeatures.DEVICE_STATE
+
+    def disconnect(self) -> None:
+        """A transfer under way ends with its channel."""
+
+    def _set_fd(self, message: vp.SetDeviceStateFd, fds: Descriptors) -> Outcome:
+        context = self._context
+        for index, vring in enumerate(context.vrings):
+            with vring.get_ref() as state:
+                if state.started:
+                    raise Refused("SET_DEVICE_STATE_FD", f"vring {index} is started")
+        own = context.backend.set_device_state_fd(
+            int(message.direction), int(message.phase), fds[0].detach()
+        )
+        if own is None:
+            return Answer(vp.DeviceStateReply())
+        return Answer(vp.DeviceStateReply(0), (own,), close=True)
+
+    def _check(self, message: vp.CheckDeviceState, fds: Descriptors) -> Outcome:
+        return Answer(vp.Ack(0 if self._context.backend.check_device_state() else 1))

@@ -1,0 +1,82 @@
+"""Logging what the device writes, for live migration ("Migration").
+
+Buffers are logged while LOG_ALL is negotiated, a used ring while its address was set with
+VHOST_VRING_F_LOG; both may change at any time and touch no index. The rings mark the log; here it
+comes and goes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import vhost_protocol as vp
+from guest_memory import DirtyLog, GuestMemoryError
+
+from .. import eventfd
+from ..errors import Refused
+from ..features import VirtioFeature
+from .context import Context
+from .outcome import Descriptors, Outcome
+
+
+class Logging:
+    """SET_LOG_BASE, SET_LOG_FD, and LOG_ALL being switched."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._fd = -1
+        self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
+            vp.SetLogBase: self._set_base,
+            vp.SetLogFd: self._set_fd,
+        }
+
+    def offers(self) -> vp.ProtocolFeatures:
+        """LOG_SHMFD: the log is memory that comes with a descriptor."""
+        return vp.ProtocolFeatures.LOG_SHMFD
+
+    def disconnect(self) -> None:
+        """Rings have let go of the log and its descriptor already."""
+        self._replace_fd(-1)
+        log, self._context.log = self._context.log, None
+        if log is not None:
+            log.close()
+
+    def features_changed(self) -> None:
+        """LOG_ALL may have been switched."""
+        if self._context.log is not None:
+            self._context.log.enabled = bool(self._context.features & VirtioFeature.LOG_ALL)
+
+    def _set_base(self, message: vp.SetLogBase, fds: Descriptors) -> Outcome:
+        context = self._context
+        if not fds:
+            raise Refused("SET_LOG_BASE", "a log without a descriptor cannot be shared")
+        enabled = bool(context.features & VirtioFeature.LOG_ALL)
+        try:
+            log = DirtyLog(fds[0].fileno(), message.mmap_size, message.mmap_offset, enabled=enabled)
+        except GuestMemoryError as error:
+            raise Refused("SET_LOG_BASE", str(error)) from error
+        if not log.covers(context.memory.current):
+            log.close()
+            raise Refused("SET_LOG_BASE", f"{message.mmap_size} bytes do not cover all memory")
+        before, context.log = context.log, log
+        for vring in context.vrings:
+            with vring.get_mut() as state:
+                state.set_log(log, state.log_used)
+        context.use_memory(context.memory.current)
+        if before is not None:
+            before.close()
+        return None
+
+    def _set_fd(self, message: vp.SetLogFd, fds: Descriptors) -> Outcome:
+        self._replace_fd(eventfd.adopt(fds[0].detach()))
+        return None
+
+    def _replace_fd(self, fd: int) -> None:
+        """One descriptor for all rings, which borrow it."""
+        before, self._fd = self._fd, fd
+        for vring in self._context.vrings:
+            with vring.get_mut() as state:
+                state.log_fd = fd
+        if before >= 0:
+            os.close(before)

@@ -1,0 +1,80 @@
+"""Memory that remembers requests in flight while the back-end is away ("Inflight I/O tracking")."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import vhost_protocol as vp
+from guest_memory import GuestMemoryError, SharedMapping, allocate_memfd
+from virtqueue import InflightRegion, inflight_size
+
+from ..errors import Refused
+from ..features import VirtioFeature
+from .context import Context
+from .outcome import Answer, Descriptors, Outcome
+
+
+class Inflight:
+    """GET_INFLIGHT_FD makes the memory, SET_INFLIGHT_FD brings it back."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
+            vp.GetInflightFd: self._get_fd,
+            vp.SetInflightFd: self._set_fd,
+        }
+
+    def offers(self) -> vp.ProtocolFeatures:
+        """INFLIGHT_SHMFD: the rings keep the records whatever the device is."""
+        return vp.ProtocolFeatures.INFLIGHT_SHMFD
+
+    def disconnect(self) -> None:
+        """The rings have dropped their parts already."""
+
+    def _get_fd(self, message: vp.GetInflightFd, fds: Descriptors) -> Outcome:
+        each = self._size("GET_INFLIGHT_FD", message)
+        size = message.num_queues * each
+        # It begins as zeroes, which every queue takes for "never used".
+        fd = allocate_memfd(size, "vhost-inflight")
+        try:
+            self._use("GET_INFLIGHT_FD", SharedMapping(fd, size), each, message.num_queues)
+        except BaseException:
+            os.close(fd)
+            raise
+        reply = vp.InflightReply(size, 0, message.num_queues, message.queue_size)
+        return Answer(reply, (fd,), close=True)
+
+    def _set_fd(self, message: vp.SetInflightFd, fds: Descriptors) -> Outcome:
+        each = self._size("SET_INFLIGHT_FD", message)
+        needed = message.num_queues * each
+        if message.mmap_size < needed:
+            raise Refused(
+                "SET_INFLIGHT_FD",
+                f"{message.mmap_size} bytes do not hold {message.num_queues} queues of {each}",
+            )
+        try:
+            mapping = SharedMapping(fds[0].fileno(), needed, message.mmap_offset)
+        except GuestMemoryError as error:
+            raise Refused("SET_INFLIGHT_FD", str(error)) from error
+        self._use("SET_INFLIGHT_FD", mapping, each, message.num_queues)
+        return None
+
+    def _size(self, request: str, message: vp.GetInflightFd | vp.SetInflightFd) -> int:
+        context = self._context
+        if not 0 < message.num_queues <= len(context.vrings):
+            raise Refused(request, f"there are no {message.num_queues} queues")
+        if not 0 < message.queue_size <= context.backend.max_queue_size():
+            raise Refused(request, f"no queue has {message.queue_size} descriptors")
+        packed = bool(context.features & VirtioFeature.RING_PACKED)
+        return inflight_size(message.queue_size, packed)
+
+    def _use(self, request: str, mapping: SharedMapping, each: int, queues: int) -> None:
+        vrings = self._context.vrings[:queues]
+        for index, vring in enumerate(vrings):
+            with vring.get_ref() as state:
+                if state.started:
+                    raise Refused(request, f"vring {index} is started")
+        for index, vring in enumerate(vrings):
+            with vring.get_mut() as state:
+                state.inflight = InflightRegion(mapping.address + index * each, each, mapping)

@@ -1,0 +1,143 @@
+"""Addresses behind an IOMMU ("IOMMU support").
+
+With ACCESS_PLATFORM the driver's addresses are IOVAs. The front-end tells what they mean in IOTLB
+messages; a ring that needs an entry which is not there asks for it over the back-end's own channel
+and is looked at again when the entry comes. An invalidation is acknowledged only when no request
+in flight rests on what it takes away.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import vhost_protocol as vp
+from guest_memory import GuestMemoryError, Iotlb, Iova, UserAddress
+from virtqueue import Need
+
+from ..errors import Refused
+from ..features import VirtioFeature
+from ..ratelimit import RateLimited
+from ..vring import VringState
+from .context import Context
+from .outcome import Answer, Descriptors, Outcome, Wait
+
+log = logging.getLogger("vhost_backend")
+
+#: Seconds that a ring waits for an IOTLB entry it has asked for.
+MISS_TIMEOUT = 10.0
+
+
+class Iommu:
+    """The device IOTLB."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._faults = RateLimited(log)
+        self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
+            vp.IotlbMsg: self._message,
+            vp.SetBackendReqFd: self._set_channel,
+        }
+        for vring in context.vrings:
+            with vring.get_mut() as state:
+                state.on_miss = self._miss
+
+    def offers(self) -> vp.ProtocolFeatures:
+        """The channel on which entries are asked for."""
+        return vp.ProtocolFeatures.BACKEND_REQ | vp.ProtocolFeatures.BACKEND_SEND_FD
+
+    def disconnect(self) -> None:
+        """Forget all entries; hang up."""
+        self._context.iotlb = None
+        channel, self._context.channel = self._context.channel, None
+        if channel is not None:
+            channel.close()
+
+    def features_changed(self) -> None:
+        """ACCESS_PLATFORM may have been switched."""
+        context = self._context
+        wanted = bool(context.features & VirtioFeature.ACCESS_PLATFORM)
+        if wanted != (context.iotlb is not None):
+            context.iotlb = Iotlb() if wanted else None
+            context.use_memory(context.memory.current)
+
+    def _set_channel(self, message: vp.SetBackendReqFd, fds: Descriptors) -> Outcome:
+        context = self._context
+        before = context.channel
+        assert context.session is not None
+        context.channel = vp.BackendChannel.from_fd(fds.pop(), session=context.session, timeout=5.0)
+        if before is not None:
+            before.close()
+        for vring in context.vrings:
+            with vring.get_mut() as state:
+                if state.channel is not None:
+                    state.channel = context.channel
+        context.backend.set_backend_req_fd(context.channel)
+        return None
+
+    def _message(self, message: vp.IotlbMsg, fds: Descriptors) -> Outcome:
+        context = self._context
+        iotlb = context.iotlb
+        if iotlb is None:
+            raise Refused("IOTLB_MSG", "ACCESS_PLATFORM is not negotiated")
+        iova = Iova(message.iova)
+        try:
+            if message.type is vp.IotlbType.UPDATE:
+                iotlb.insert(
+                    iova, message.size, UserAddress(message.user_address), int(message.access)
+                )
+            elif message.type is vp.IotlbType.INVALIDATE:
+                iotlb.invalidate(iova, message.size)
+            else:
+                raise Refused("IOTLB_MSG", f"{message.type.name} is not a front-end's message")
+        except GuestMemoryError as error:
+            raise Refused("IOTLB_MSG", str(error)) from error
+        context.use_memory(context.memory.current)
+        if message.type is not vp.IotlbType.INVALIDATE:
+            return Answer(vp.Ack())
+        self._watch_progress(context.wake)
+        return Wait(self._settled, self._acknowledge, "they rest on an invalidated IOTLB entry")
+
+    def _watch_progress(self, wake: Callable[[], None] | None) -> None:
+        for vring in self._context.vrings:
+            with vring.get_mut() as state:
+                state.on_progress = wake
+
+    def _acknowledge(self) -> Answer:
+        self._watch_progress(None)
+        return Answer(vp.Ack(0 if self._settled() else 1))
+
+    def _settled(self) -> bool:
+        """Whether every request in flight uses the present snapshot."""
+        for vring in self._context.vrings:
+            with vring.get_ref() as state:
+                if not state.settled:
+                    return False
+        return True
+
+    def _miss(self, state: VringState, need: Need) -> None:
+        """A ring cannot go on before an entry comes. Called on a worker, with the ring's lock."""
+        channel = self._context.channel
+        try:
+            if channel is None:
+                raise ConnectionError("the front-end has given no channel to ask on")
+            channel.iotlb_miss(need.address, vp.IotlbAccess(need.access), need_reply=False)
+        except (vp.ProtocolError, OSError) as error:
+            self._faults.warning("an IOTLB entry cannot be asked for: %s", error)
+            state.fail_need()
+            return
+        timer = threading.Timer(MISS_TIMEOUT, self._expire, (state.index, need))
+        timer.daemon = True
+        timer.start()
+
+    def _expire(self, index: int, need: Need) -> None:
+        with self._context.vrings[index].get_mut() as state:
+            if state.need is need:
+                self._faults.warning(
+                    "vring %d: no IOTLB entry came for %#x in %g s",
+                    index,
+                    need.address,
+                    MISS_TIMEOUT,
+                )
+                state.fail_need()

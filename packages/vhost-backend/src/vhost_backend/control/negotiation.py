@@ -1,0 +1,93 @@
+"""Features, ownership, queue number ("Front-end message types", "Protocol features")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import vhost_protocol as vp
+
+from ..errors import Refused
+from ..features import VirtioFeature
+from .context import Context
+from .outcome import Answer, Descriptors, Outcome
+
+
+class Negotiation:
+    """Which features both sides use. `offered` collects what all sections stand for."""
+
+    def __init__(self, context: Context, offered: Callable[[], vp.ProtocolFeatures]) -> None:
+        self._context = context
+        self._offered = offered
+        self._owned = False
+        self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
+            vp.GetFeatures: self._get_features,
+            vp.SetFeatures: self._set_features,
+            vp.GetProtocolFeatures: self._get_protocol_features,
+            vp.SetProtocolFeatures: self._set_protocol_features,
+            vp.SetOwner: self._set_owner,
+            vp.ResetOwner: self._reset_owner,
+            vp.GetQueueNum: self._get_queue_num,
+        }
+
+    def offers(self) -> vp.ProtocolFeatures:
+        """Many queues, and answers to everything."""
+        return vp.ProtocolFeatures.MQ | vp.ProtocolFeatures.REPLY_ACK
+
+    def disconnect(self) -> None:
+        """Nothing is negotiated any more."""
+        self._owned = False
+        self._context.features = VirtioFeature(0)
+        self._context.protocol_features = vp.ProtocolFeatures(0)
+
+    @property
+    def _features(self) -> int:
+        device = self._context.backend.features()
+        return device | int(VirtioFeature.PROTOCOL_FEATURES) | int(VirtioFeature.LOG_ALL)
+
+    def _get_features(self, message: vp.GetFeatures, fds: Descriptors) -> Outcome:
+        return Answer(vp.FeaturesReply(self._features))
+
+    def _set_features(self, message: vp.SetFeatures, fds: Descriptors) -> Outcome:
+        # In plain integers: what ~ does to a flag type differs between Python versions.
+        unknown = message.features & ~int(self._features)
+        if unknown:
+            raise Refused("SET_FEATURES", f"bits {unknown:#x} were not offered")
+        context = self._context
+        features = context.features = VirtioFeature(message.features)
+        context.backend.acked_features(message.features)
+        context.backend.set_event_idx(bool(features & VirtioFeature.EVENT_IDX))
+        for index, vring in enumerate(context.vrings):
+            with vring.get_mut() as state:
+                state.features = features
+                if not features & VirtioFeature.PROTOCOL_FEATURES:
+                    # "Ring states": a front-end that cannot enable rings has them all enabled.
+                    state.set_enabled(True)
+            context.scan(index)
+        return None
+
+    def _get_protocol_features(self, message: vp.GetProtocolFeatures, fds: Descriptors) -> Outcome:
+        return Answer(vp.ProtocolFeaturesReply(self._offered()))
+
+    def _set_protocol_features(self, message: vp.SetProtocolFeatures, fds: Descriptors) -> Outcome:
+        unknown = int(message.features) & ~int(self._offered())
+        if unknown:
+            raise Refused("SET_PROTOCOL_FEATURES", f"bits {unknown:#x} were not offered")
+        self._context.protocol_features = message.features
+        return None
+
+    def _set_owner(self, message: vp.SetOwner, fds: Descriptors) -> Outcome:
+        if self._owned:
+            raise Refused("SET_OWNER", "this connection owns the device already")
+        self._owned = True
+        return None
+
+    def _reset_owner(self, message: vp.ResetOwner, fds: Descriptors) -> Outcome:
+        # Deprecated; the specification recommends to do no more than disable all rings.
+        for vring in self._context.vrings:
+            with vring.get_mut() as state:
+                state.set_enabled(False)
+        self._owned = False
+        return None
+
+    def _get_queue_num(self, message: vp.GetQueueNum, fds: Descriptors) -> Outcome:
+        return Answer(vp.QueueNumReply(self._context.backend.num_queues()))

@@ -1,0 +1,34 @@
+"""What handling a message comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import vhost_protocol as vp
+
+Descriptors = list[vp.OwnedFd]
+
+
+class Answer(NamedTuple):
+    """A reply of the request's own kind. `fds` are lent; with `close` they are closed once sent."""
+
+    message: vp.Reply
+    fds: tuple[int, ...] = ()
+    close: bool = False
+
+
+class Wait(NamedTuple):
+    """Not done yet: once `ready()` (or out of time), `finish()` completes it.
+
+    The connection waits with an eye on hang-ups; workers and other connections go on. Whoever makes
+    `ready` true calls the context's `wake`.
+    """
+
+    ready: Callable[[], bool]
+    finish: Callable[[], Answer | None]
+    what: str
+
+
+Outcome = Answer | Wait | None
+"""None: done; acknowledge the request if it asks for that."""

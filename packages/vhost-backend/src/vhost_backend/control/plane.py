@@ -1,0 +1,109 @@
+"""The control plane put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import vhost_protocol as vp
+from guest_memory import Mapper, MemoryHolder
+
+from ..backend import VhostUserBackend
+from ..errors import Refused
+from ..guard import MemoryGuard
+from ..vring import Vring
+from ..worker import VringEpollHandler
+from .context import Context, Section
+from .device import Device
+from .device_state import DeviceState
+from .dirty_log import Logging
+from .inflight import Inflight
+from .iommu import Iommu
+from .memory import MemoryTable
+from .negotiation import Negotiation
+from .outcome import Descriptors, Outcome
+from .rings import Rings
+
+
+class ControlPlane:
+    """A state machine: one message at a time goes in, an `Outcome` comes out.
+
+    Args:
+        backend: the device.
+        vrings: all of the device's.
+        workers: the threads that serve them.
+        memory: holds the current snapshot.
+        mapper: how regions are mapped; None for mmap.
+        memory_slots: offer CONFIGURE_MEM_SLOTS; postcopy is offered instead when False.
+        wake: called from any thread when something that a `Wait` waits for may have happened.
+    """
+
+    def __init__(
+        self,
+        backend: VhostUserBackend,
+        vrings: Sequence[Vring],
+        workers: Sequence[VringEpollHandler],
+        memory: MemoryHolder,
+        *,
+        mapper: Mapper | None = None,
+        memory_slots: bool = True,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        context = Context(backend, vrings, workers, memory, mapper, MemoryGuard(), wake)
+        self._context = context
+        self._rings = Rings(context)
+        self._logging = Logging(context)
+        self._iommu = Iommu(context)
+        # In the order in which a connection's remains are cleared away: rings before memory.
+        self._sections: tuple[Section, ...] = (
+            self._rings,
+            Inflight(context),
+            self._logging,
+            self._iommu,
+            DeviceState(context),
+            Device(context, self._rings.reset),
+            MemoryTable(context, slots=memory_slots),
+            Negotiation(context, self.offered),
+        )
+        self._handlers: dict[type[vp.Message], Callable[..., Outcome]] = {}
+        for section in self._sections:
+            self._handlers.update(section.handlers)
+
+    def connect(self, session: vp.Session) -> None:
+        """A front-end has connected; `session` is what its connection knows."""
+        self._context.session = session
+
+    def offered(self) -> vp.ProtocolFeatures:
+        """Protocol features: what the sections stand for."""
+        features = vp.ProtocolFeatures(0)
+        for section in self._sections:
+            features |= section.offers()
+        return features
+
+    def handle(self, message: vp.Message, fds: Descriptors) -> Outcome:
+        """Apply one message; descriptors that are kept are detached or taken out of `fds`.
+
+        Raises `Refused`, and then has changed nothing that matters.
+        """
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise Refused(type(message).__name__, "not implemented, and not offered")
+        outcome = handler(message, fds)
+        if isinstance(message, vp.SetFeatures):
+            self._logging.features_changed()
+            self._iommu.features_changed()
+        return outcome
+
+    def in_flight(self, index: int) -> int:
+        """Requests of a ring that the device still works on."""
+        with self._context.vrings[index].get_ref() as state:
+            return state.in_flight
+
+    def begin_disconnect(self) -> list[int]:
+        """Take no new chains; returns the rings that still have requests in flight."""
+        return self._rings.begin_disconnect()
+
+    def disconnect(self) -> None:
+        """The front-end is gone: nothing of it stays, except the device's own state."""
+        for section in self._sections:
+            section.disconnect()
+        self._context.session = None

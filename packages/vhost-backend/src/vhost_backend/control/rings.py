@@ -1,0 +1,241 @@
+"""Rings: size, place, position, descriptors, started, enabled ("Ring states")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import vhost_protocol as vp
+from virtqueue import UsageError
+
+from ..errors import Refused
+from ..features import VirtioFeature
+from ..vring import VringState
+from .context import Context
+from .outcome import Answer, Descriptors, Outcome, Wait
+
+
+class Rings:
+    """Everything that names a vring."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
+            vp.SetVringNum: self._set_num,
+            vp.SetVringAddr: self._set_addr,
+            vp.SetVringBase: self._set_base,
+            vp.GetVringBase: self._get_base,
+            vp.GetVringBaseSkipDrain: self._get_base_skip_drain,
+            vp.SetVringKick: self._set_kick,
+            vp.SetVringCall: self._set_call,
+            vp.SetVringErr: self._set_err,
+            vp.SetVringEnable: self._set_enable,
+            vp.SetVringEndian: self._set_endian,
+            vp.VringKick: self._kick,
+        }
+
+    def offers(self) -> vp.ProtocolFeatures:
+        """Legacy byte order, notifications as messages, and stopping without a drain."""
+        return (
+            vp.ProtocolFeatures.CROSS_ENDIAN
+            | vp.ProtocolFeatures.INBAND_NOTIFICATIONS
+            | vp.ProtocolFeatures.GET_VRING_BASE_INFLIGHT
+            | vp.ProtocolFeatures.GET_VRING_BASE_SKIP_DRAIN
+        )
+
+    def begin_disconnect(self) -> list[int]:
+        """Take no new chains; returns the rings that still have requests in flight."""
+        context = self._context
+        busy = []
+        for index, vring in enumerate(context.vrings):
+            context.unwatch(index)
+            with vring.get_mut() as state:
+                state.begin_drain(context.wake)
+                if state.in_flight:
+                    busy.append(index)
+        return busy
+
+    def disconnect(self) -> None:
+        """Rings as new, descriptors closed."""
+        for vring in self._context.vrings:
+            with vring.get_mut() as state:
+                state.reset()
+
+    def reset(self) -> None:
+        """Rings stopped and disabled ("RESET_DEVICE"); what was negotiated stays."""
+        for index, vring in enumerate(self._context.vrings):
+            self._context.unwatch(index)
+            with vring.get_mut() as state:
+                features, log = state.features, state.log
+                state.reset()
+                state.features, state.log = features, log
+
+    # -- configuration --------------------------------------------------------------------------
+
+    def _set_num(self, message: vp.SetVringNum, fds: Descriptors) -> Outcome:
+        context = self._context
+        vring = context.vring("SET_VRING_NUM", message.index)
+        size, most = message.num, context.backend.max_queue_size()
+        if not 0 < size <= most:
+            raise Refused("SET_VRING_NUM", f"{size} is not in 1 to {most}")
+        if size & (size - 1) and not context.features & VirtioFeature.RING_PACKED:
+            raise Refused("SET_VRING_NUM", f"{size} is not a power of two")
+        with vring.get_mut() as state:
+            if state.started:
+                raise Refused("SET_VRING_NUM", f"vring {message.index} is started")
+            state.set_queue_size(size)
+        return None
+
+    def _set_addr(self, message: vp.SetVringAddr, fds: Descriptors) -> Outcome:
+        context = self._context
+        addresses = (message.descriptor, message.available, message.used)
+        log_used = message.log if message.flags & vp.VringFlags.LOG else None
+        with context.vring("SET_VRING_ADDR", message.index).get_mut() as state:
+            moved = state.addresses != addresses
+            before, state.addresses = state.addresses, addresses
+            if state.started:
+                try:
+                    state.config().check()
+                except UsageError as error:
+                    state.addresses = before
+                    raise Refused("SET_VRING_ADDR", str(error)) from None
+            state.set_log(state.log, log_used)
+            if moved and state.started:
+                self._restart(state)
+        context.scan(message.index)
+        return None
+
+    def _restart(self, state: VringState) -> None:
+        """A started ring was moved: go on at the same index in the new place."""
+        state.stop()
+        state.set_queue_ready(self._context.memory.current)
+
+    def _set_base(self, message: vp.SetVringBase, fds: Descriptors) -> Outcome:
+        context = self._context
+        vring = context.vring("SET_VRING_BASE", message.index)
+        if message.base > 0xFFFF and not context.features & VirtioFeature.RING_PACKED:
+            raise Refused("SET_VRING_BASE", f"{message.base:#x} is no index of a split ring")
+        with vring.get_mut() as state:
+            if state.started:
+                raise Refused("SET_VRING_BASE", f"vring {message.index} is started")
+            state.set_queue_next_avail(message.base)
+        return None
+
+    def _set_endian(self, message: vp.SetVringEndian, fds: Descriptors) -> Outcome:
+        with self._context.vring("SET_VRING_ENDIAN", message.index).get_mut() as state:
+            if state.started:
+                raise Refused("SET_VRING_ENDIAN", f"vring {message.index} is started")
+            if message.big_endian and state.features & VirtioFeature.VERSION_1:
+                raise Refused("SET_VRING_ENDIAN", "a VERSION_1 device is little-endian")
+            state.big_endian = message.big_endian
+        return None
+
+    # -- start and stop -------------------------------------------------------------------------
+
+    def _set_kick(self, message: vp.SetVringKick, fds: Descriptors) -> Outcome:
+        context = self._context
+        vring = context.vring("SET_VRING_KICK", message.index)
+        with vring.get_ref() as state:
+            self._check_startable("SET_VRING_KICK", state)
+        worker, position = context.place(message.index)
+        worker.unwatch(position)
+        in_band = context.has(vp.ProtocolFeatures.INBAND_NOTIFICATIONS)
+        with vring.get_mut() as state:
+            state.set_kick(fds[0].detach() if fds else -1)
+            kick_fd = state.kick_fd
+            if not state.started:
+                self._start(state)
+        if kick_fd < 0 and in_band:
+            context.scan(message.index)
+            return None
+        try:
+            # The worker looks at the ring at once: what was made available before the kick
+            # descriptor came is not announced again.
+            worker.watch(position, kick_fd)
+        except OSError as error:
+            raise Refused("SET_VRING_KICK", f"cannot wait on the descriptor: {error}") from None
+        return None
+
+    def _kick(self, message: vp.VringKick, fds: Descriptors) -> Outcome:
+        context = self._context
+        with context.vring("VRING_KICK", message.index).get_mut() as state:
+            if not state.started:
+                self._check_startable("VRING_KICK", state)
+                self._start(state)
+        context.scan(message.index)
+        return None
+
+    def _check_startable(self, request: str, state: VringState) -> None:
+        if state.addresses is None:
+            raise Refused(request, f"vring {state.index} has no addresses yet")
+        try:
+            state.config().check()
+        except UsageError as error:
+            raise Refused(request, str(error)) from None
+
+    def _start(self, state: VringState) -> None:
+        context = self._context
+        if context.has(vp.ProtocolFeatures.INBAND_NOTIFICATIONS):
+            state.channel = context.channel
+        try:
+            state.set_queue_ready(context.memory.current)
+        except UsageError as error:
+            raise Refused("SET_VRING_KICK", str(error)) from None
+
+    def _get_base(self, message: vp.GetVringBase, fds: Descriptors) -> Outcome:
+        context = self._context
+        if context.has(vp.ProtocolFeatures.GET_VRING_BASE_INFLIGHT) and not context.has(
+            vp.ProtocolFeatures.GET_VRING_BASE_SKIP_DRAIN
+        ):
+            # Before it got a message of its own, bit 20 alone meant not to drain.
+            return self._stop(message.index)
+        vring = context.vring("GET_VRING_BASE", message.index)
+        # From here on a late kick finds nobody, and no new chain is taken.
+        context.unwatch(message.index)
+        with vring.get_mut() as state:
+            state.begin_drain(context.wake)
+        return Wait(
+            lambda: not self._in_flight(message.index),
+            lambda: self._stop(message.index),
+            f"vring {message.index} drains",
+        )
+
+    def _get_base_skip_drain(self, message: vp.GetVringBaseSkipDrain, fds: Descriptors) -> Outcome:
+        return self._stop(message.index)
+
+    def _stop(self, index: int) -> Answer:
+        """Stop a ring now. What is in flight stays in the in-flight region, if there is one."""
+        vring = self._context.vring("GET_VRING_BASE", index)
+        self._context.unwatch(index)
+        with vring.get_mut() as state:
+            base = state.stop()
+            state.set_kick(-1)
+        return Answer(vp.VringBaseReply(index, base))
+
+    def _in_flight(self, index: int) -> int:
+        with self._context.vrings[index].get_ref() as state:
+            return state.in_flight
+
+    def _set_enable(self, message: vp.SetVringEnable, fds: Descriptors) -> Outcome:
+        context = self._context
+        vring = context.vring("SET_VRING_ENABLE", message.index)
+        if not context.features & VirtioFeature.PROTOCOL_FEATURES:
+            raise Refused("SET_VRING_ENABLE", "VHOST_USER_F_PROTOCOL_FEATURES is not negotiated")
+        with vring.get_mut() as state:
+            state.set_enabled(message.enable)
+        context.scan(message.index)
+        return None
+
+    # -- descriptors ----------------------------------------------------------------------------
+
+    def _set_call(self, message: vp.SetVringCall, fds: Descriptors) -> Outcome:
+        with self._context.vring("SET_VRING_CALL", message.index).get_mut() as state:
+            state.set_call(fds[0].detach() if fds else -1)
+            if state.started and state.call_fd >= 0:
+                # What completed while there was no descriptor, or the old one, is announced here.
+                state.signal_call()
+        return None
+
+    def _set_err(self, message: vp.SetVringErr, fds: Descriptors) -> Outcome:
+        with self._context.vring("SET_VRING_ERR", message.index).get_mut() as state:
+            state.set_err(fds[0].detach() if fds else -1)
+        return None
