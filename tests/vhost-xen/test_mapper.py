@@ -247,6 +247,13 @@ def test_foreign_request_refused(mapper: XenMapper, system: Recorder, step: str,
     assert system.held == 0
 
 
+def test_a_failed_unmap_of_frames_is_loud(mapper: XenMapper, system: Recorder) -> None:
+    mapping = mapper.map(region(FOREIGN), FD)
+    system.fail["munmap"] = os_error(errno.ENOMEM)
+    with pytest.raises(XenReleaseError, match="munmap"):
+        mapping.close()
+
+
 def test_foreign_goes_into_a_window_and_leaves_it_covered(
     mapper: XenMapper, system: Recorder
 ) -> None:
@@ -380,6 +387,7 @@ def test_on_demand_maps_nothing_in_advance(mapper: XenMapper, system: Recorder) 
         system.log.clear()
         mapping = mapper.map(region(flags, size=1 << 40), FD)
         assert mapping.host_address is None
+        assert (mapping.size, mapping.page_size, mapping.poisoned) == (1 << 40, 4096, False)
         assert [entry[0] for entry in system.log] == ["duplicate"]
         mapping.close()
         assert system.held == 0

@@ -256,11 +256,6 @@ class GrantsOnDemand:
         """Always False: a pinned page stays readable when its domain is gone."""
         return False
 
-    @property
-    def pins(self) -> int:
-        """How many ranges are mapped now."""
-        return len(self._pinned)
-
     def pin(self, address: int, length: int, access: int) -> tuple[int, Any]:
         """Map the pages that a range touches.
 
