@@ -28,14 +28,21 @@ def test_write_read_back_and_what_the_image_holds(image: Path, engine: str) -> N
 
 @pytest.mark.parametrize("indirect", [False, True])
 @pytest.mark.parametrize("event_idx", [False, True])
-def test_many_requests_in_flight(image: Path, engine: str, indirect: bool, event_idx: bool) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_many_requests_in_flight(
+    image: Path, engine: str, indirect: bool, event_idx: bool, packed: bool
+) -> None:
     rng = random.Random(2)
     model = bytearray(SIZE)
     with attached(
-        BlockDevice(image), engine=engine, features=DRIVER_FEATURES, event_idx=event_idx
+        BlockDevice(image),
+        engine=engine,
+        features=DRIVER_FEATURES,
+        event_idx=event_idx,
+        packed=packed,
     ) as session:
         driver = BlockDriver(session, depth=32, max_io=4096, indirect=indirect)
-        for _ in range(60):
+        for _ in range(30):
             busy: set[int] = set()
             expected: dict[int, bytes | None] = {}
             for _ in range(rng.randint(1, 32)):

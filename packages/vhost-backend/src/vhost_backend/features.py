@@ -27,4 +27,10 @@ class VirtioFeature(IntFlag):
 
 
 #: What the rings of this library offer whatever the device is.
-RING_FEATURES = VirtioFeature.INDIRECT_DESC | VirtioFeature.EVENT_IDX | VirtioFeature.VERSION_1
+RING_FEATURES = (
+    VirtioFeature.INDIRECT_DESC
+    | VirtioFeature.EVENT_IDX
+    | VirtioFeature.VERSION_1
+    | VirtioFeature.RING_PACKED
+    | VirtioFeature.ACCESS_PLATFORM
+)

@@ -591,6 +591,11 @@ class DeviceQueue:
         return self._block.resubmit
 
     @property
+    def settled(self) -> bool:
+        """Whether no chain in flight was taken with an earlier snapshot than `memory`."""
+        return not any(table.pins for memory, table in self._former if memory is not self._memory)
+
+    @property
     def broken(self) -> QueueBroken | None:
         """Why the queue takes nothing more, or None."""
         block = self._block
