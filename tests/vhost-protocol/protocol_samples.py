@@ -6,7 +6,7 @@ Nothing here uses the package's own layouts, so that an error in one of them sho
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from uuid import UUID
 
 from vhost_protocol import (
@@ -135,7 +135,7 @@ class Vector(NamedTuple):
 
     def bytes_of(self, byteorder: str) -> bytes:
         """The payload in one byte order; ``bytes`` fields are the same in both."""
-        order = "little" if byteorder == "little" else "big"
+        order: Literal["little", "big"] = "little" if byteorder == "little" else "big"
         return b"".join(
             field if isinstance(field, bytes) else field[1].to_bytes(field[0], order)
             for field in self.payload
@@ -143,7 +143,7 @@ class Vector(NamedTuple):
 
     def frame(self, byteorder: str) -> bytes:
         """Header and payload, as sent without NEED_REPLY."""
-        order = "little" if byteorder == "little" else "big"
+        order: Literal["little", "big"] = "little" if byteorder == "little" else "big"
         payload = self.bytes_of(byteorder)
         flags = (0 if self.table == "gpu" else 1) | (4 if self.reply else 0)
         words = (self.code, flags, len(payload))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+from typing import Any
 
 import pytest
-from protocol_samples import ALL, VECTORS, Vector  # type: ignore[import-not-found]
+from protocol_samples import ALL, VECTORS, Vector
 
 from vhost_protocol import (
     BACKEND_TABLE,
@@ -16,7 +17,10 @@ from vhost_protocol import (
     BackendRequest,
     FrontendRequest,
     GpuRequest,
+    Message,
     ProtocolFeatures,
+    Reply,
+    Request,
     Requester,
     Responder,
     Session,
@@ -56,7 +60,7 @@ def test_bytes_are_the_specifications(
         asked = next(v for v in VECTORS if (v.table, v.code) == (table.name, vector.code))
         session.postcopy = vector.postcopy
         front = Requester(table, session, strict=False)
-        outgoing, answered = front.request(asked.message, fds[: asked.fds])
+        outgoing, answered = front.request(as_request(asked.message), fds[: asked.fds])
         assert answered
         back = Responder(table, everything(vector, byteorder))
         back.session.postcopy = vector.postcopy
@@ -64,7 +68,7 @@ def test_bytes_are_the_specifications(
         received = back.next()
         assert received is not None
         with received:
-            reply = back.reply(received, vector.message, fds[: vector.fds])
+            reply = back.reply(received, as_reply(vector.message), fds[: vector.fds])
         assert reply.data == frame
         front.receive(reply.data, [dup(fd) for fd in reply.fds])
         answer = front.next()
@@ -74,7 +78,7 @@ def test_bytes_are_the_specifications(
             assert len(answer.fds) == vector.fds
     else:
         front = Requester(table, session, strict=False)
-        outgoing, _ = front.request(vector.message, fds[: vector.fds], need_reply=False)
+        outgoing, _ = front.request(as_request(vector.message), fds[: vector.fds], need_reply=False)
         assert outgoing.data == frame
         back = Responder(table, everything(vector, byteorder))
         back.receive(frame, [dup(fd) for fd in outgoing.fds])
@@ -87,6 +91,16 @@ def test_bytes_are_the_specifications(
     assert pickle.loads(pickle.dumps(vector.message)) == vector.message
     assert hash(vector.message) == hash(pickle.loads(pickle.dumps(vector.message)))
     assert type(vector.message).__name__ in repr(vector.message)
+
+
+def as_request(message: Message) -> Request[Any]:
+    assert isinstance(message, Request)
+    return message
+
+
+def as_reply(message: Message) -> Reply:
+    assert isinstance(message, Reply)
+    return message
 
 
 def dup(fd: int) -> int:
