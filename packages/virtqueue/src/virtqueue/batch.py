@@ -106,8 +106,8 @@ class Chain:
         self._open = True
         self._shared = False
         self.head = head
-        self.index = index
-        self.serial = serial
+        self.index: int = index
+        self.serial: int = serial
         self.resubmitted = resubmitted
         self.readable_length = sum(s.length for s in segments if not s.writable)
         self.writable_length = sum(s.length for s in segments if s.writable)

@@ -131,8 +131,6 @@ class DeviceQueue:
         )
         self._staged_view = memoryview(self._staged).cast("B")
         self._engine = make_engine(engine, block, memory)
-        self._take = self._engine.take
-        self._cycle = self._engine.cycle
         self._recovered = inflight is None
         self._unresolved: Missing | Broken | None = None
         self._attach()
@@ -199,6 +197,9 @@ class DeviceQueue:
             block.next_used = block.signalled_used = index
             self._used_known = True
         self._engine.set_memory(self._memory)
+        # What the engine calls may depend on whether memory can make a thread wait.
+        self._take = self._engine.take
+        self._cycle = self._engine.cycle
         self._check(self._engine.attach())
         if not self._recovered and block.descriptors:
             self._recovered = True
@@ -364,14 +365,14 @@ class DeviceQueue:
         """
         batch = self._batch
         flags = DoneFlags.STATUS if self._config.status_byte else DoneFlags(0)
+        known: Chain | None
         if isinstance(chain, Chain):
             head, known = chain.head, chain
             if chain.completed or self._chains.get(head) is not chain:
                 raise ChainCompleted(f"chain {head} has been completed")
         else:
             head = chain
-            found = self._chains.get(head)
-            known = found  # type: ignore[assignment]
+            known = self._chains.get(head)
         if known is not None:
             if known.wrote_anywhere:
                 flags |= DoneFlags.WROTE_ALL

@@ -19,9 +19,9 @@ class QueueBroken(VirtqueueError):
 
     def __init__(self, reason: Reason, detail: int = 0, notify: bool = False) -> None:
         super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-        self.notify = notify
+        self.reason: Reason = reason
+        self.detail: int = detail
+        self.notify: bool = notify
 
     def __str__(self) -> str:
         return f"queue broken: {self.reason.name.lower().replace('_', ' ')} ({self.detail:#x})"
@@ -39,10 +39,10 @@ class Need(VirtqueueError):
 
     def __init__(self, address: int, length: int, access: int, notify: bool = False) -> None:
         super().__init__(address, length, access)
-        self.notify = notify
-        self.address = address
-        self.length = length
-        self.access = access
+        self.notify: bool = notify
+        self.address: int = address
+        self.length: int = length
+        self.access: int = access
 
     def __str__(self) -> str:
         return f"need {self.length} bytes at {self.address:#x} (access {self.access})"

@@ -51,9 +51,9 @@ class InflightRegion:
     def __init__(self, address: int, size: int, owner: object = None) -> None:
         if address % 8:
             raise UsageError(f"in-flight region at {address:#x} is not aligned to 8")
-        self.address = address
-        self.size = size
-        self.owner = owner
+        self.address: int = address
+        self.size: int = size
+        self.owner: object = owner
 
 
 class SplitRegion(ctypes.Structure):

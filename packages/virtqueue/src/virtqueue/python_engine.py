@@ -57,7 +57,7 @@ class Room(Exception):
 
     def __init__(self, stalled: bool) -> None:
         super().__init__(stalled)
-        self.stalled = stalled
+        self.stalled: bool = stalled
 
 
 class Taken:
@@ -81,22 +81,22 @@ class Taken:
     )
 
     def __init__(self, head: int, slots: int, table: Table) -> None:
-        self.head = head
-        self.slots = slots
+        self.head: int = head
+        self.slots: int = slots
         """Descriptors of the ring that the chain covers."""
-        self.table = table
+        self.table: Table = table
         self.writable: list[Piece] = []
-        self.writable_length = 0
+        self.writable_length: int = 0
         self.kept: list[int] = []
         """Provisions whose use counts were raised."""
         self.poison: list[Any] = []
-        self.room = 0
-        self.entry = 0
+        self.room: int = 0
+        self.entry: int = 0
         """Entry of the in-flight region (packed)."""
-        self.done = False
-        self.written = 0
-        self.status = 0
-        self.flags = 0
+        self.done: bool = False
+        self.written: int = 0
+        self.status: int = 0
+        self.flags: int = 0
         self.resubmitted: Any = None
         """What offers the chain again after a rewind when it came from the in-flight region."""
 
@@ -104,7 +104,7 @@ class Taken:
 class RingEngine:
     """One queue's engine; the subclasses know the format."""
 
-    name = "python"
+    name: str = "python"
 
     def __init__(self, block: QueueBlock, memory: Memory) -> None:
         if (block.magic, block.abi, block.size) != (MAGIC, ABI, ctypes.sizeof(QueueBlock)):

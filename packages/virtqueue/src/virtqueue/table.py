@@ -145,9 +145,9 @@ class Missing(Exception):
 
     def __init__(self, address: int, length: int, access: int) -> None:
         super().__init__(address, length, access)
-        self.address = address
-        self.length = length
-        self.access = access
+        self.address: int = address
+        self.length: int = length
+        self.access: int = access
 
 
 class Broken(Exception):
@@ -155,8 +155,8 @@ class Broken(Exception):
 
     def __init__(self, reason: Reason, detail: int = 0) -> None:
         super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
+        self.reason: Reason = reason
+        self.detail: int = detail
 
 
 class Piece(NamedTuple):
@@ -195,12 +195,12 @@ class Table:
             raise UsageError(
                 f"memory table has magic {table.magic:#x}, ABI {table.abi}, {table.size} bytes"
             )
-        self.memory = memory
-        self.address = address
+        self.memory: Memory = memory
+        self.address: int = address
         self.window_base: int = table.window_base
         self.window_end: int = table.window_base + table.window_size
         raw = (MemoryRegion * table.region_count).from_address(table.regions or address)
-        self.regions = [
+        self.regions: list[Region] = [
             Region(
                 r.guest_address,
                 r.size,
