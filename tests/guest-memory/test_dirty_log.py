@@ -1,3 +1,5 @@
+# mypy: disable-error-code="arg-type,list-item"
+# Plain numbers are addresses here; test_types.py holds that they are not elsewhere.
 """The dirty log: exact, atomic against other processes, and never beyond its bitmap."""
 
 import ctypes

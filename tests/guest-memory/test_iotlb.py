@@ -1,3 +1,5 @@
+# mypy: disable-error-code="arg-type,list-item"
+# Plain numbers are addresses here; test_types.py holds that they are not elsewhere.
 """The IOTLB's own rules: bounds, replacement, what a miss calls."""
 
 import os
@@ -80,6 +82,18 @@ def test_a_miss_is_reported_and_looked_up_again() -> None:
     assert calls == [(0x1800, 0x1000, 1), (0x2000, 0x800, 1)]
     with pytest.raises(IotlbMiss):
         iotlb.lookup(Iova(0x2FFF), 2, 1)
+
+
+def test_a_miss_that_nobody_answers_ends() -> None:
+    calls: list[int] = []
+
+    def promise(iova: Iova, length: int, access: int) -> bool:
+        calls.append(iova)
+        return True
+
+    with pytest.raises(IotlbMiss):
+        Iotlb(on_miss=promise).lookup(Iova(0x1000), 4, 1)
+    assert calls == [0x1000]
 
 
 def test_snapshots_do_not_change() -> None:

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="arg-type,list-item"
+# Plain numbers are addresses here; test_types.py holds that they are not elsewhere.
 """When memory is mapped, how, and when it goes: seen from /proc/self/maps and smaps."""
 
 import ctypes
@@ -160,6 +162,33 @@ def test_forked_children_have_no_guest_memory() -> None:
     os.close(reader)
     os.close(writer)
     assert len(memory) == 1
+
+
+def test_forked_children_unmap_nothing_that_is_theirs() -> None:
+    """Objects that end in a child must not touch the child's own memory at those addresses."""
+    with memfd(0x1000, SEALED) as fd, memfd(0x1000) as unsealed:
+        memory = GuestMemory.map([(region(0, 0x1000), fd), (region(0x1000, 0x1000), unsealed)])
+        shared = SharedMapping(unsealed, 0x1000)
+        log = DirtyLog(unsealed, 0x1000)
+    hosts = [host for host in memory.host_addresses if host]
+    hosts += [shared.address, log.struct.bitmap]
+    child = os.fork()
+    if not child:
+        try:
+            for host in hosts:
+                assert not area(host)
+                # MAP_FIXED_NOREPLACE: what a child happens to have there of its own.
+                assert syscalls.map_memory(host, 4096, 3, 0x100022, -1, 0) == host
+                ctypes.c_uint8.from_address(host).value = 42
+            del memory, shared, log
+            gc.collect()
+            for host in hosts:
+                assert ctypes.c_uint8.from_address(host).value == 42
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    memory.write(0, b"the parent's is untouched")
 
 
 def test_huge_tables_cost_no_memory() -> None:

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="arg-type,list-item"
+# Plain numbers are addresses here; test_types.py holds that they are not elsewhere.
 """Guest memory against a dictionary of bytes: whatever is done to both, they agree.
 
 Tables are drawn with regions adjacent, apart, at 0 and at the very top of the address space; files

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="arg-type,list-item"
+# Plain numbers are addresses here; test_types.py holds that they are not elsewhere.
 """Regions that are mapped only while somebody uses them (the Xen grants' way)."""
 
 import gc
@@ -16,6 +18,7 @@ from guest_memory import (
     NotMapped,
     OutOfBounds,
     Region,
+    UsageError,
     UserAddress,
     WindowMapper,
     WindowMapping,
@@ -109,9 +112,9 @@ def test_engines_get_a_snapshot_with_what_they_need(mapper: DemandMapper) -> Non
     memory = GuestMemory.map([(region(0x10000, 0x8000), None)], mapper)
     pinned = memory.with_pins(
         [
-            (memory.regions[0].guest_address + 0x1010, 8, 1),  # type: ignore[list-item]
-            (memory.regions[0].guest_address + 0x1FFF, 2, 2),  # type: ignore[list-item]
-            (memory.regions[0].guest_address + 0x5000, 0x1000, 3),  # type: ignore[list-item]
+            (memory.regions[0].guest_address + 0x1010, 8, 1),
+            (memory.regions[0].guest_address + 0x1FFF, 2, 2),
+            (memory.regions[0].guest_address + 0x5000, 0x1000, 3),
         ]
     )
     assert mapper.history == [(0x11000, 0x2000, 3), (0x15000, 0x1000, 3)]
@@ -139,9 +142,21 @@ def test_engines_get_a_snapshot_with_what_they_need(mapper: DemandMapper) -> Non
     with pytest.raises(NotMapped):
         bigger.translate(0x11000, 1)  # pins are the snapshot's own
     assert mapper.pins == 2
-    again = pinned.with_pins([(pinned.regions[0].guest_address, 1, 1)])
-    assert mapper.pins == 3
-    del pinned, bigger, again
+    again = pinned.with_pins([(0x10000, 1, 1), (0x11000, 0x3000, 3), (0x10000, 0, 1)])
+    assert mapper.history[-2:] == [(0x10000, 0x1000, 1), (0x13000, 0x1000, 3)]
+    assert mapper.pins == 4, "two kept, two new"
+    assert again.translate(0x11000, 0x2000) == pinned.translate(0x11000, 0x2000)
+    assert again.translate(0x15000, 1, 2)
+    with pytest.raises(NotMapped):
+        again.translate(0x10000, 1, 2)  # pinned for reading
+    with pytest.raises(NotMapped):
+        again.write(0x10FFF, b"x")
+    writable = again.with_pins([(0x10010, 4, 2)])
+    assert mapper.history[-1] == (0x10000, 0x1000, 3)
+    assert writable.translate(0x10000, 1, 2)
+    assert writable.with_pins([(0x10010, 4, 2)]).regions == memory.regions
+    assert mapper.pins == 5
+    del pinned, bigger, again, writable
     assert mapper.pins == 1, "the view's"
     del memory
     assert mapper.closed == 0
@@ -155,6 +170,8 @@ def test_pins_that_fail(mapper: DemandMapper) -> None:
     start = memory.regions[0].guest_address
     with pytest.raises(OutOfBounds):
         memory.with_pins([(start, 0x8001, 1)])
+    with pytest.raises(UsageError):
+        memory.with_pins([(start, -1, 1)])
     assert memory.with_pins([]).regions == memory.regions
     mapper.refuse = MappingFailed(22)
     for call in (

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="arg-type,list-item"
+# Plain numbers are addresses here; test_types.py holds that they are not elsewhere.
 """The first things a program does: make memory, find things in it, change it, lose it."""
 
 import ctypes

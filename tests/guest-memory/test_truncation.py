@@ -1,3 +1,5 @@
+# mypy: disable-error-code="arg-type,list-item"
+# Plain numbers are addresses here; test_types.py holds that they are not elsewhere.
 """A front-end shrinks the file that it has shared.
 
 Each way to touch the memory, in a process of its own, ends in an error and not in SIGBUS. Other

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="arg-type,list-item"
+# Plain numbers are addresses here; test_types.py holds that they are not elsewhere.
 """Postcopy: accesses to missing pages wait for whoever holds the userfaultfd."""
 
 import ctypes

@@ -1,7 +1,7 @@
 """Guest memory for vhost-user back-ends."""
 
 from ._version import __version__
-from .addresses import Access, GuestAddress, Iova, UserAddress
+from .addresses import Access, BusAddress, GuestAddress, Iova, UserAddress
 from .dirty_log import DirtyLog
 from .errors import (
     AccessDenied,
@@ -39,6 +39,7 @@ __all__ = [
     "Access",
     "AccessDenied",
     "AccessError",
+    "BusAddress",
     "DirtyLog",
     "GuestAddress",
     "GuestMemory",

@@ -7,7 +7,7 @@ They are plain integers at run time and different types for a type checker.
 """
 
 from enum import IntEnum
-from typing import NewType
+from typing import NewType, TypeAlias
 
 GuestAddress = NewType("GuestAddress", int)
 """A guest-physical address, in bytes from 0."""
@@ -17,6 +17,9 @@ UserAddress = NewType("UserAddress", int)
 
 Iova = NewType("Iova", int)
 """An I/O virtual address: what the device sees when an IOMMU sits between it and the memory."""
+
+BusAddress: TypeAlias = GuestAddress | Iova
+"""What a driver writes into descriptors: guest-physical, or I/O virtual behind an IOMMU."""
 
 ADDRESS_SPACE = 1 << 64
 """The first number that is no 64-bit address. A range may end here, never go beyond."""

@@ -74,7 +74,7 @@ class Iotlb:
         limit: how many entries are kept; the oldest make room for new ones and are missed again
             when they are needed.
         on_miss: called by `lookup` with (iova, length, access) of what is missing, outside of any
-            lock; when it returns True the look-up is tried again.
+            lock; when it returns True the look-up is tried again, which must find more than before.
     """
 
     def __init__(
@@ -168,6 +168,7 @@ class Iotlb:
             AccessDenied: an entry is there but does not allow the access.
             OutOfBounds: the range runs beyond 64 bits.
         """
+        reached = -1
         while True:
             try:
                 return [
@@ -175,10 +176,14 @@ class Iotlb:
                     for user, size in self.freeze().lookup(iova, length, access)
                 ]
             except IotlbMiss as miss:
-                if self._on_miss is None or not self._on_miss(
-                    Iova(miss.address), miss.length, miss.access
+                # Each call must bring the look-up forward, or it would never end.
+                if (
+                    self._on_miss is None
+                    or miss.address <= reached
+                    or not self._on_miss(Iova(miss.address), miss.length, miss.access)
                 ):
                     raise
+                reached = miss.address
 
     def _put(self, entry: IotlbEntry) -> None:
         index = bisect_right(self._starts, entry.iova)

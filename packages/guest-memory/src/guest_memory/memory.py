@@ -30,9 +30,10 @@ from .abi import (
     TABLE_MAGIC,
     GmTable,
 )
-from .addresses import Access, GuestAddress, UserAddress, fits
+from .addresses import Access, BusAddress, GuestAddress, UserAddress, fits
 from .errors import (
     AccessDenied,
+    AccessError,
     GuestMemoryError,
     Misaligned,
     NoSuchRegion,
@@ -67,6 +68,7 @@ _WORDS: dict[int, Any] = {
 }
 _PIN_AT_ONCE = 1 << 20  # bytes of on-demand memory that a copy holds at a time
 _IOV_MAX = 1024
+_TRIES = 64
 _USER_DISTANCE = 1 << 46
 _string_at = ctypes.string_at
 _memmove = ctypes.memmove
@@ -97,6 +99,7 @@ class _Entry:
         "_array",
         "_finish",
         "_view",
+        "access",
         "bounded",
         "direct",
         "end",
@@ -126,6 +129,7 @@ class _Entry:
         start: int = 0,
         size: int = 0,
         host: int | None = None,
+        access: int = _READ | _WRITE,
     ) -> None:
         self._finish = [finish]  # first of all: from here on the entry owns the memory
         self.region = region
@@ -138,7 +142,8 @@ class _Entry:
         self.user_end = self.user + size
         self.host = host or 0
         self.page_size = mapping.page_size
-        self.read_only = bool(getattr(mapping, "read_only", False))
+        self.access = access
+        self.read_only = not access & _WRITE or bool(getattr(mapping, "read_only", False))
         self.bounded = bool(getattr(mapping, "bounded", False))
         self.direct = bool(getattr(mapping, "sealed", True) or getattr(mapping, "guarded", False))
         self.fast = self.direct and self.bounded and self.host != 0
@@ -183,7 +188,14 @@ class _Entry:
 
         try:
             return _Entry(
-                self.region, self.mapping, unpin, parent=self, start=start, size=length, host=host
+                self.region,
+                self.mapping,
+                unpin,
+                parent=self,
+                start=start,
+                size=length,
+                host=host,
+                access=access,
             )
         except BaseException:
             unpin()
@@ -450,44 +462,64 @@ class GuestMemory:
         """Return a snapshot in which parts of on-demand regions are mapped, as long as it lives.
 
         This is how an engine gets at memory that is mapped on demand: it says which range it needs
-        (`NotMapped`), and goes on with the snapshot in which the range is there.
+        (`NotMapped`), and goes on with the snapshot in which the range is there. What this snapshot
+        has pinned stays pinned in the new one. `add` and `remove` make snapshots without pins.
 
         Args:
             ranges: (guest-physical address, length, access); rounded to pages here. Parts that are
-                mapped anyway are skipped.
+                mapped anyway are skipped, and parts pinned for another access are pinned anew.
 
         Raises:
             OutOfBounds: a range that is not in guest memory.
-            GuestMemoryError: the mapper could not map one; nothing stays pinned.
+            GuestMemoryError: the mapper could not map one; nothing more is pinned than before.
         """
         base = self._base or self
+        kept = [entry for entry in self._entries if entry.parent is not None and entry.host]
         wanted: list[tuple[_Entry, int, int, int]] = []
         for address, length, access in ranges:
-            for entry, guest, size in base._physical(address, length, access, address, length):
+            if length <= 0:
+                if length:
+                    raise UsageError("a length cannot be negative")
+                continue
+            for entry, guest, size in base._physical(address, length, _READ, address, length):
                 if entry.host:
                     continue
                 page = entry.page_size
                 start = max(guest & -page, entry.guest)
                 end = min(-(-(guest + size) & -page), entry.end)
+                for old in kept[:]:
+                    if old.guest < end and start < old.end and access & ~old.access:
+                        kept.remove(old)
+                        wanted.append((entry, old.guest, old.end, access | old.access))
                 wanted.append((entry, start, end, access))
-        wanted.sort(key=lambda item: item[1])
+        wanted.sort(key=lambda item: item[1:])
         merged: list[tuple[_Entry, int, int, int]] = []
         for entry, start, end, access in wanted:
             if merged and merged[-1][0] is entry and start <= merged[-1][2]:
                 _, first, last, before = merged[-1]
-                merged[-1] = (entry, first, max(last, end), before | access)
-            else:
-                merged.append((entry, start, end, access))
+                if start < last or access == before:
+                    merged[-1] = (entry, first, max(last, end), before | access)
+                    continue
+            merged.append((entry, start, end, access))
+        missing: list[tuple[_Entry, int, int, int]] = []
+        for entry, start, end, access in merged:
+            for old in kept:
+                if old.guest < end and start < old.end:
+                    if start < old.guest:
+                        missing.append((entry, start, old.guest, access))
+                    start = old.end
+            if start < end:
+                missing.append((entry, start, end, access))
         pinned: list[_Entry] = []
         try:
-            for entry, start, end, access in merged:
+            for entry, start, end, access in missing:
                 pinned.append(entry.pinned(start, end - start, access))
         except BaseException:
             for entry in pinned:
                 entry.release()
             raise
         rows: list[_Entry] = []
-        parts = iter(pinned)
+        parts = iter(sorted([*kept, *pinned], key=_guest_of))
         part = next(parts, None)
         for entry in base._entries:
             position = entry.guest
@@ -692,7 +724,7 @@ class GuestMemory:
         entries = self._entries
         entry = entries[index]
         if access & _WRITE and entry.read_only:
-            raise AccessDenied(whole, whole_length, access)
+            raise _refusal(entry, whole, whole_length, access)
         room = entry.end - address
         if length <= room:
             return [(entry, address, length)]
@@ -705,7 +737,7 @@ class GuestMemory:
                 raise OutOfBounds(whole, whole_length)
             entry = entries[index]
             if access & _WRITE and entry.read_only:
-                raise AccessDenied(whole, whole_length, access)
+                raise _refusal(entry, whole, whole_length, access)
             room = min(length, entry.end - entry.guest)
             spans.append((entry, entry.guest, room))
             length -= room
@@ -724,7 +756,7 @@ class GuestMemory:
             if not entry.user <= address < entry.user_end:
                 raise OutOfBounds(whole, whole_length)
             if access & _WRITE and entry.read_only:
-                raise AccessDenied(whole, whole_length, access)
+                raise _refusal(entry, whole, whole_length, access)
             room = min(length, entry.user_end - address)
             spans.append((entry, entry.guest + address - entry.user, room))
             length -= room
@@ -752,7 +784,9 @@ class GuestMemory:
             raise NotContiguous(address, length)
         return spans[0]
 
-    def segments(self, address: int, length: int, access: int = Access.READ_WRITE) -> list[Segment]:
+    def segments(
+        self, address: BusAddress, length: int, access: int = Access.READ_WRITE
+    ) -> list[Segment]:
         """Split a range into pieces, with host and guest-physical addresses.
 
         Args:
@@ -777,7 +811,7 @@ class GuestMemory:
         ]
 
     def pieces(
-        self, address: int, length: int, access: int = Access.READ_WRITE
+        self, address: BusAddress, length: int, access: int = Access.READ_WRITE
     ) -> list[tuple[int, int]]:
         """Split a range into (host address, length) pieces.
 
@@ -797,7 +831,7 @@ class GuestMemory:
             result.append((entry.host + guest - entry.guest, size))
         return result
 
-    def translate(self, address: int, length: int, access: int = Access.READ_WRITE) -> int:
+    def translate(self, address: BusAddress, length: int, access: int = Access.READ_WRITE) -> int:
         """Return the host address of a range that is contiguous in this process.
 
         Arguments and errors are those of `pieces`, and:
@@ -839,7 +873,7 @@ class GuestMemory:
         """
         return GuestAddress(self._user(address, 1, _READ, address, 1)[0][1])
 
-    def view(self, address: int, length: int, access: int = Access.READ_WRITE) -> memoryview:
+    def view(self, address: BusAddress, length: int, access: int = Access.READ_WRITE) -> memoryview:
         """Return a zero-copy view of a range, which keeps the memory mapped as long as it exists.
 
         Args:
@@ -854,7 +888,9 @@ class GuestMemory:
         """
         return self._export(self._span(address, length, access), length, access)
 
-    def views(self, address: int, length: int, access: int = Access.READ_WRITE) -> list[memoryview]:
+    def views(
+        self, address: BusAddress, length: int, access: int = Access.READ_WRITE
+    ) -> list[memoryview]:
         """The same as `view` for ranges of any number of pieces; an empty range has none."""
         if length <= 0:
             if length:
@@ -876,7 +912,7 @@ class GuestMemory:
 
     # --- copies ----------------------------------------------------------------------------------
 
-    def read(self, address: int, length: int) -> bytes:
+    def read(self, address: BusAddress, length: int) -> bytes:
         """Copy a range out of guest memory.
 
         Args:
@@ -902,7 +938,7 @@ class GuestMemory:
         self._copy(spans, local, _READ)
         return result
 
-    def read_into(self, address: int, buffer: "Buffer") -> int:
+    def read_into(self, address: BusAddress, buffer: "Buffer") -> int:
         """Copy a range of guest memory into a writable buffer, which says how long it is.
 
         Returns:
@@ -916,7 +952,7 @@ class GuestMemory:
                 self._copy(self._spans(address, length, _READ), local, _READ)
             return length
 
-    def write(self, address: int, data: "Buffer") -> int:
+    def write(self, address: BusAddress, data: "Buffer") -> int:
         """Copy a buffer into guest memory, and mark the dirty log.
 
         Args:
@@ -991,10 +1027,16 @@ class GuestMemory:
     def _mark(self, spans: Sequence[_Span]) -> None:
         log = self._state.log
         if log is not None and log.enabled:
-            for _, guest, length in spans:
-                log.mark(GuestAddress(guest), length)
+            try:
+                for _, guest, length in spans:
+                    log.mark(GuestAddress(guest), length)
+            except UsageError:
+                if log.enabled:  # otherwise it has been closed meanwhile, and logging is over
+                    raise
 
-    def copy_from_fd(self, address: int, fd: int, length: int, offset: int | None = None) -> int:
+    def copy_from_fd(
+        self, address: BusAddress, fd: int, length: int, offset: int | None = None
+    ) -> int:
         """Read from a file straight into guest memory (readv or preadv), and mark the dirty log.
 
         Args:
@@ -1013,7 +1055,9 @@ class GuestMemory:
         """
         return self._transfer(address, fd, length, offset, _WRITE)
 
-    def copy_to_fd(self, address: int, fd: int, length: int, offset: int | None = None) -> int:
+    def copy_to_fd(
+        self, address: BusAddress, fd: int, length: int, offset: int | None = None
+    ) -> int:
         """Write guest memory straight to a file (writev or pwritev).
 
         Arguments, result and errors are those of `copy_from_fd`.
@@ -1090,7 +1134,7 @@ class GuestMemory:
             raise Misaligned(address, size)  # the file's offset is odd
         return entry, guest
 
-    def load(self, address: int, size: int) -> int:
+    def load(self, address: BusAddress, size: int) -> int:
         """Read an aligned little-endian word of 1, 2, 4 or 8 bytes atomically.
 
         Raises:
@@ -1108,14 +1152,15 @@ class GuestMemory:
         # unless a driver goes once around all values in between.
         span = [(entry, guest, size)]
         self._copy(span, ctypes.addressof(first), _READ)
-        while True:
+        for _ in range(_TRIES):  # a guest that changes it all the time gets what it asks for
             self._copy(span, ctypes.addressof(second), _READ)
             if first.value == second.value:
-                result: int = first.value
-                return result
+                break
             first, second = second, first
+        result: int = first.value
+        return result
 
-    def store(self, address: int, size: int, value: int) -> None:
+    def store(self, address: BusAddress, size: int, value: int) -> None:
         """Write an aligned little-endian word of 1, 2, 4 or 8 bytes, and mark the dirty log.
 
         The store is atomic where memory may be touched directly (sealed or guarded files).
@@ -1158,6 +1203,13 @@ class GuestMemory:
 
 
 _guest_of = attrgetter("guest")
+
+
+def _refusal(entry: _Entry, address: int, length: int, access: int) -> AccessError:
+    """Why a range must not be written: pages pinned for reading only can be pinned again."""
+    if entry.access & _WRITE:
+        return AccessDenied(address, length, access)
+    return NotMapped(address, length, access)
 
 
 def _room(region: Region) -> int:

@@ -21,12 +21,13 @@ _HUGE = 1 << 21
 class _Placement:
     """A mapped range of this process, unmapped or covered exactly once."""
 
-    __slots__ = ("_open", "_window", "base", "length")
+    __slots__ = ("_generation", "_open", "_window", "base", "length")
 
     def __init__(self, base: int, length: int, window: Window | None) -> None:
         self.base: int = base
         self.length: int = length
         self._window = window
+        self._generation = syscalls.generation
         self._open = [True]
 
     def close(self) -> None:
@@ -34,6 +35,8 @@ class _Placement:
             self._open.pop()  # atomic, with and without the GIL
         except IndexError:
             return
+        if self._generation != syscalls.generation:
+            return  # a forked child does not have the mapping
         if self._window is None:
             syscalls.unmap_memory(self.base, self.length)
         else:

@@ -19,11 +19,13 @@ class _Range:
     def __init__(self, base: int, length: int) -> None:
         self.base = base
         self.length = length
+        self._generation = syscalls.generation
         self._unmap = syscalls.unmap_memory
         syscalls.keep_private(base, length)
 
     def __del__(self) -> None:
-        self._unmap(self.base, self.length)
+        if self._generation == syscalls.generation:
+            self._unmap(self.base, self.length)
 
 
 class SharedMapping:

@@ -74,8 +74,22 @@ _FUTEX = 202 if platform.machine() in ("x86_64", "AMD64") else 98
 USERFAULTFD = 323 if platform.machine() in ("x86_64", "AMD64") else 282
 
 
+generation = 0
+"""How often this process is a forked child: what an ancestor mapped is not here, and not ours."""
+
+
+def _forked() -> None:
+    global generation
+    generation += 1
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def map_memory(address: int, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
     """Call mmap; return the address or raise `MappingFailed`."""
+    if length >> 63:  # would be cut to what fits a C type
+        raise MappingFailed(errno.ENOMEM)
     result: int = _mmap(address, length, prot, flags, fd, offset)
     if result == _FAILED:
         raise MappingFailed(ctypes.get_errno())

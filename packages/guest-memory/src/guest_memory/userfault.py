@@ -68,6 +68,7 @@ class Userfault:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._generation = syscalls.generation
         self._ranges: list[tuple[int, int]] = []
         self._memory: list[GuestMemory] = []  # registered ranges must stay what they are
         self._fd: int | None = _open()
@@ -156,6 +157,8 @@ class Userfault:
             self.close()
 
     def _unregister(self, ranges: list[tuple[int, int]]) -> None:
+        if self._generation != syscalls.generation:
+            return  # the descriptor is about the parent's memory, also in a forked child
         for start, length in ranges:
             # A failure leaves nothing to be done: the range may be gone from this process.
             argument = (ctypes.c_uint64 * 2)(start, length)

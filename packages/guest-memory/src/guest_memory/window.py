@@ -30,6 +30,7 @@ class _Reservation:
 
     def __init__(self, size: int) -> None:
         self.size = 0
+        self._generation = syscalls.generation
         self._unmap = syscalls.unmap_memory  # still there when the module is being torn down
         self.base = syscalls.map_memory(
             0,
@@ -43,7 +44,7 @@ class _Reservation:
         syscalls.keep_private(self.base, size)
 
     def __del__(self) -> None:
-        if self.size:
+        if self.size and self._generation == syscalls.generation:
             self._unmap(self.base, self.size)
 
 
@@ -64,6 +65,7 @@ class Window:
         self.size: int = self._reservation.size
         self._gaps = [(self.base, self.base + self.size)]
         self._lock = threading.Lock()
+        self._generation = syscalls.generation
         exporter = (ctypes.c_ubyte * self.size).from_address(self.base)
         exporter.reservation = self._reservation  # type: ignore[attr-defined]
         self.view: memoryview = memoryview(exporter).cast("B")
@@ -75,6 +77,8 @@ class Window:
         Returns None when the address space has no such gap.
         """
         needed = align_up(max(needed, _HUGE), _HUGE)
+        if needed >> 62:
+            return None
         size = max(_USUAL_SIZE, 2 * needed)
         while True:
             try:
@@ -124,6 +128,8 @@ class Window:
 
     def cover(self, address: int, length: int) -> None:
         """Replace what is mapped at a range by anonymous zero pages, and return the range."""
+        if self._generation != syscalls.generation:
+            return  # a forked child has no window here, but may have something else
         flags = syscalls.MAP_PRIVATE | syscalls.MAP_ANONYMOUS | syscalls.MAP_NORESERVE
         flags |= syscalls.MAP_FIXED
         # Writable, so that a stale view cannot end the process. A system that does not overcommit
