@@ -3,8 +3,8 @@
 The engine is a plain shared library that ctypes loads, so a wheel is bound to a platform but to no
 Python version. An sdist needs no compiler; a wheel takes the first of these that works:
 
-``VIRTQUEUE_BUILD=cc``    the system's C compiler (``CC``, or ``cc``); the wheel is ``linux_<machine>``.
-``VIRTQUEUE_BUILD=zig``   the ``ziglang`` wheel, against glibc 2.17; the wheel is ``manylinux_2_17``.
+``VIRTQUEUE_BUILD=cc``    the system's C compiler (``CC``, or ``cc``); tagged ``linux_<machine>``.
+``VIRTQUEUE_BUILD=zig``   the ``ziglang`` wheel, against glibc 2.17; tagged ``manylinux_2_17``.
 ``VIRTQUEUE_BUILD=none``  no engine: a ``py3-none-any`` wheel that runs on the Python engine.
 
 Without the variable, ``cc`` is used when it compiles a trial program and ``zig`` otherwise.
@@ -88,7 +88,9 @@ def cc_command() -> list[str]:
 
 def cc_works() -> bool:
     """Compile and link a trial library: a compiler without headers is none."""
-    program = "#include <stdatomic.h>\n#include <sys/mman.h>\nint trial(void) { return PROT_READ; }\n"
+    program = (
+        "#include <stdatomic.h>\n#include <sys/mman.h>\nint trial(void) { return PROT_READ; }\n"
+    )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "trial.c")
         source.write_text(program)
@@ -160,7 +162,9 @@ def compile_engine(
         except OSError as error:
             raise BuildError(f"{command[0]}: {error.strerror}") from None
         if done.returncode:
-            raise BuildError(f"{compiler} failed; VIRTQUEUE_BUILD=none does without:\n{done.stdout}")
+            raise BuildError(
+                f"{compiler} failed; VIRTQUEUE_BUILD=none does without:\n{done.stdout}"
+            )
         if done.stdout:
             sys.stderr.write(done.stdout)
         # A process that has the old library mapped keeps it: replace the name, not the content.

@@ -138,11 +138,15 @@ struct format {
     void (*retreat)(struct engine *engine, uint16_t head);
     int (*arm)(struct engine *engine);
     int (*disarm)(struct engine *engine);
+    void (*quiet)(struct engine *engine); /* no kicks wanted, not even one */
     int (*ready)(struct engine *engine);
     int (*recover)(struct engine *engine);
 };
 
 extern const struct format split_format, packed_format;
+
+/* Turn kicks off while we look at the ring; vq_arm turns them on (wait.c). */
+void queue_quiet(struct vq_queue *queue);
 
 /* Bus errors survived in this process, ever (guard.c). */
 __attribute__((visibility("hidden")))

@@ -344,6 +344,8 @@ static int packed_disarm(struct engine *engine)
     return 0;
 }
 
+static void packed_quiet(struct engine *engine) { packed_disarm(engine); }
+
 static int packed_recover(struct engine *engine)
 {
     struct vq_queue *queue = engine->queue;
@@ -362,6 +364,7 @@ const struct format packed_format = {
     .retreat = packed_retreat,
     .arm = packed_arm,
     .disarm = packed_disarm,
+    .quiet = packed_quiet,
     .ready = packed_ready,
     .recover = packed_recover,
 };

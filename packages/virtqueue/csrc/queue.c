@@ -7,6 +7,11 @@
     (VQ_PACKED | VQ_EVENT_IDX | VQ_INDIRECT | VQ_IN_ORDER | VQ_BIG_ENDIAN | VQ_IOMMU |             \
      VQ_STATUS_BYTE | VQ_LOG_USED)
 
+/* Pieces that chains in flight may have, beyond 16 for each descriptor of the ring. */
+#ifndef VQ_ROOM
+#define VQ_ROOM 65536u
+#endif
+
 static inline struct engine *engine_of(const struct vq_queue *queue)
 {
     return pointer(queue->private);
@@ -51,7 +56,7 @@ int vq_create(struct vq_queue *queue)
     if (!engine)
         return VQ_NO_MEMORY;
     /* A chain that would exceed the limit waits until nothing is in flight, and then fits. */
-    engine->room_limit = 16 * size + 65536;
+    engine->room_limit = 16 * size + VQ_ROOM;
     const size_t extras = engine->room_limit + 2 * (size_t)queue->segment_capacity;
     engine->chains = calloc(size, sizeof(*engine->chains));
     engine->batch = calloc(size, sizeof(*engine->batch));
@@ -373,6 +378,13 @@ int vq_disarm(struct vq_queue *queue)
     if (queue->stopped || !queue->descriptors)
         return 0;
     return format_of(queue)->disarm(engine_of(queue));
+}
+
+void queue_quiet(struct vq_queue *queue)
+{
+    queue->armed = 0;
+    if (!queue->stopped && !queue->reason && queue->descriptors)
+        format_of(queue)->quiet(engine_of(queue));
 }
 
 int vq_ready(struct vq_queue *queue)

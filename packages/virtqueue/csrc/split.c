@@ -328,6 +328,20 @@ static int split_disarm(struct engine *engine)
     return 0;
 }
 
+static void split_quiet(struct engine *engine)
+{
+    const struct rings rings = rings_of(engine);
+    if (!(engine->queue->features & VQ_EVENT_IDX)) {
+        split_disarm(engine);
+        return;
+    }
+    /* An event that the driver has just passed comes again after a whole round of the index. */
+    const uint64_t offset = avail_event_offset(rings.size);
+    const uint16_t passed = (uint16_t)(engine->queue->next_avail - 1);
+    store16(rings.device + offset, order16(passed, engine->swap));
+    log_ring(engine, offset, 2);
+}
+
 static int split_recover(struct engine *engine)
 {
     struct vq_queue *queue = engine->queue;
@@ -349,6 +363,7 @@ const struct format split_format = {
     .retreat = split_retreat,
     .arm = split_arm,
     .disarm = split_disarm,
+    .quiet = split_quiet,
     .ready = split_ready,
     .recover = split_recover,
 };

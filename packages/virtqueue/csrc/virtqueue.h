@@ -264,4 +264,80 @@ VQ_API int vq_ready(struct vq_queue *queue);
 /* Release all chains in flight and the private state.  The block can be created anew. */
 VQ_API void vq_close(struct vq_queue *queue);
 
+/* ---- truncated guest memory ---- */
+
+/*
+ * Install the SIGBUS handler of this process: a bus error in a watched region maps a zero page
+ * over the faulting page and sets the region's poison word; any other is passed to the handler that
+ * was there before.  1 when it was installed now, 0 when it was there, or -errno.
+ */
+VQ_API int vq_guard_install(void);
+
+/*
+ * Watch the regions of the snapshot whose gm_table is at `table`, or stop.  A mapping that several
+ * watched snapshots share is watched until the last of them is not.  Unwatch before a mapping goes
+ * away.  0, VQ_ABI_ERROR or VQ_NO_MEMORY.
+ */
+VQ_API int vq_guard_watch(uint64_t table);
+VQ_API int vq_guard_unwatch(uint64_t table);
+
+/* How many bus errors were survived in this process, ever. */
+VQ_API uint32_t vq_guard_events(void);
+
+/* ---- waiting ---- */
+
+#define VQ_WAIT_READY 1       /* a chain is available */
+#define VQ_WAIT_KICK 2        /* kick_fd was readable */
+#define VQ_WAIT_WAKE 4        /* wake_fd is readable */
+#define VQ_WAIT_INTERRUPTED 8 /* by a signal */
+
+/* How one worker waits, 48 bytes. */
+struct vq_wait {
+    uint32_t size;        /* of this structure */
+    uint32_t queue_count;
+    uint64_t queues;      /* host addresses of struct vq_queue: u64[queue_count] */
+    int32_t kick_fd;      /* -1: none */
+    int32_t wake_fd;      /* -1: none */
+    int32_t timeout_ms;   /* -1: for ever */
+    uint32_t drain_kick;  /* kick_fd is an eventfd: take its count */
+    uint32_t spin_ns;     /* how long to look first; adapted by each call */
+    uint32_t spin_max_ns; /* 0: never look, only sleep */
+    uint64_t reserved;
+};
+
+/*
+ * Wait until a chain is available, a kick or a wake-up: look at the rings for up to spin_ns with
+ * kicks turned off, then ask for kicks and sleep.  Returns VQ_WAIT_* flags, 0 when the time is over,
+ * or -1000 - errno.  Blocks: call it without the interpreter's lock.
+ */
+VQ_API int vq_wait(struct vq_wait *wait);
+
+/* ---- moving bytes ---- */
+
+#define VQ_IO_READ 0u     /* file to device-writable pieces */
+#define VQ_IO_WRITE 1u    /* device-readable pieces to file */
+#define VQ_IO_COPY_IN 2u  /* buffer to device-writable pieces */
+#define VQ_IO_COPY_OUT 3u /* device-readable pieces to buffer */
+#define VQ_IO_STREAM UINT64_MAX
+
+/* One chain's part of a transfer, 56 bytes. */
+struct vq_io {
+    uint64_t segments; /* host address of the chain's struct vq_segment[] */
+    uint64_t skip;     /* bytes of the readable (writable) side to pass over first */
+    uint64_t length;   /* bytes to move; ends early where the chain does */
+    uint64_t offset;   /* in the file; VQ_IO_STREAM: at its own position; copies: host address */
+    int64_t result;    /* out: bytes moved, or -errno */
+    uint32_t segment_count;
+    uint32_t operation;
+    uint64_t reserved;
+};
+
+/*
+ * Do all items in their order.  Returns how many moved all of `length`; each has its result.  A
+ * positioned read or write that comes up short goes on until nothing is moved; one on a stream is a
+ * single call.  The chains must be in flight.  May block on the file: call it without the
+ * interpreter's lock unless the work is short.
+ */
+VQ_API int vq_transfer(int fd, struct vq_io *items, uint32_t count);
+
 #endif

@@ -68,6 +68,12 @@ class Library:
                 for name in _CALLS:
                     getattr(functions, name).restype = ctypes.c_int
                 functions.vq_close.restype = None
+                functions.vq_guard_install.restype = ctypes.c_int
+                functions.vq_guard_watch.restype = ctypes.c_int
+                functions.vq_guard_unwatch.restype = ctypes.c_int
+                functions.vq_guard_events.restype = ctypes.c_uint32
+                functions.vq_wait.restype = ctypes.c_int
+                functions.vq_transfer.restype = ctypes.c_int
         except (OSError, AttributeError) as error:
             raise ImportError(f"{path} cannot be loaded: {error}") from error
         if abi != ABI:
@@ -100,11 +106,19 @@ class CEngine:
     def __init__(self, block: QueueBlock, release_gil: bool = False) -> None:
         loaded = library()
         self._block = block
-        functions = loaded.released if release_gil else loaded.held
-        argument = ctypes.c_void_p(ctypes.addressof(block))
-        result = functions.vq_create(argument)
+        self.address: int = ctypes.addressof(block)
+        """Host address of the block, as `Waiter` wants it."""
+        self._release_gil = release_gil
+        argument = ctypes.c_void_p(self.address)
+        result = loaded.held.vq_create(argument)
         if result < 0:
             raise EngineUnavailable(f"the C engine refuses the queue's block ({result})")
+        self._close: Callable[[], None] = partial(loaded.held.vq_close, argument)
+        self._bind(release_gil)
+
+    def _bind(self, release_gil: bool) -> None:
+        loaded, argument = library(), ctypes.c_void_p(self.address)
+        functions = loaded.released if release_gil else loaded.held
         self.attach: Call = partial(functions.vq_attach, argument)
         self.recover: Call = partial(functions.vq_recover, argument)
         self.take: Call = partial(functions.vq_take, argument)
@@ -114,10 +128,13 @@ class CEngine:
         self.arm: Call = partial(functions.vq_arm, argument)
         self.disarm: Call = partial(functions.vq_disarm, argument)
         self.ready: Call = partial(functions.vq_ready, argument)
-        self._close: Callable[[], None] = partial(functions.vq_close, argument)
 
     def set_memory(self, memory: Memory) -> None:
-        """The C engine reads ``block.table`` when it attaches."""
+        """Keep the GIL in calls as long as an access to the new snapshot is bounded.
+
+        The table itself is read from ``block.table`` when the engine attaches.
+        """
+        self._bind(self._release_gil or not getattr(memory, "bounded", True))
 
     def close(self) -> None:
         """Release the records of all chains in flight and the engine's memory."""
