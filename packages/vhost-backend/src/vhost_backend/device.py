@@ -11,10 +11,12 @@ byte), is logged, and takes nothing else down.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Sequence
 
 from guest_memory import GuestMemory
+from vhost_protocol import BackendChannel, ProtocolError
 from virtqueue import DONE, Batch, Chain
 
 from .counters import QueueCounters
@@ -108,6 +110,10 @@ class VirtioDevice:
     status_byte: bool = False
     error_status: int = 1
     config: bytes = b""
+    #: Version of what `save_state` returns; streams of a newer one are refused.
+    state_version: int = 1
+    #: The channel for requests of our own to the front-end, while there is one.
+    channel: BackendChannel | None = None
 
     _failures: RateLimited | None = None
 
@@ -162,6 +168,25 @@ class VirtioDevice:
     def set_config(self, offset: int, data: bytes) -> None:
         """Refuse: no field is writable."""
         raise Refused("SET_CONFIG", "no field of this device's configuration is writable")
+
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration space has changed, if the front-end can."""
+        channel = self.channel
+        if channel is not None:
+            with contextlib.suppress(ProtocolError, OSError):
+                channel.config_change()
+
+    # -- migration: override both to have the device's own state moved --------------------------
+
+    def save_state(self) -> bytes:
+        """The device's own state, all of it; called while every ring is stopped."""
+        raise NotImplementedError
+
+    def load_state(self, version: int, state: bytes) -> None:
+        """Take over what `save_state` of `version` returned. Raise anything to refuse it."""
+        raise NotImplementedError
+
+    # -- placement ------------------------------------------------------------------------------
 
     def queues_per_thread(self) -> Sequence[int]:
         """One worker for each queue."""

@@ -9,16 +9,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 from guest_memory import GuestMemory
-from vhost_protocol import ProtocolFeatures
+from vhost_protocol import BackendChannel, ProtocolFeatures
 from virtqueue import DONE, Batch
 
 from .backend import VhostUserBackendBase
 from .device import Queue, VirtioDevice
 from .features import RING_FEATURES
+from .state_transfer import StateTransfer
 from .vring import Vring, VringState
 from .worker import VringEpollHandler
+
+#: Hooks that a device of the type has, and no other: see `control.device`.
+DEVICE_HOOKS = frozenset(
+    ("send_rarp", "net_set_mtu", "create_crypto_session", "close_crypto_session")
+)
+_HOOK_FEATURES = {
+    "get_shared_object": ProtocolFeatures.SHARED_OBJECT,
+    "get_shmem_config": ProtocolFeatures.SHMEM,
+}
 
 #: Chains taken at once.
 BATCH = 128
@@ -44,6 +55,7 @@ class DeviceBackend(VhostUserBackendBase):
     def __init__(self, device: VirtioDevice) -> None:
         self.device = device
         self._queues: dict[int, Queue] = {}
+        self._transfer: StateTransfer | None = None
 
     @property
     def status_byte(self) -> bool:
@@ -67,10 +79,57 @@ class DeviceBackend(VhostUserBackendBase):
         self.device.acked_features(features)
 
     def protocol_features(self) -> ProtocolFeatures:
-        """CONFIG, for a device that has a configuration space."""
-        device = self.device
-        has_config = device.config or type(device).get_config is not VirtioDevice.get_config
-        return ProtocolFeatures.CONFIG if has_config else ProtocolFeatures(0)
+        """What the device overrides."""
+        device, kind = self.device, type(self.device)
+        features = ProtocolFeatures(0)
+        if device.config or kind.get_config is not VirtioDevice.get_config:
+            features |= ProtocolFeatures.CONFIG
+        if kind.save_state is not VirtioDevice.save_state:
+            features |= ProtocolFeatures.DEVICE_STATE
+        for name, feature in _HOOK_FEATURES.items():
+            if hasattr(device, name):
+                features |= feature
+        return features
+
+    def __getattr__(self, name: str) -> Any:
+        """Hooks of device types, which only some devices have."""
+        if name in DEVICE_HOOKS:
+            return getattr(self.device, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def set_backend_req_fd(self, channel: object) -> None:
+        """Kept where the device finds it."""
+        assert isinstance(channel, BackendChannel)
+        self.device.channel = channel
+
+    def get_shared_object(self, uuid: bytes) -> int | None:
+        """Asked of the device."""
+        hook = getattr(self.device, "get_shared_object", None)
+        return None if hook is None else hook(uuid)
+
+    def get_shmem_config(self) -> Sequence[int]:
+        """Asked of the device."""
+        hook = getattr(self.device, "get_shmem_config", None)
+        return () if hook is None else hook()
+
+    def set_gpu_socket(self, channel: object) -> None:
+        """Told to the device."""
+        self.device.set_gpu_socket(channel)  # type: ignore[attr-defined]
+
+    @property
+    def uses_gpu_socket(self) -> bool:
+        """Whether the device wants the GPU protocol's socket."""
+        return hasattr(self.device, "set_gpu_socket")
+
+    def set_device_state_fd(self, direction: int, phase: int, fd: int) -> int | None:
+        """Save (0) or load (1) the device's state on a thread of its own."""
+        self._transfer = StateTransfer(self.device, fd, load=direction == 1)
+        return None
+
+    def check_device_state(self) -> bool:
+        """How the last transfer ended; False without one."""
+        transfer, self._transfer = self._transfer, None
+        return transfer is not None and transfer.succeeded()
 
     def reset_device(self) -> None:
         """Told to the device."""

@@ -395,12 +395,12 @@ class VringState:
                 self.channel.vring_call(self.index)
 
     def _published(self, wanted: bool) -> None:
+        if self.log_fd >= 0 and self.log is not None and self.log.enabled:
+            eventfd.signal(self.log_fd)
         if wanted:
             self.signal_call()
         else:
             self.counters.notifications_suppressed += 1
-        if self.log_fd >= 0 and self.log is not None and self.log.enabled:
-            eventfd.signal(self.log_fd)
         if self.on_progress is not None:
             self.on_progress()
 

@@ -6,11 +6,13 @@ top. The demo, the tests and `vhost_backend.testing` are made of these.
 """
 
 from .block import BlockDriver, BlockError, Completion
+from .channel import ChannelServer
 from .session import DriverSession, DriverVring, SessionError
 
 __all__ = [
     "BlockDriver",
     "BlockError",
+    "ChannelServer",
     "Completion",
     "DriverSession",
     "DriverVring",

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import vhost_protocol as vp
-from guest_memory import GuestAddress, GuestMemory, UserAddress
+from guest_memory import GuestAddress, GuestMemory, Iotlb, Iova, UserAddress
 from virtqueue import DriverQueue, RingConfig, ring_layout
 
 from .. import eventfd
 from ..errors import VhostBackendError
 from ..features import VirtioFeature
+from .channel import ChannelServer
 
 #: Where our memory starts in the guest's and in the front-end's address space. They differ, and
 #: neither is 0, so that an address of the wrong kind is noticed.
 GUEST_BASE = 0x1_0000_0000
 USER_BASE = 0x7F00_0000_0000
+IOVA_BASE = 0x20_0000_0000
+
+_NO_FEATURES = vp.ProtocolFeatures(0)
+_USUAL_FEATURES = (
+    vp.ProtocolFeatures.MQ
+    | vp.ProtocolFeatures.REPLY_ACK
+    | vp.ProtocolFeatures.CONFIG
+    | vp.ProtocolFeatures.RESET_DEVICE
+)
 
 _PAGE = 4096
 # Descriptors in an indirect table.
@@ -32,8 +42,10 @@ class SessionError(VhostBackendError):
 class DriverVring:
     """The driver's side of one vring: its ring, and the descriptors to kick and be called on."""
 
-    def __init__(self, index: int, queue: DriverQueue, config: RingConfig) -> None:
+    def __init__(self, index: int, queue: DriverQueue, config: RingConfig, offset: int = 0) -> None:
         self.index = index
+        #: What the device calls guest address 0: IOVAs differ from guest addresses by this.
+        self._offset = offset
         self.queue = queue
         self.config = config
         self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -52,7 +64,12 @@ class DriverVring:
 
         Raises `virtqueue.VirtqueueError` when the ring is full.
         """
-        return self.queue.add(readable=readable, writable=writable, indirect=indirect)
+        offset = self._offset
+        return self.queue.add(
+            readable=[(address + offset, length) for address, length in readable],
+            writable=[(address + offset, length) for address, length in writable],
+            indirect=indirect,
+        )
 
     def kick(self) -> None:
         """Make what was submitted visible, and signal the device unless it said not to."""
@@ -97,7 +114,11 @@ class DriverSession:
         packed: use packed rings (the back-end has to offer RING_PACKED).
         event_idx: accept EVENT_IDX when offered.
         indirect: accept INDIRECT_DESC when offered.
-        regions: how many regions the memory is cut into.
+        iommu: use IOVAs (the back-end has to offer ACCESS_PLATFORM). Entries of the IOTLB are given
+            page by page as the back-end asks for them; `invalidate` takes them away.
+        protocol_features: protocol features to accept besides the usual ones.
+        handlers: what to do with the back-end's own requests, by message class; each returns
+            whether it succeeded. A channel is made when there are handlers, or an IOMMU.
     """
 
     def __init__(
@@ -111,8 +132,16 @@ class DriverSession:
         packed: bool = False,
         event_idx: bool = True,
         indirect: bool = True,
+        iommu: bool = False,
+        protocol_features: vp.ProtocolFeatures = _NO_FEATURES,
+        handlers: dict[type[vp.Message], Callable[[vp.Message], bool]] | None = None,
     ) -> None:
         self.frontend = frontend
+        self.channel: ChannelServer | None = None
+        self.missed: list[int] = []
+        self._wanted = _USUAL_FEATURES | protocol_features
+        self._handlers = dict(handlers or {})
+        self._iova = IOVA_BASE - GUEST_BASE if iommu else 0
         self.vrings: list[DriverVring] = []
         self.protocol_features = vp.ProtocolFeatures(0)
         self.memory, self._memory_fd = GuestMemory.allocate(
@@ -130,8 +159,16 @@ class DriverSession:
             wanted |= VirtioFeature.EVENT_IDX
         if indirect:
             wanted |= VirtioFeature.INDIRECT_DESC
+        if iommu:
+            wanted |= VirtioFeature.ACCESS_PLATFORM
+            self._wanted |= vp.ProtocolFeatures.BACKEND_REQ
+            self._handlers[vp.BackendIotlbMsg] = self._answer_miss
+        if self._handlers:
+            self._wanted |= vp.ProtocolFeatures.BACKEND_REQ
         try:
             self._negotiate(wanted, packed)
+            if self._handlers:
+                self.channel = ChannelServer(frontend, self._handlers)
             self._share_memory()
             for index in range(num_queues):
                 self._set_up_ring(index, queue_size)
@@ -153,16 +190,12 @@ class DriverSession:
         offered = VirtioFeature(frontend.get_features())
         if packed and not offered & VirtioFeature.RING_PACKED:
             raise SessionError("the back-end does not offer packed rings")
+        if self._iova and not offered & VirtioFeature.ACCESS_PLATFORM:
+            raise SessionError("the back-end does not offer addresses behind an IOMMU")
         self.features = offered & wanted
         if offered & VirtioFeature.PROTOCOL_FEATURES:
-            supported = (
-                vp.ProtocolFeatures.MQ
-                | vp.ProtocolFeatures.REPLY_ACK
-                | vp.ProtocolFeatures.CONFIG
-                | vp.ProtocolFeatures.RESET_DEVICE
-            )
             self.protocol_features = vp.ProtocolFeatures(
-                frontend.get_protocol_features() & supported
+                frontend.get_protocol_features() & self._wanted
             )
             frontend.set_protocol_features(self.protocol_features)
         frontend.set_owner()
@@ -183,7 +216,8 @@ class DriverSession:
     def _set_up_ring(self, index: int, size: int) -> None:
         packed = bool(self.features & VirtioFeature.RING_PACKED)
         descriptor, driver, device, total = ring_layout(size, packed)
-        base = self.allocate(total, align=_PAGE) - GUEST_BASE + USER_BASE
+        place = self.allocate(total, align=_PAGE)
+        base = place + (self._iova or USER_BASE - GUEST_BASE)
         config = RingConfig(
             size=size,
             descriptor_address=base + descriptor,
@@ -192,10 +226,18 @@ class DriverSession:
             packed=packed,
             event_idx=bool(self.features & VirtioFeature.EVENT_IDX),
             indirect=bool(self.features & VirtioFeature.INDIRECT_DESC),
+            iommu=bool(self._iova),
         )
-        tables = self.allocate(size * _TABLE_LENGTH * 16) if config.indirect else None
-        queue = DriverQueue(config, self.memory, tables=tables, table_length=_TABLE_LENGTH)
-        vring = DriverVring(index, queue, config)
+        tables = None
+        if config.indirect:
+            tables = self.allocate(size * _TABLE_LENGTH * 16) + self._iova
+        memory = self.memory
+        if self._iova:
+            everything = Iotlb()
+            everything.insert(Iova(IOVA_BASE), self._end - GUEST_BASE, UserAddress(USER_BASE), 3)
+            memory = memory.with_iotlb(everything)
+        queue = DriverQueue(config, memory, tables=tables, table_length=_TABLE_LENGTH)
+        vring = DriverVring(index, queue, config, self._iova)
         self.vrings.append(vring)
         self.start_ring(index)
 
@@ -233,9 +275,27 @@ class DriverSession:
         """Stop a ring; returns where it stands."""
         return self.frontend.get_vring_base(index)
 
+    def _answer_miss(self, message: vp.Message) -> bool:
+        assert isinstance(message, vp.BackendIotlbMsg)
+        if message.type is not vp.IotlbType.MISS:
+            return False
+        self.missed.append(message.iova)
+        page = message.iova // _PAGE * _PAGE
+        if not IOVA_BASE <= page < IOVA_BASE + self._end - GUEST_BASE:
+            return False
+        self.frontend.iotlb_update(page, _PAGE, page - IOVA_BASE + USER_BASE)
+        return True
+
+    def invalidate(self, address: int, length: int) -> None:
+        """Take IOTLB entries of guest addresses away; returns when no request rests on them."""
+        self.frontend.iotlb_invalidate(address + self._iova, length)
+
     def close(self) -> None:
         """Hang up and release the memory."""
         self.frontend.close()
+        if self.channel is not None:
+            self.channel.join()
+            self.channel = None
         for vring in self.vrings:
             vring.close()
         self.vrings = []

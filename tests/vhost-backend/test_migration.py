@@ -1,0 +1,439 @@
+"""Dirty log, IOMMU, device state, notifications as messages: through the embedded front-end."""
+
+import asyncio
+import mmap
+import os
+import random
+import threading
+from pathlib import Path
+
+import pytest
+
+import vhost_protocol as vp
+from guest_memory import GuestAddress, allocate_memfd
+from vhost_backend import BlockDevice, Queue, Request, VirtioDevice, VirtioFeature
+from vhost_backend.devices import blk
+from vhost_backend.driver import BlockDriver, DriverSession
+from vhost_backend.driver.block import DRIVER_FEATURES
+from vhost_backend.driver.session import GUEST_BASE, SessionError
+from vhost_backend.testing import attached
+
+P = vp.ProtocolFeatures
+PAGE = 4096
+SIZE = 16 << 20
+
+
+class Log:
+    """A dirty log as a front-end keeps it."""
+
+    def __init__(self, session: DriverSession) -> None:
+        self.size = (GUEST_BASE + SIZE) // PAGE // 8
+        self.fd = allocate_memfd(self.size)
+        self.bits = mmap.mmap(self.fd, self.size)
+        session.frontend.set_log_base(self.size, 0, self.fd)
+
+    def pages(self) -> set[int]:
+        """Numbers of the dirty pages, relative to the start of memory; clears them."""
+        first = GUEST_BASE // PAGE
+        data = self.bits[first // 8 :]
+        self.bits[first // 8 :] = bytes(len(data))
+        return {
+            byte * 8 + bit for byte, value in enumerate(data) if value
+            for bit in range(8) if value >> bit & 1
+        }  # fmt: skip
+
+    def close(self) -> None:
+        self.bits.close()
+        os.close(self.fd)
+
+
+def changed(before: bytes, after: bytes) -> set[int]:
+    return {
+        page for page in range(len(before) // PAGE)
+        if before[page * PAGE : (page + 1) * PAGE] != after[page * PAGE : (page + 1) * PAGE]
+    }  # fmt: skip
+
+
+def whole(session: DriverSession) -> bytes:
+    return session.memory.read(GuestAddress(GUEST_BASE), SIZE)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("indirect", [False, True])
+def test_the_log_holds_every_page_that_changed_and_no_more_than_the_writes_explain(
+    image: Path, engine: str, packed: bool, indirect: bool
+) -> None:
+    rng = random.Random(7)
+    image.write_bytes(rng.randbytes(4 << 20))
+    with attached(
+        BlockDevice(image),
+        engine=engine,
+        features=DRIVER_FEATURES | VirtioFeature.LOG_ALL,
+        packed=packed,
+        protocol_features=P.LOG_SHMFD,
+        memory_size=SIZE,
+    ) as session:
+        driver = BlockDriver(session, depth=8, indirect=indirect)
+        log = Log(session)
+        config = session.vrings[0].config
+        # The used ring of a split ring is logged where it is in guest memory; so is a packed ring.
+        used = config.descriptor_address if packed else config.device_address
+        guest_used = used - 0x7F00_0000_0000 + GUEST_BASE
+        session.frontend.set_vring_addr(
+            0,
+            descriptor=config.descriptor_address,
+            used=config.device_address,
+            available=config.driver_address,
+            log=guest_used,
+            flags=vp.VringFlags.LOG,
+        )
+        log.pages()
+        for _ in range(20):
+            ours: set[int] = set()
+            sector = rng.randrange(0, 8000)
+            for _ in range(rng.randint(1, 8)):
+                driver.submit(blk.T_IN, sector, length=512 * rng.randint(1, 9))
+            before = whole(session)
+            driver.kick()
+            while driver.in_flight:
+                driver.collect()
+            after = whole(session)
+            dirty = log.pages()
+            ring = range(
+                (config.descriptor_address - 0x7F00_0000_0000) // PAGE,
+                (config.device_address - 0x7F00_0000_0000) // PAGE + 2,
+            )
+            # What the driver itself writes, its ring, is not ours to log.
+            device_ring = {(guest_used - GUEST_BASE) // PAGE}
+            ours = changed(before, after) - set(ring)
+            assert ours <= dirty
+            assert device_ring & dirty
+            # Buffers that were read into, status bytes, the used ring: nothing else.
+            slots = {
+                (address - GUEST_BASE) // PAGE + extra
+                for slot in driver._free
+                for address, length in ((slot.data, 65536), (slot.status, 1))
+                for extra in range(-(-length // PAGE) + 1)
+            }
+            assert dirty <= slots | set(ring)
+        log.close()
+
+
+def test_logging_stops_when_it_is_switched_off(image: Path, engine: str) -> None:
+    with attached(
+        BlockDevice(image),
+        engine=engine,
+        features=DRIVER_FEATURES | VirtioFeature.LOG_ALL,
+        protocol_features=P.LOG_SHMFD,
+        memory_size=SIZE,
+    ) as session:
+        driver = BlockDriver(session)
+        log = Log(session)
+        driver.read(0, 4096)
+        assert log.pages()
+        session.frontend.set_features(int(session.features & ~VirtioFeature.LOG_ALL))
+        driver.read(0, 4096)
+        assert not log.pages()
+        session.frontend.set_features(int(session.features))
+        driver.read(0, 4096)
+        assert log.pages()
+        log.close()
+
+
+def test_the_log_descriptor_is_signalled(image: Path) -> None:
+    with attached(
+        BlockDevice(image),
+        features=DRIVER_FEATURES | VirtioFeature.LOG_ALL,
+        protocol_features=P.LOG_SHMFD,
+        memory_size=SIZE,
+    ) as session:
+        driver = BlockDriver(session)
+        log = Log(session)
+        event = os.eventfd(0, os.EFD_NONBLOCK)
+        session.frontend.set_log_fd(event)
+        driver.read(0, 512)
+        assert os.eventfd_read(event) >= 1
+        os.close(event)
+        log.close()
+
+
+def test_a_log_that_is_too_small_is_refused(image: Path) -> None:
+    with attached(BlockDevice(image), protocol_features=P.LOG_SHMFD) as session:
+        fd = allocate_memfd(4096)
+        with pytest.raises(vp.RequestFailed):
+            session.frontend.set_log_base(4096, 0, fd)
+        os.close(fd)
+        assert BlockDriver(session).read(0, 512) == bytes(512)
+
+
+# -- IOMMU ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("indirect", [False, True])
+def test_requests_behind_an_iommu(image: Path, engine: str, packed: bool, indirect: bool) -> None:
+    """Every entry is asked for; a random workload of taking them away goes on meanwhile."""
+    rng = random.Random(11)
+    with attached(
+        BlockDevice(image), engine=engine, features=DRIVER_FEATURES, iommu=True, packed=packed
+    ) as session:
+        driver = BlockDriver(session, depth=4, max_io=8192, indirect=indirect)
+        model = bytearray(4 << 20)
+        for _ in range(60):
+            offset = rng.randrange(0, (4 << 20) // 8192) * 8192
+            data = rng.randbytes(8192)
+            driver.write(offset, data)
+            model[offset : offset + 8192] = data
+            if rng.random() < 0.5:
+                start = GUEST_BASE + rng.randrange(0, SIZE // PAGE) * PAGE
+                session.invalidate(start, rng.choice((PAGE, 64 * PAGE, SIZE)))
+            assert driver.read(offset, 8192) == data
+        assert session.missed
+    assert image.read_bytes() == model
+
+
+def test_an_address_that_means_nothing_breaks_the_queue_only(engine: str, image: Path) -> None:
+    device = BlockDevice(image, num_queues=2)
+    with attached(
+        device, engine=engine, features=DRIVER_FEATURES, iommu=True, num_queues=2
+    ) as session:
+        good, bad = BlockDriver(session, queue=0), session.vrings[1]
+        error = os.eventfd(0, os.EFD_NONBLOCK)
+        session.frontend.set_vring_err(1, error)
+        bad.submit([(1 << 50, 16)], [(1 << 50, 1)])
+        bad.kick()
+        for _ in range(10):
+            assert good.read(0, 512) == bytes(512)
+        with pytest.raises(SessionError):
+            bad.completions(0.2)
+        os.close(error)
+
+
+def test_an_invalidation_waits_for_requests_that_rest_on_the_entry(engine: str) -> None:
+    release = threading.Event()
+    started = threading.Event()
+
+    class Slow(VirtioDevice):
+        async def handle(self, queue: Queue, request: Request) -> None:
+            started.set()
+            while not release.is_set():
+                await asyncio.sleep(0.01)
+            request.write(b"done")
+
+    with attached(Slow(), engine=engine, iommu=True) as session:
+        vring = session.vrings[0]
+        source, target = session.allocate(4, PAGE), session.allocate(4, PAGE)
+        vring.submit([(source, 4)], [(target, 4)])
+        vring.kick()
+        assert started.wait(5)
+        invalidated = threading.Event()
+
+        def invalidate() -> None:
+            session.invalidate(target, PAGE)
+            invalidated.set()
+
+        thread = threading.Thread(target=invalidate)
+        thread.start()
+        assert not invalidated.wait(0.2)
+        release.set()
+        assert invalidated.wait(5)
+        thread.join()
+        assert session.memory.read(target, 4) == b"done"
+
+
+# -- device state ---------------------------------------------------------------------------------
+
+
+class Counter(VirtioDevice):
+    """Counts its requests; the count is its state."""
+
+    device_id = 40
+    state_version = 2
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def handle(self, queue: Queue, request: Request) -> None:
+        self.count += 1
+
+    def save_state(self) -> bytes:
+        return self.count.to_bytes(8, "little") * 20_000  # more than a pipe holds
+
+    def load_state(self, version: int, state: bytes) -> None:
+        self.count = int.from_bytes(state[:8], "little")
+
+
+def save(device: VirtioDevice) -> bytes:
+    with attached(device, protocol_features=P.DEVICE_STATE) as session:
+        session.stop_ring(0)
+        reader, writer = os.pipe()
+        session.frontend.set_device_state_fd(vp.TransferDirection.SAVE, writer)
+        os.close(writer)
+        with open(reader, "rb") as file:
+            stream = file.read()
+        session.frontend.check_device_state()
+        return stream
+
+
+def load(device: VirtioDevice, stream: bytes) -> None:
+    with attached(device, protocol_features=P.DEVICE_STATE) as session:
+        session.stop_ring(0)
+        reader, writer = os.pipe()
+        session.frontend.set_device_state_fd(vp.TransferDirection.LOAD, reader)
+        os.close(reader)
+        with open(writer, "wb") as file:
+            file.write(stream)
+        session.frontend.check_device_state()
+
+
+def test_state_is_saved_and_loaded() -> None:
+    source, target = Counter(), Counter()
+    source.count = 77
+    load(target, save(source))
+    assert target.count == 77
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda s: s[:-1],
+        lambda s: s[:10],
+        lambda s: b"",
+        lambda s: s + b"x",
+        lambda s: s[:100] + bytes([s[100] ^ 1]) + s[101:],
+        lambda s: b"X" + s[1:],
+    ],
+)
+def test_a_damaged_state_is_refused_and_the_device_keeps_its_own(spoil: object) -> None:
+    stream = save(Counter())
+    target = Counter()
+    target.count = 5
+    with pytest.raises(vp.RequestFailed):
+        load(target, spoil(stream))  # type: ignore[operator]
+    assert target.count == 5
+
+
+def test_the_state_of_another_device_or_a_newer_version_is_refused() -> None:
+    class Other(Counter):
+        device_id = 41
+
+    class Older(Counter):
+        state_version = 1
+
+    Older.__name__ = "Counter"
+    for target in (Other(), Older()):
+        with pytest.raises(vp.RequestFailed):
+            load(target, save(Counter()))
+        assert target.count == 0
+
+
+def test_a_device_that_fails_to_load_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    class Refusing(Counter):
+        def load_state(self, version: int, state: bytes) -> None:
+            raise ValueError("not today")
+
+    Refusing.__name__ = "Counter"
+    with pytest.raises(vp.RequestFailed):
+        load(Refusing(), save(Counter()))
+    assert "not today" in caplog.text
+
+
+def test_state_cannot_move_while_a_ring_is_started() -> None:
+    with attached(Counter(), protocol_features=P.DEVICE_STATE) as session:
+        reader, writer = os.pipe()
+        with pytest.raises((vp.RequestFailed, vp.ProtocolError)):
+            session.frontend.set_device_state_fd(vp.TransferDirection.SAVE, writer)
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_device_without_state_does_not_offer_to_move_it(image: Path) -> None:
+    with attached(BlockDevice(image), protocol_features=P.DEVICE_STATE) as session:
+        assert not session.protocol_features & P.DEVICE_STATE
+
+
+# -- the back-end's own requests ------------------------------------------------------------------
+
+
+def test_the_driver_is_told_of_a_new_configuration() -> None:
+    class Resizable(Counter):
+        config = b"old"
+
+    device = Resizable()
+    with attached(device, handlers={vp.BackendConfigChange: lambda message: True}) as session:
+        assert session.channel is not None
+        device.config = b"new"
+        device.config_changed()
+        session.channel.wait_for(vp.BackendConfigChange)
+        assert session.frontend.get_config(0, 3) == b"new"
+
+
+def test_notifications_as_messages(engine: str) -> None:
+    calls = threading.Semaphore(0)
+
+    def called(message: vp.Message) -> bool:
+        calls.release()
+        return True
+
+    device = Counter()
+    with attached(
+        device,
+        engine=engine,
+        protocol_features=P.INBAND_NOTIFICATIONS,
+        handlers={vp.BackendVringCall: called},
+    ) as session:
+        session.stop_ring(0)
+        vring = session.vrings[0]
+        session.frontend.set_vring_call(0, None)
+        session.frontend.set_vring_kick(0, None)
+        for _ in range(3):
+            vring.submit([(session.allocate(4), 4)], [(session.allocate(4), 4)])
+            vring.queue.publish()
+            session.frontend.vring_kick(0)
+            assert calls.acquire(timeout=5)
+            while not vring.queue.collect():
+                pass
+            vring.queue.enable_notification()
+        assert device.count == 3
+
+
+def test_notifications_as_messages_need_their_prerequisites(image: Path) -> None:
+    with (
+        attached(BlockDevice(image)) as session,
+        pytest.raises(vp.LocalProtocolError, match="INBAND_NOTIFICATIONS needs"),
+    ):
+        session.frontend.set_protocol_features(P.INBAND_NOTIFICATIONS | P.MQ)
+
+
+def test_requests_in_flight_are_left_in_the_region_without_a_drain(engine: str) -> None:
+    """SKIP_DRAIN stops at once; who goes on with the region takes the request again."""
+    taken: list[bytes] = []
+
+    class Never(VirtioDevice):
+        async def handle(self, queue: Queue, request: Request) -> None:
+            taken.append(request.read(4))
+            await asyncio.sleep(3600)
+
+    wanted = P.INFLIGHT_SHMFD | P.GET_VRING_BASE_INFLIGHT | P.GET_VRING_BASE_SKIP_DRAIN
+    with attached(Never(), engine=engine, protocol_features=wanted) as session:
+        frontend, vring = session.frontend, session.vrings[0]
+        session.stop_ring(0)
+        reply, fd = frontend.get_inflight_fd(1, vring.config.size)
+        assert fd is not None
+        session.start_ring(0)
+        source, target = session.allocate(4), session.allocate(4)
+        session.memory.write(source, b"work")
+        identity = vring.submit([(source, 4)], [(target, 4)])
+        vring.kick()
+        while not taken:
+            pass
+        assert frontend.get_vring_base_skip_drain(0) == 1
+        frontend.set_inflight_fd(reply.mmap_size, reply.mmap_offset, 1, vring.config.size, fd)
+        session.start_ring(0, base=1)
+        while len(taken) < 2:
+            pass
+        assert taken == [b"work", b"work"]
+        assert not vring.queue.collect()
+        assert identity is not None
+        frontend.get_vring_base_skip_drain(0)
+        fd.close()
