@@ -18,7 +18,7 @@ from tests.support.guest import (
     skip_or_fail,
 )
 
-DEFAULT_BACK_ENDS = STORAGE_DAEMON
+from virtqueue import available_engines
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,14 +54,36 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ids = [f"qemu-{name}" for name in names]
         metafunc.parametrize("qemu_name", names, ids=ids, scope="session")
     if "kind" in metafunc.fixturenames:
-        kinds = _option(metafunc.config, "--back-end", DEFAULT_BACK_ENDS)
+        kinds = _option(metafunc.config, "--back-end", ",".join(OURS))
         for kind in kinds:
             if kind not in (*OURS, STORAGE_DAEMON) and "/" not in kind:
                 raise pytest.UsageError(f"--back-end: {kind} is none")
-        for marker in metafunc.definition.iter_markers("needs"):
-            kinds = [kind for kind in kinds if able(kind, marker.args[0])]
         ids = [Path(kind).name for kind in kinds]
-        metafunc.parametrize("kind", kinds, ids=ids, scope="session")
+        metafunc.parametrize("kind", kinds, ids=ids, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what a back-end does not claim to be able to do."""
+    chosen: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        needs = [marker.args[0] for marker in item.iter_markers("needs")]
+        spec = getattr(item, "callspec", None)
+        kind = spec.params.get("kind") if spec is not None else None
+        fits = kind is None or all(able(kind, ability) for ability in needs)
+        (chosen if fits else others).append(item)
+    items[:] = chosen
+    if others:
+        config.hook.pytest_deselected(items=others)
+
+
+@pytest.fixture(scope="session")
+def kind(request: pytest.FixtureRequest) -> str:
+    """The back-end to test with, see BackEnd."""
+    name = str(request.param)
+    if name == "c" and "c" not in available_engines():
+        skip_or_fail(Missing("the C engine is not built here"))
+    return name
 
 
 @pytest.fixture(scope="session")

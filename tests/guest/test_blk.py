@@ -24,6 +24,7 @@ from tests.support.guest import (
 pytestmark = pytest.mark.timeout(300)
 
 SERIAL = "a-serial-number-20ch"
+RINGS = ["main", "plain", pytest.param("packed", marks=pytest.mark.needs(PACKED))]
 READ_ONLY_CONTENT = random_bytes(2 * MIB, seed=1)
 
 
@@ -100,7 +101,7 @@ def test_serial(bed: Bed) -> None:
     assert bed.guest.check(f"cat {bed['main'].block}/serial") == expected
 
 
-@pytest.mark.parametrize("name", ["main", "plain", "packed"])
+@pytest.mark.parametrize("name", RINGS)
 def test_pattern_reads_back_and_is_in_the_image(bed: Bed, name: str) -> None:
     disk = bed[name]
     offset, length = 3 * MIB + 512, 8 * MIB
@@ -206,7 +207,7 @@ def test_write_zeroes_clears_the_range(bed: Bed) -> None:
     assert (disk.host_sha256(0, offset + MIB), disk.host_sha256(offset + 3 * MIB)) == around
 
 
-@pytest.mark.parametrize("name", ["main", "plain", "packed"])
+@pytest.mark.parametrize("name", RINGS)
 def test_parallel_writers_verify_their_own(bed: Bed, name: str) -> None:
     """Eight processes, each with a region and a request size of its own, past the page cache."""
     disk = bed[name]

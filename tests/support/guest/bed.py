@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import Self
 
 from .assets import Assets, Qemu
 from .back_ends import BackEnd
-from .guest import Guest, VhostUserDisk
+from .guest import BOOT_LIMIT, Guest, GuestError, GuestTimeout, VhostUserDisk
 
 MIB = 1 << 20
 
@@ -124,9 +125,7 @@ class Bed:
 
     def reboot(self) -> None:
         """Reboot the guest from inside."""
-        self.guest.reboot()
-        self._complaints = 0
-        self._find_disks()
+        self._boot(self.guest.start_reboot())
 
     def host_sha256(self, name: str, offset: int = 0, length: int | None = None) -> str:
         return self.disks[name].host_sha256(offset, length)
@@ -159,7 +158,22 @@ class Bed:
         self.guest = stack.enter_context(
             Guest(self.assets, self.qemu, self.initramfs, self.folder, disks=attached)
         )
-        self.guest.boot()
+        self._boot()
+
+    def _boot(self, boots: int = 1) -> None:
+        """Wait for the guest, but not for one whose disk will never answer."""
+        deadline = time.monotonic() + BOOT_LIMIT
+        while True:
+            try:
+                self.guest.boot(1, boots=boots)
+            except GuestTimeout:
+                dead = [disk for disk in self.disks.values() if not disk.back_end.running]
+                if dead:
+                    raise GuestError(f"a back-end has ended\n{self.describe()}") from None
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                break
         self._complaints = 0
         self._find_disks()
 
