@@ -215,7 +215,8 @@ def _ratio(outcome: Outcome, name: str, peers: list[str], key: str, most: bool) 
         return None
     best = min if most else max
     if best_only:
-        return _typical(ours, key) / best(_typical(runs, key) for runs in theirs)
+        ratio: float = _typical(ours, key) / best(_typical(runs, key) for runs in theirs)
+        return ratio
     pairs = zip(ours, zip(*theirs, strict=True), strict=True)
     ratios: list[float] = [run[key] / best(peer[key] for peer in group) for run, group in pairs]
     return statistics.median(ratios)
@@ -361,7 +362,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--best",
         action="store_true",
-        help="the best round, and the rate of its best 2 ms, instead of medians: for a busy machine",
+        help="best rounds, and the rate of their best 2 ms, not medians: for a busy machine",
     )
     parser.add_argument("--image-folder", type=Path, help="where the image is made (tmpfs)")
     parser.add_argument(
