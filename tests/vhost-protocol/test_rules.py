@@ -782,3 +782,37 @@ def test_session_takes_over_what_answers_tell() -> None:
 
 def test_tables_show_themselves() -> None:
     assert repr(FRONTEND_TABLE) == "<front-end table of 45 requests>"
+
+
+def test_headers_can_be_read_and_written_alone() -> None:
+    from vhost_protocol import Header, decode_header, encode_header
+
+    for order in "<>":
+        header = Header(5, 0xD, 40)
+        assert decode_header(encode_header(header, order), order) == header
+        assert header.is_reply
+        assert header.need_reply
+    assert not Header(5, 1, 0).is_reply
+    assert not Header(5, 1, 0).need_reply
+
+
+def test_a_reply_of_another_kinds_size_is_refused() -> None:
+    # SET_LOG_BASE may be answered with 8 bytes or none; GET_INFLIGHT_FD with 20 or 24, and an Ack's
+    # size is let through by the header to be refused here.
+    front = Requester(FRONTEND_TABLE, opened())
+    front.request(GetInflightFd(0, 0, 1, 1))
+    with pytest.raises(BadSize, match="20 or 24 bytes"):
+        feed_reply(front, frame(31, bytes(8), flags=5))
+
+
+def feed_reply(core: Requester, data: bytes) -> object:
+    core.receive(data)
+    return core.next()
+
+
+def test_answers_show_themselves() -> None:
+    front = Requester(FRONTEND_TABLE, opened())
+    front.request(GetFeatures())
+    front.receive(frame(1, bytes(8), flags=5))
+    answer = front.next()
+    assert repr(answer) == "<Answered FeaturesReply(features=0) fds=[]>"

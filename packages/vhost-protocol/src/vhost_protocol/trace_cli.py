@@ -57,7 +57,7 @@ def header_line(order: str = NATIVE) -> dict[str, Any]:
 def write_record(file: TextIO, record: Record) -> None:
     """Append a record to a recording: a line of JSON."""
     line = {
-        "t": round(record.time, 6),
+        "t": record.time,
         "c": record.connection,
         "ch": record.channel,
         "fe": record.from_frontend,
@@ -293,7 +293,8 @@ class Proxy:
                     return
 
     def _now(self) -> float:
-        return time.monotonic() - self._start
+        # In whole microseconds, as recordings have it: what is printed live and later is the same.
+        return round(time.monotonic() - self._start, 6)
 
     def _accept(self) -> None:
         front, _ = self._listener.accept()
