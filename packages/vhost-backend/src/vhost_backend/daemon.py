@@ -91,6 +91,9 @@ class VhostUserDaemon:
             memory_slots=memory_slots,
             wake=self._drained.wake,
         )
+        for vring_ in self.vrings:
+            with vring_.get_mut() as state:
+                state.on_truncated = self._hang_up
         for worker in self._workers:
             worker.start()
 
@@ -134,6 +137,10 @@ class VhostUserDaemon:
         self._stopping = True
         self._wake.wake()
         self._drained.wake()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """End the present connection, from any thread."""
         connection = self._connection
         if connection is not None:
             with contextlib.suppress(OSError):
@@ -217,8 +224,11 @@ class VhostUserDaemon:
             log.warning("%s: closing the connection: %s", self.name, error)
         except Refused as error:
             log.warning("%s: closing the connection: %s", self.name, error)
-        except (vp.ConnectionClosed, OSError) as error:
+        except (vp.ProtocolError, OSError) as error:
             log.info("%s: the connection was lost: %s", self.name, error)
+        except Exception:
+            # A mistake of ours, or of the back-end's: loud, but the next front-end is served.
+            log.exception("%s: closing the connection", self.name)
         finally:
             self._connection = None
             self._release()

@@ -74,6 +74,8 @@ class VringState:
         self.kick_fd = self.call_fd = self.err_fd = -1
         #: Borrowed: signalled when something was logged.
         self.log_fd = -1
+        #: Called, with the lock held, when guest memory was taken away under the ring.
+        self.on_truncated: Callable[[], None] | None = None
         #: Called, with the lock held, after each completion, while somebody waits for one.
         self.on_progress: Callable[[], None] | None = None
         #: Called, with the lock held, when the IOTLB lacks an entry (see `control.iommu`).
@@ -364,6 +366,8 @@ class VringState:
 
         One that is not in guest memory is only left alone until the memory changes.
         """
+        if error.reason == Reason.TRUNCATED and self.on_truncated is not None:
+            self.on_truncated()
         if error.reason == Reason.RING_MEMORY:
             self._homeless = True
             self.report_guest_error(error)

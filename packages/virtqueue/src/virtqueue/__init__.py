@@ -20,9 +20,11 @@ from .errors import (
     UsageError,
     VirtqueueError,
 )
+from .guard import SigbusGuard
 from .inflight import InflightRegion, inflight_size
 from .layout import DONE, RECORD, SEGMENT, DoneFlags, Reason, RecordFlags, SegmentFlags
 from .table import Memory
+from .waiting import Waiter, WaitResult
 
 __all__ = [
     "DONE",
@@ -49,8 +51,11 @@ __all__ = [
     "RingState",
     "Segment",
     "SegmentFlags",
+    "SigbusGuard",
     "UsageError",
     "VirtqueueError",
+    "WaitResult",
+    "Waiter",
     "__version__",
     "available_engines",
     "default_engine",

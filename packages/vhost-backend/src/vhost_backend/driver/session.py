@@ -8,7 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import vhost_protocol as vp
-from guest_memory import GuestAddress, GuestMemory, Iotlb, Iova, UserAddress
+from guest_memory import (
+    GuestAddress,
+    GuestMemory,
+    Iotlb,
+    Iova,
+    Region,
+    UserAddress,
+    allocate_memfd,
+)
 from virtqueue import DriverQueue, RingConfig, ring_layout
 
 from .. import eventfd
@@ -111,6 +119,8 @@ class DriverSession:
         num_queues: rings to set up.
         queue_size: descriptors in each.
         memory_size: bytes of memory to share with the back-end.
+        memory_fd: a file of that size to share, which the session takes over; a new sealed memfd
+            by default.
         packed: use packed rings (the back-end has to offer RING_PACKED).
         event_idx: accept EVENT_IDX when offered.
         indirect: accept INDIRECT_DESC when offered.
@@ -129,6 +139,7 @@ class DriverSession:
         num_queues: int = 1,
         queue_size: int = 128,
         memory_size: int = 16 << 20,
+        memory_fd: int | None = None,
         packed: bool = False,
         event_idx: bool = True,
         indirect: bool = True,
@@ -144,11 +155,9 @@ class DriverSession:
         self._iova = IOVA_BASE - GUEST_BASE if iommu else 0
         self.vrings: list[DriverVring] = []
         self.protocol_features = vp.ProtocolFeatures(0)
-        self.memory, self._memory_fd = GuestMemory.allocate(
-            memory_size,
-            guest_address=GuestAddress(GUEST_BASE),
-            user_address=UserAddress(USER_BASE),
-        )
+        self._memory_fd = allocate_memfd(memory_size) if memory_fd is None else memory_fd
+        region = Region(GuestAddress(GUEST_BASE), memory_size, UserAddress(USER_BASE))
+        self.memory = GuestMemory.map([(region, self._memory_fd)])
         self._next = GUEST_BASE
         self._end = GUEST_BASE + memory_size
         wanted = VirtioFeature(features) | VirtioFeature.VERSION_1

@@ -1,0 +1,77 @@
+"""A front-end that takes its memory away under the device."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import os, sys, time
+import vhost_protocol as vp
+from vhost_backend import BlockDevice, Queue, Request, VirtioDevice
+from vhost_backend.driver import DriverSession, SessionError
+from vhost_backend.testing import served
+
+class Touch(VirtioDevice):
+    def handle(self, queue, request):
+        how = sys.argv[1]
+        if how == "write":
+            request.write(b"x" * 4096)
+        elif how == "view":
+            for view in request.writable:
+                view[:] = b"y" * len(view)
+            request.written = request.writable_length
+        elif how == "read":
+            assert len(request.read()) == 4096
+
+SIZE = 1 << 20
+with served(Touch()) as path, served(Touch()) as other:
+    fd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, SIZE)
+    bystander = DriverSession.connect(other, memory_size=SIZE)
+    session = DriverSession.connect(path, memory_size=SIZE, memory_fd=os.dup(fd))
+    vring = session.vrings[0]
+    source, target = session.allocate(4096, 4096), session.allocate(4096, 4096)
+    vring.submit([(source, 4096)], [(target, 4096)])
+    vring.kick()
+    vring.completions()
+    # Everything behind the ring goes; the ring itself stays.
+    vring.submit([(source, 4096)], [(target, 4096)])
+    os.ftruncate(fd, source - 0x1_0000_0000)
+    vring.kick()
+    try:
+        vring.completions(2.0)
+    except SessionError:
+        print("no completion")
+    # Another connection goes on, and so does the same socket.
+    ring = bystander.vrings[0]
+    a, b = bystander.allocate(4096), bystander.allocate(4096)
+    ring.submit([(a, 4096)], [(b, 4096)])
+    ring.kick()
+    assert len(ring.completions()) == 1
+    bystander.close()
+    session.close()
+    with DriverSession.connect(path) as again:
+        ring = again.vrings[0]
+        a, b = again.allocate(4096), again.allocate(4096)
+        ring.submit([(a, 4096)], [(b, 4096)])
+        ring.kick()
+        assert len(ring.completions()) == 1
+    os.close(fd)
+print("survived")
+"""
+
+
+@pytest.mark.parametrize("how", ["write", "view", "read"])
+def test_the_daemon_survives(engine: str, how: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, how],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "VIRTQUEUE_ENGINE": engine},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("survived\n")
