@@ -123,11 +123,20 @@ def test_the_table_says_what_the_snapshot_says() -> None:
     assert memory.pins == 3
 
 
-def test_flags_of_a_read_only_region() -> None:
-    with memfd(0x1000, SEALED) as fd:
-        memory = GuestMemory.map([(region(0, 0x1000), fd)], MmapMapper(read_only=True))
-    row = abi.GmRegion.from_address(memory.table.regions)
-    assert row.flags == abi.REGION_READ_ONLY
+@pytest.mark.parametrize(
+    ("seals", "mapper", "flags"),
+    [
+        (SEALED, MmapMapper(), 0),
+        (SEALED, MmapMapper(read_only=True), abi.REGION_READ_ONLY),
+        (0, MmapMapper(), abi.REGION_UNGUARDED),
+        (0, MmapMapper(guarded=True), 0),
+        (0, MmapMapper(read_only=True), abi.REGION_READ_ONLY | abi.REGION_UNGUARDED),
+    ],
+)
+def test_flags_of_a_region(seals: int, mapper: MmapMapper, flags: int) -> None:
+    with memfd(0x1000, seals) as fd:
+        memory = GuestMemory.map([(region(0, 0x1000), fd)], mapper)
+    assert abi.GmRegion.from_address(memory.table.regions).flags == flags
 
 
 def test_iotlb_records() -> None:

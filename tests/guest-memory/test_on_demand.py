@@ -86,7 +86,7 @@ def test_a_range_over_both_kinds(mapper: DemandMapper) -> None:
     assert first.host
     assert (second.host, second.guest, second.length) == (0, 0x1000, 4)
     rows = (abi.GmRegion * 2).from_address(memory.table.regions)
-    assert [row.flags for row in rows] == [0, abi.REGION_ON_DEMAND]
+    assert [row.flags for row in rows] == [abi.REGION_UNGUARDED, abi.REGION_ON_DEMAND]
     assert rows[1].host_address == 0
     for call in (memory.pieces, memory.translate):
         with pytest.raises(NotMapped) as caught:

@@ -15,6 +15,7 @@ LOG_MAGIC = 0x474F4C47  # "GLOG"
 
 REGION_ON_DEMAND = 1
 REGION_READ_ONLY = 2
+REGION_UNGUARDED = 4  # may vanish, and nothing catches the fault: not to be touched directly
 TABLE_IOMMU = 1
 
 REGION_RECORD = struct.Struct("=QQQQQII16x")

@@ -26,6 +26,7 @@ from .abi import (
     REGION_ON_DEMAND,
     REGION_READ_ONLY,
     REGION_RECORD,
+    REGION_UNGUARDED,
     TABLE_IOMMU,
     TABLE_MAGIC,
     GmTable,
@@ -113,6 +114,7 @@ class _Entry:
         "read_only",
         "record",
         "region",
+        "sealed",
         "user",
         "user_end",
     )
@@ -145,7 +147,8 @@ class _Entry:
         self.access = access
         self.read_only = not access & _WRITE or bool(getattr(mapping, "read_only", False))
         self.bounded = bool(getattr(mapping, "bounded", False))
-        self.direct = bool(getattr(mapping, "sealed", True) or getattr(mapping, "guarded", False))
+        self.sealed = bool(getattr(mapping, "sealed", True))
+        self.direct = self.sealed or bool(getattr(mapping, "guarded", False))
         self.fast = self.direct and self.bounded and self.host != 0
         if parent is not None:
             self.poison = parent.poison
@@ -153,7 +156,11 @@ class _Entry:
             word = getattr(mapping, "poison_address", 0)
             # The mapping keeps its own word alive, and the entry keeps the mapping.
             self.poison = ctypes.c_uint32.from_address(word) if word else ctypes.c_uint32()
-        flags = (0 if self.host else REGION_ON_DEMAND) | (REGION_READ_ONLY * self.read_only)
+        flags = (
+            REGION_ON_DEMAND * (not self.host)
+            | REGION_READ_ONLY * self.read_only
+            | REGION_UNGUARDED * (not self.direct)
+        )
         self.record = REGION_RECORD.pack(
             self.guest,
             size,
@@ -211,12 +218,13 @@ class _Entry:
     def __del__(self) -> None:
         self.release()
 
-    def export(self, host: int, length: int) -> memoryview:
+    def export(self, host: int, length: int, snapshot: "GuestMemory") -> memoryview:
         """A view that keeps the memory mapped as long as it exists, or a slice of it."""
         if self._array is None:
             self._array = ctypes.c_ubyte * (self.end - self.guest)
         exporter = self._array.from_address(self.host)
-        exporter.owner = self
+        # Where a guard watches snapshots, the view has to keep the snapshot too.
+        exporter.owner = self if self.sealed else (self, snapshot)
         offset = host - self.host
         return memoryview(exporter).cast("B")[offset : offset + length]
 
@@ -876,6 +884,8 @@ class GuestMemory:
     def view(self, address: BusAddress, length: int, access: int = Access.READ_WRITE) -> memoryview:
         """Return a zero-copy view of a range, which keeps the memory mapped as long as it exists.
 
+        A view of memory that needs a guard keeps the whole snapshot, so that it stays watched.
+
         Args:
             address: in the driver's address space.
             length: bytes.
@@ -907,7 +917,7 @@ class GuestMemory:
             raise Poisoned(guest, length)
         if not entry.host:
             entry = entry.pinned(guest, length or 1, access)
-        view = entry.export(entry.host + guest - entry.guest, length)
+        view = entry.export(entry.host + guest - entry.guest, length, self)
         return view if access & _WRITE else view.toreadonly()
 
     # --- copies ----------------------------------------------------------------------------------

@@ -243,8 +243,8 @@ def atomic_or(address: int, mask: int) -> bool:
 
     Returns False when the page is missing.
     """
-    if mask == 0xFFFFFFFF:
-        return _word_operation(address, _OP_OR, -1)
+    if mask & 0xFFFFF800 == 0xFFFFF800:  # an operand whose sign fills the upper bits
+        return _word_operation(address, _OP_OR, (mask & 0x7FF) - 0x800)
     low = mask & 0x7FF
     if low and not _word_operation(address, _OP_OR, low):
         return False
