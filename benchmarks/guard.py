@@ -89,8 +89,8 @@ PYTHON = (
         "a chain object a request",
         rings.chains,
         32,
-        36000,
-        2700,
+        10500,
+        410,
         "an object, its segments and a copy of 16 bytes for each request",
     ),
 )
