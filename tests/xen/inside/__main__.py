@@ -1,14 +1,13 @@
 """Run every check of this folder, in an order in which later ones may rest on earlier ones."""
 
 import importlib
+import time
 
 from .report import run, say
 
 
 def main() -> None:
     """Import the modules with checks, so that they register them; then run them."""
-    import time
-
     for name in ("own_grants", "foreign", "guest_grants", "regions", "ring", "leftovers"):
         started = time.monotonic()
         try:

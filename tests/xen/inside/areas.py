@@ -51,7 +51,7 @@ class GuestGranter:
 
     def __init__(self, base: int) -> None:
         self.domid = guest().domid
-        self._base = base
+        self.base = base
         self._frame = 3000
         self._reference = FIRST_REFERENCE + 1200
         self.granted: list[int] = []
@@ -62,7 +62,7 @@ class GuestGranter:
         for page in range(pages):
             guest().grant(first + page, self._frame + page)
             self.granted.append(first + page)
-        area = Area(first, pages, self._base + self._frame * PAGE)
+        area = Area(first, pages, self.base + self._frame * PAGE)
         self._frame += pages + 1
         self._reference += pages + 3
         return area
@@ -142,21 +142,28 @@ class _There:
 
 
 class _DriversSide:
-    """Maps areas to where the granting side has them."""
+    """Maps regions to where the driver's side has them."""
 
-    def __init__(self, areas: list[Area]) -> None:
-        self._hosts = {area.guest_address: area.host for area in areas}
+    def __init__(self, hosts: dict[Region, int]) -> None:
+        self._hosts = hosts
 
     def map(self, region: Region, fd: int | None) -> Mapping:
-        return _There(region, self._hosts[region.guest_address])
+        return _There(region, self._hosts[region])
+
+
+def memory_at(hosts: dict[Region, int]) -> GuestMemory:
+    """Regions as the driver sees them, each at an address of this process."""
+    return GuestMemory.map([(region, None) for region in hosts], mapper=_DriversSide(hosts))
 
 
 def drivers_memory(areas: list[Area]) -> GuestMemory:
     """The areas as the driver sees them."""
-    regions = [
-        (Region(area.guest_address, area.pages * PAGE, area.user_address), None) for area in areas
-    ]
-    return GuestMemory.map(regions, mapper=_DriversSide(areas))
+    return memory_at(
+        {
+            Region(area.guest_address, area.pages * PAGE, area.user_address): area.host
+            for area in areas
+        }
+    )
 
 
 class KeepingMapper:

@@ -73,9 +73,9 @@ def guest_memory_on_demand() -> None:
     with nothing_left():
         base = region(grants.references[0], 0x900, ON_DEMAND)
         memory = GuestMemory.map([(base, fd)], mapper=XenMapper())
-        memory.write(base.guest_address + 0x8F0, b"sixteen bytes ok")
+        memory.write(GuestAddress(base.guest_address + 0x8F0), b"sixteen bytes ok")
         assert grants.memory[0x8F0:0x900] == b"sixteen bytes ok"
-        assert memory.read(base.guest_address + 0x8F0, 16) == b"sixteen bytes ok"
+        assert memory.read(GuestAddress(base.guest_address + 0x8F0), 16) == b"sixteen bytes ok"
         assert not mapped(GNTDEV)
         del memory
     os.close(fd)

@@ -180,13 +180,13 @@ def exercise(setup: Setup, seed: int) -> int:
             kind = rng.choice((IN, OUT))
             header, status = base + rng.randrange(0, 64, 4), base + 4 * PAGE - 1
             data = base + rng.randint(80, 4 * PAGE - 2 - length)
-            memory.write(header, HEADER.pack(kind, 0, sector))
-            memory.write(status, b"\xff")
+            memory.write(GuestAddress(header), HEADER.pack(kind, 0, sector))
+            memory.write(GuestAddress(status), b"\xff")
             cut = rng.randint(1, length - 1)
             pieces = [(data, cut), (data + cut, length - cut)]
             if kind == OUT:
                 content = rng.randbytes(length)
-                memory.write(data, content)
+                memory.write(GuestAddress(data), content)
                 readable, writable = [(header, 16), *pieces], [(status, 1)]
             else:
                 content = None
@@ -211,11 +211,11 @@ def _verify(setup: Setup, wanted: dict[int, Wanted], model: bytearray) -> int:
     assert {head for head, _ in done} == set(wanted)
     for head, written in done:
         data, length, status, sector, content = wanted[head]
-        assert setup.drivers.read(status, 1) == bytes((OK,))
+        assert setup.drivers.read(GuestAddress(status), 1) == bytes((OK,))
         place = sector * SECTOR
         if content is None:
             assert written == length + 1
-            assert setup.drivers.read(data, length) == model[place : place + length]
+            assert setup.drivers.read(GuestAddress(data), length) == model[place : place + length]
         else:
             assert written == 1
             model[place : place + length] = content
@@ -274,7 +274,9 @@ def one_request_fails_alone() -> None:
                 statuses = []
                 for slot in range(3):
                     base = buffers.guest_address + slot * 4 * PAGE
-                    setup.drivers.write(base, HEADER.pack(OUT, 0, slot) + b"\xff" * 16)
+                    setup.drivers.write(
+                        GuestAddress(base), HEADER.pack(OUT, 0, slot) + b"\xff" * 16
+                    )
                     statuses.append(base + 3 * PAGE)
                     # The second request's data is in the page that is missing.
                     data = [(base + PAGE, SECTOR)]
@@ -282,7 +284,11 @@ def one_request_fails_alone() -> None:
                 setup.driver.publish()
                 assert serve(setup) == (3, 1)
                 assert [written for _, written in setup.driver.collect()] == [1, 0, 1]
-                assert [setup.drivers.read(status, 1)[0] for status in statuses] == [0, 1, 0]
+                assert [setup.drivers.read(GuestAddress(status), 1)[0] for status in statuses] == [
+                    0,
+                    1,
+                    0,
+                ]
                 assert setup.device.broken is None
                 setup.device.close()
                 del setup
