@@ -24,6 +24,7 @@ from .guard import SigbusGuard
 from .inflight import InflightRegion, inflight_size
 from .layout import DONE, RECORD, SEGMENT, DoneFlags, Reason, RecordFlags, SegmentFlags
 from .table import Memory
+from .transfer import Operation, Transfer
 from .waiting import Waiter, WaitResult
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "InflightRegion",
     "Memory",
     "Need",
+    "Operation",
     "QueueBroken",
     "Reason",
     "RecordFlags",
@@ -52,6 +54,7 @@ __all__ = [
     "Segment",
     "SegmentFlags",
     "SigbusGuard",
+    "Transfer",
     "UsageError",
     "VirtqueueError",
     "WaitResult",

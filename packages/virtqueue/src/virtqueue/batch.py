@@ -55,85 +55,94 @@ class Segment(NamedTuple):
     writable: bool
 
 
+_HEADER: Final = 16
+_READABLE_CONTIGUOUS: Final = int(RecordFlags.READABLE_CONTIGUOUS)
+_WRITABLE_CONTIGUOUS: Final = int(RecordFlags.WRITABLE_CONTIGUOUS)
+_RESUBMITTED: Final = int(RecordFlags.RESUBMITTED)
+_WRITABLE: Final = int(SegmentFlags.WRITABLE)
+
+
 class Chain:
     """One request: the buffers of a descriptor chain (virtio 2.7.5, 2.8.6).
 
     It may be kept after the batch it came from, until it is completed; then every use raises
     `ChainCompleted`.  It keeps the guest memory it lies in mapped.
+
+    Only what is asked for is built: most requests need the header, which the record holds, and
+    one slice of the window.
     """
 
-    __slots__ = (
-        "_memory",
-        "_open",
-        "_position",
-        "_readable",
-        "_segments",
-        "_shared",
-        "_writable",
-        "_written",
-        "head",
-        "index",
-        "readable_length",
-        "resubmitted",
-        "serial",
-        "writable_length",
-    )
+    # Class-level defaults, so that making a chain stores four attributes only.
+    _segments: tuple[Segment, ...] | None = None
+    _readable: list[memoryview] | None = None
+    _writable: list[memoryview] | None = None
+    _total: int | None = None
+    _position: int = 0
+    _written: int = 0
+    _shared: bool = False
 
-    head: int
-    """Names the chain until it is completed: head descriptor (split) or buffer id (packed)."""
-    readable_length: int
-    """Bytes the driver sends, the header included."""
-    writable_length: int
-    """Bytes the driver has room for."""
-    resubmitted: bool
-    """Whether a back-end before us may have executed the request already."""
-
-    def __init__(
-        self,
-        memory: Memory,
-        segments: tuple[Segment, ...],
-        head: int,
-        index: int,
-        serial: int,
-        resubmitted: bool,
-    ) -> None:
-        self._memory: Memory | None = memory
-        self._segments = segments
-        self._readable: list[memoryview] | None = None
-        self._writable: list[memoryview] | None = None
-        self._position = 0
-        self._written = 0
-        self._open = True
-        self._shared = False
-        self.head = head
+    def __init__(self, batch: Batch, record: tuple[Any, ...], index: int) -> None:
+        self._batch: Batch | None = batch
+        self._record: tuple[Any, ...] = record
+        self._memory: Memory | None = batch._memory
         self.index: int = index
-        self.serial: int = serial
-        self.resubmitted = resubmitted
-        self.readable_length = sum(s.length for s in segments if not s.writable)
-        self.writable_length = sum(s.length for s in segments if s.writable)
+        """Place in the batch it came from."""
 
     def __repr__(self) -> str:
-        state = "" if self._open else " completed"
-        return f"<Chain {self.head} {self.readable_length}->{self.writable_length}{state}>"
+        state = "completed" if self._memory is None else f"{self._record[5]} writable"
+        return f"<Chain {self._record[6]} {state}>"
 
-    def _check(self) -> None:
-        if not self._open:
-            raise ChainCompleted(f"chain {self.head} has been completed")
+    def _check(self) -> Memory:
+        memory = self._memory
+        if memory is None:
+            raise ChainCompleted(f"chain {self._record[6]} has been completed")
+        return memory
 
     def _close(self) -> None:
-        self._open = False
         # What the user still holds of a completed chain does not keep memory mapped.
-        self._memory = None
-        self._readable = self._writable = None
+        self._memory = self._batch = self._readable = self._writable = None
+
+    def _keep(self) -> None:
+        """Copy what the next take overwrites."""
+        self._load()
+        self._batch = None
+
+    def _load(self) -> tuple[Segment, ...]:
+        segments = self._segments
+        if segments is None:
+            batch = self._batch
+            assert batch is not None
+            count, start = self._record[8], self._record[9] * SEGMENT_SIZE
+            pieces = batch._segments[start : start + count * SEGMENT_SIZE]
+            segments = self._segments = tuple(
+                [
+                    Segment(host, guest, length, bool(kind & _WRITABLE))
+                    for host, guest, length, kind, _ in SEGMENT.iter_unpack(pieces)
+                ]
+            )
+        return segments
+
+    def _sum(self) -> int:
+        """Readable bytes when there is nothing behind the header: the record does not tell."""
+        segments, batch = self._segments, self._batch
+        if segments is not None or batch is None:
+            return sum([s.length for s in segments or () if not s.writable])
+        total = 0
+        start = self._record[9] * SEGMENT_SIZE
+        for offset in range(start, start + self._record[8] * SEGMENT_SIZE, SEGMENT_SIZE):
+            _, _, length, kind, _ = SEGMENT.unpack_from(batch._segments, offset)
+            if kind & _WRITABLE:
+                break
+            total += length
+        return total
 
     def _views(self, writable: bool) -> list[memoryview]:
-        memory = self._memory
-        assert memory is not None
+        memory = self._check()
         table = MemoryTable.from_address(memory.table_address)
         base, size = table.window_base, table.window_size
         window = memory.window
         views: list[memoryview] = []
-        for segment in self._segments:
+        for segment in self._load():
             if segment.writable != writable:
                 continue
             offset = segment.host - base
@@ -147,15 +156,53 @@ class Chain:
         return views
 
     @property
+    def head(self) -> int:
+        """Names the chain until it is completed: head descriptor (split) or buffer id (packed)."""
+        head: int = self._record[6]
+        return head
+
+    @property
+    def header(self) -> bytes:
+        """A copy of the first 16 device-readable bytes, zero padded."""
+        header: bytes = self._record[0]
+        return header
+
+    @property
+    def readable_length(self) -> int:
+        """Bytes the driver sends, the header included."""
+        total = self._total
+        if total is None:
+            rest = self._record[4]
+            if rest:
+                total = _HEADER + rest
+            elif self._memory is None and self._segments is None:
+                raise ChainCompleted(f"chain {self._record[6]} has been completed")
+            else:
+                total = self._sum()
+            self._total = total
+        return total
+
+    @property
+    def writable_length(self) -> int:
+        """Bytes the driver has room for."""
+        length: int = self._record[5]
+        return length
+
+    @property
+    def resubmitted(self) -> bool:
+        """Whether a back-end before us may have executed the request already."""
+        return bool(self._record[7] & _RESUBMITTED)
+
+    @property
     def completed(self) -> bool:
         """Whether the chain has been given back."""
-        return not self._open
+        return self._memory is None
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         """The pieces in order, the readable ones first."""
         self._check()
-        return self._segments
+        return self._load()
 
     @property
     def readable(self) -> list[memoryview]:
@@ -193,20 +240,38 @@ class Chain:
 
         Fewer when the chain ends before.
         """
-        left = self.readable_length - self._position
+        memory = self._check()
+        record, position = self._record, self._position
+        left = self.readable_length - position
         if count < 0 or count > left:
             count = left
-        pieces = self.readable
-        data = _copy_out(pieces, self._position, count)
-        self._position += count
-        return data
+        end = self._position = position + count
+        header: bytes = record[0]
+        if end <= _HEADER:
+            return header[position:end]
+        window = memory.window
+        if record[7] & _READABLE_CONTIGUOUS and window is not None:
+            offset = record[1] - _HEADER
+            if position >= _HEADER:
+                return bytes(window[offset + position : offset + end])
+            return header[position:] + bytes(window[record[1] : offset + end])
+        return _copy_out(self.readable, position, count)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append to the device-writable bytes; returns how many there was room for."""
-        self._check()
+        memory = self._check()
+        record, written = self._record, self._written
         source = memoryview(data).cast("B")
+        end = written + len(source)
+        window = memory.window
+        # With a status byte the last byte may lie elsewhere.
+        if record[7] & _WRITABLE_CONTIGUOUS and end < record[5] and window is not None:
+            offset = record[2]
+            window[offset + written : offset + end] = source
+            self._written = end
+            return len(source)
         done = 0
-        skip = self._written
+        skip = written
         for view in self._writable_views():
             if skip >= len(view):
                 skip -= len(view)
@@ -217,7 +282,7 @@ class Chain:
             view[skip : skip + step] = source[done : done + step]
             done += step
             skip = 0
-        self._written += done
+        self._written = written + done
         return done
 
 
@@ -246,7 +311,6 @@ class Batch:
 
     __slots__ = (
         "_built",
-        "_chains",
         "_count",
         "_done_views",
         "_gone",
@@ -272,14 +336,11 @@ class Batch:
     stalled: bool
     """A chain waits until others are completed: take again after that, no kick will come."""
 
-    def __init__(
-        self, records: memoryview, done: memoryview, segments: memoryview, chains: dict[int, Chain]
-    ) -> None:
+    def __init__(self, records: memoryview, done: memoryview, segments: memoryview) -> None:
         capacity = len(done) // DONE_SIZE
         self._record_views = [records[: n * RECORD_SIZE] for n in range(capacity + 1)]
         self._done_views = [done[: n * DONE_SIZE] for n in range(capacity + 1)]
         self._segments = segments
-        self._chains = chains
         self._built: dict[int, Chain] = {}
         self._gone: set[int] = set()
         self._count = 0
@@ -308,27 +369,21 @@ class Batch:
         if index in self._gone or self._memory is None:
             raise ChainCompleted(f"chain {index} of the batch has been completed")
         record = RECORD.unpack_from(self.records, index * RECORD_SIZE)
-        head, flags, count, first = record[6], record[7], record[8], record[9]
-        start = first * SEGMENT_SIZE
-        pieces = self._segments[start : start + count * SEGMENT_SIZE]
-        segments = tuple(
-            Segment(host, guest, length, bool(kind & SegmentFlags.WRITABLE))
-            for host, guest, length, kind, _ in SEGMENT.iter_unpack(pieces)
-        )
-        chain = Chain(
-            self._memory,
-            segments,
-            head,
-            index,
-            self._serial,
-            bool(flags & RecordFlags.RESUBMITTED),
-        )
-        self._built[index] = self._chains[head] = chain
+        chain = self._built[index] = Chain(self, record, index)
         return chain
 
     def __iter__(self) -> Iterator[Chain]:
-        serial = self._serial
-        for index in range(self._count):
+        serial, built = self._serial, self._built
+        if built or self._gone or self._memory is None:
+            for index in range(self._count):
+                if serial != self._serial:
+                    raise ChainCompleted("the batch ended with the next take")
+                yield self[index]
+            return
+        for index, record in enumerate(RECORD.iter_unpack(self.records)):
             if serial != self._serial:
                 raise ChainCompleted("the batch ended with the next take")
-            yield self[index]
+            chain = built.get(index)
+            if chain is None:
+                chain = built[index] = Chain(self, record, index)
+            yield chain

@@ -32,6 +32,10 @@ PROVISIONS: Final = 1024
 """Pieces mapped on demand that a queue can use at a time."""
 
 
+_KEEP: Final = int(DoneFlags.KEEP)
+_WROTE_ALL: Final = int(DoneFlags.WROTE_ALL)
+
+
 class DirtyLog(Protocol):
     """What a queue asks of a dirty log (`guest_memory.DirtyLog` is one)."""
 
@@ -127,8 +131,8 @@ class DeviceQueue:
             memoryview(self._records).cast("B"),
             memoryview(self._done).cast("B"),
             memoryview(self._segments).cast("B"),
-            self._chains,
         )
+        self._status_flag = int(DoneFlags.STATUS) if config.status_byte else 0
         self._staged_view = memoryview(self._staged).cast("B")
         self._engine = make_engine(engine, block, memory)
         self._recovered = inflight is None
@@ -232,6 +236,8 @@ class DeviceQueue:
         An empty batch that is not ``stalled`` has asked the driver for kicks, passed a full
         barrier and looked again.  Raises `QueueBroken` and `Need`.
         """
+        if self._batch._built:
+            self._leave_batch(completing=False)
         if limit is not None or self._unresolved is not None:
             self._prepare(limit)
         count = self._take()
@@ -247,8 +253,8 @@ class DeviceQueue:
         and `Need`, whose ``notify`` says the same: what was completed has been published.
         """
         notify = False
-        if self._chains:
-            self._close_batch()
+        if self._batch._built:
+            self._leave_batch(completing=True)
         if self._staged_count:
             notify = self.publish()
         if limit is not None or self._unresolved is not None:
@@ -284,7 +290,7 @@ class DeviceQueue:
         heads = self._batch.done
         staged = 0
         for entry in DONE.iter_unpack(heads):
-            if not entry[2] & DoneFlags.KEEP:
+            if not entry[2] & _KEEP:
                 DONE.pack_into(self._staged_view, staged * DONE_SIZE, *entry)
                 staged += 1
         block.count = 0
@@ -300,8 +306,8 @@ class DeviceQueue:
             batch._serial += 1
             batch.records = batch._record_views[0]
             batch.done = batch._done_views[0]
-            if batch._built or batch._gone:
-                batch._built, batch._gone = {}, set()
+            if batch._gone:
+                batch._gone = set()
             if count < 0:
                 batch.notify = notify
                 self._fail(count, notify)
@@ -326,8 +332,8 @@ class DeviceQueue:
         batch.notify = notify
         batch.more = block.more != 0
         batch.stalled = False
-        if batch._built or batch._gone:
-            batch._built, batch._gone = {}, set()
+        if batch._gone:
+            batch._gone = set()
         if self._former:
             self._drop_former()
         return batch
@@ -338,14 +344,13 @@ class DeviceQueue:
         if not 0 <= count <= len(batch):
             raise UsageError(f"the batch has {len(batch)} chains, {count} cannot be given back")
         left = len(batch) - count
-        heads = [entry[0] for entry in DONE.iter_unpack(batch._done_views[left + count])]
         block.limit = count
         try:
             self._check(self._engine.rewind())
         finally:
             block.limit = self._limit
-        for head in heads[left:]:
-            chain = self._chains.pop(head, None)
+        for index in range(left, left + count):
+            chain = batch._built.pop(index, None)
             if chain is not None:
                 chain._close()
         batch._count = left
@@ -364,52 +369,48 @@ class DeviceQueue:
         `ChainCompleted`.
         """
         batch = self._batch
-        flags = DoneFlags.STATUS if self._config.status_byte else DoneFlags(0)
         known: Chain | None
+        index = -1
         if isinstance(chain, Chain):
             head, known = chain.head, chain
-            if chain.completed or self._chains.get(head) is not chain:
+            if chain._memory is None:
                 raise ChainCompleted(f"chain {head} has been completed")
+            if chain._batch is batch:
+                index = chain.index
+            elif self._chains.get(head) is not chain:
+                raise UsageError(f"{chain!r} is not of this queue")
         else:
             head = chain
             known = self._chains.get(head)
+            if known is None and batch._count:
+                heads = [entry[0] for entry in DONE.iter_unpack(batch.done)]
+                if head in heads:
+                    index = heads.index(head)
+                    known = batch._built.get(index)
+        flags = self._status_flag
         if known is not None:
-            if known.wrote_anywhere:
-                flags |= DoneFlags.WROTE_ALL
+            room = known.writable_length
+            if known._shared:
+                flags |= _WROTE_ALL
             if written is None:
-                written = known.written
-                if self._config.status_byte and written == known.writable_length - 1:
-                    written += 1
-            if not 0 <= written <= known.writable_length:
-                raise UsageError(
-                    f"chain {head} has room for {known.writable_length} bytes, not {written}"
-                )
-        if self._staged_count >= self._config.size:
+                written = known._written
+                if self._status_flag and written == room - 1:
+                    written = room
+            if not 0 <= written <= room:
+                raise UsageError(f"chain {head} has room for {room} bytes, not {written}")
+        staged = self._staged_count
+        if staged >= self._config.size:
             raise UsageError("more completions are staged than chains can be in flight")
-        if batch._count:
-            self._keep(head, known)
+        DONE.pack_into(self._staged_view, staged * DONE_SIZE, head, status, flags, written or 0)
+        self._staged_count = staged + 1
+        if index >= 0:
+            # Not the next cycle's any more.
+            batch._gone.add(index)
+            batch.done[index * DONE_SIZE + 3] |= _KEEP
         if known is not None:
             known._close()
-            self._chains.pop(head, None)
-        DONE.pack_into(
-            self._staged_view, self._staged_count * DONE_SIZE, head, status, flags, written or 0
-        )
-        self._staged_count += 1
-
-    def _keep(self, head: int, chain: Chain | None) -> None:
-        """Take a head out of what the next cycle completes on its own."""
-        batch = self._batch
-        if chain is not None:
-            if chain.serial != batch._serial:
-                return
-            index = chain.index
-        else:
-            heads = [entry[0] for entry in DONE.iter_unpack(batch.done)]
-            if head not in heads:
-                return
-            index = heads.index(head)
-        batch._gone.add(index)
-        batch.done[index * DONE_SIZE + 3] |= DoneFlags.KEEP
+            if index < 0:
+                del self._chains[head]
 
     def publish(self) -> bool:
         """Return the staged chains to the driver; true when it wants to be signalled."""
@@ -427,20 +428,23 @@ class DeviceQueue:
             self._drop_former()
         return block.notify != 0
 
-    def _close_batch(self) -> None:
-        """The chains that the next cycle completes can no longer be used."""
+    def _leave_batch(self, completing: bool) -> None:
+        """Before the batch is overwritten: its chains are completed, or go on by themselves."""
         batch = self._batch
-        if not batch._built:
-            return
-        for index, chain in batch._built.items():
-            entry = index * DONE_SIZE
-            flags = batch.done[entry + 3]
-            if flags & DoneFlags.KEEP:
+        built, batch._built = batch._built, {}
+        done = batch.done
+        for index, chain in built.items():
+            if chain._memory is None:
                 continue
-            if chain.wrote_anywhere:
-                batch.done[entry + 3] = flags | DoneFlags.WROTE_ALL
-            chain._close()
-            self._chains.pop(chain.head, None)
+            if completing:
+                entry = index * DONE_SIZE + 3
+                if not done[entry] & _KEEP:
+                    if chain._shared:
+                        done[entry] |= _WROTE_ALL
+                    chain._close()
+                    continue
+            chain._keep()
+            self._chains[chain.head] = chain
 
     # Notifications.
 
@@ -610,6 +614,11 @@ class DeviceQueue:
         return self._engine.name
 
     @property
+    def block_address(self) -> int:
+        """Host address of the block that the engine works on, as `Waiter` and C code want it."""
+        return ctypes.addressof(self._block)
+
+    @property
     def taken(self) -> int:
         """Chains taken, ever."""
         return self._block.taken
@@ -630,10 +639,12 @@ class DeviceQueue:
         self._closed = True
         self.stop()
         self._engine.close()
-        for chain in self._chains.values():
+        for chain in (*self._chains.values(), *self._batch._built.values()):
             chain._close()
         self._chains.clear()
+        self._batch._built = {}
         self._batch._count = 0
+        self._batch._memory = None
         self._take = self._cycle = _closed_call
         for index in range(PROVISIONS):
             if self._provisions[index].length:

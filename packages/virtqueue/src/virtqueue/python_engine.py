@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -44,6 +45,16 @@ from .table import PINS_OFFSET, READ, WRITE, Broken, Memory, Missing, Piece, Tab
 NEXT: Final = 1
 WRITABLE: Final = 2
 INDIRECT: Final = 4
+
+# Plain integers: enum members cost a microsecond in an expression.
+_STATUS: Final = int(DoneFlags.STATUS)
+_KEEP: Final = int(DoneFlags.KEEP)
+_WROTE_ALL: Final = int(DoneFlags.WROTE_ALL)
+_SEGMENT_WRITABLE: Final = int(SegmentFlags.WRITABLE)
+_READABLE_CONTIGUOUS: Final = int(RecordFlags.READABLE_CONTIGUOUS)
+_WRITABLE_CONTIGUOUS: Final = int(RecordFlags.WRITABLE_CONTIGUOUS)
+_EXTERNAL: Final = int(RecordFlags.EXTERNAL)
+_RESUBMITTED: Final = int(RecordFlags.RESUBMITTED)
 
 Descriptor = tuple[int, int, int, int]
 """(address, length, flags, next) of a split ring, (address, length, id, flags) of a packed one."""
@@ -247,7 +258,7 @@ class RingEngine:
         finally:
             block.count = count
             if count:
-                barrier.atomic_add(self._table.address + PINS_OFFSET, count)
+                _add_pins(self._table.address, count)
         return count
 
     def publish(self) -> int:
@@ -396,7 +407,7 @@ class RingEngine:
     ) -> None:
         """Write the record, the segments and the default completion of a chain."""
         base, end = self._table.window_base, self._table.window_end
-        flags = RecordFlags(0)
+        flags = 0
         header = b""
         readable = 0
         readable_length = 0
@@ -408,11 +419,11 @@ class RingEngine:
                 piece.host,
                 piece.guest,
                 piece.length,
-                SegmentFlags.WRITABLE if writable else 0,
+                _SEGMENT_WRITABLE if writable else 0,
                 piece.provision,
             )
             if not base <= piece.host <= end - piece.length:
-                flags |= RecordFlags.EXTERNAL
+                flags |= _EXTERNAL
             if writable:
                 continue
             copied = min(HEADER_SIZE - len(header), piece.length)
@@ -427,7 +438,7 @@ class RingEngine:
             return host - base if base <= host < end else 0
 
         if len(payload) <= 1:
-            flags |= RecordFlags.READABLE_CONTIGUOUS
+            flags |= _READABLE_CONTIGUOUS
         if payload:
             readable = offset(payload[0].host)
         writable_offset = status = 0
@@ -439,12 +450,12 @@ class RingEngine:
         if self._status_byte and parts and taken.writable[-1].length == 1:
             parts -= 1
         if parts <= 1:
-            flags |= RecordFlags.WRITABLE_CONTIGUOUS
-        if flags & RecordFlags.EXTERNAL:
-            flags &= ~(RecordFlags.READABLE_CONTIGUOUS | RecordFlags.WRITABLE_CONTIGUOUS)
+            flags |= _WRITABLE_CONTIGUOUS
+        if flags & _EXTERNAL:
+            flags &= ~(_READABLE_CONTIGUOUS | _WRITABLE_CONTIGUOUS)
             readable = writable_offset = status = 0
         if resubmitted:
-            flags |= RecordFlags.RESUBMITTED
+            flags |= _RESUBMITTED
         RECORD.pack_into(
             self._records,
             RECORD_SIZE * position,
@@ -464,7 +475,7 @@ class RingEngine:
             DONE_SIZE * position,
             taken.head,
             0,
-            DoneFlags.STATUS if self._status_byte else 0,
+            _STATUS if self._status_byte else 0,
             taken.writable_length,
         )
 
@@ -475,14 +486,14 @@ class RingEngine:
         block.notify = 0
         chains: list[Taken] = []
         for head, status, flags, written in DONE.iter_unpack(source[: count * DONE_SIZE]):
-            if flags & DoneFlags.KEEP:
+            if flags & _KEEP:
                 continue
             taken = self._taken.get(head)
             if taken is None or taken.done:
                 self._undo(chains)
                 block.detail = head
                 return Result.USAGE
-            wants_status = flags & DoneFlags.STATUS
+            wants_status = flags & _STATUS
             if written > taken.writable_length or (wants_status and not taken.writable):
                 self._undo(chains)
                 block.detail = head
@@ -531,7 +542,7 @@ class RingEngine:
 
     def _finish(self, taken: Taken) -> None:
         """The status byte, and the log of what was written to the chain's buffers."""
-        status = taken.flags & DoneFlags.STATUS
+        status = taken.flags & _STATUS
         if status:
             last = taken.writable[-1]
             ctypes.c_uint8.from_address(last.host + last.length - 1).value = taken.status
@@ -540,7 +551,7 @@ class RingEngine:
             return
         left = taken.written
         # A failed request may have written anywhere before it failed.
-        if taken.flags & DoneFlags.WROTE_ALL or (status and taken.status):
+        if taken.flags & _WROTE_ALL or (status and taken.status):
             left = taken.writable_length
         for piece in taken.writable:
             if not left:
@@ -552,6 +563,7 @@ class RingEngine:
             log.mark(last.guest + last.length - 1, 1)
 
     def _release(self, chains: list[Taken]) -> None:
+        pins: dict[int, int] = {}
         for taken in chains:
             if self._taken.pop(taken.head, None) is None:
                 continue
@@ -559,13 +571,27 @@ class RingEngine:
             self._slots_out -= taken.slots
             for index in taken.kept:
                 self._provisions[index].uses -= 1
-            barrier.atomic_add(taken.table.address + PINS_OFFSET, -1)
+            pins[taken.table.address] = pins.get(taken.table.address, 0) + 1
+        for address, count in pins.items():
+            _add_pins(address, -count)
         self._block.in_flight = len(self._taken)
 
     def _mark_ring(self, offset: int, length: int) -> None:
         """Log a write to the device's part of the ring."""
         if self._log_used and self._log is not None:
             self._log.mark(self._block.log_used + offset, length)
+
+
+def _add_pins(table: int, count: int) -> None:
+    """Add to a table's 64-bit counter, which stays below 2**31, by its low word.
+
+    The atomic operation takes 12-bit numbers.
+    """
+    address = table + PINS_OFFSET + (4 if sys.byteorder == "big" else 0)
+    while count:
+        step = max(-2048, min(2047, count))
+        barrier.atomic_add(address, step)
+        count -= step
 
 
 def _buffer(address: int, length: int) -> memoryview:
