@@ -4,6 +4,8 @@ Derive from `VirtioDevice` and `serve` it; or implement `VhostUserBackend` and r
 `VhostUserDaemon` for full control of the rings.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
 from .backend import VhostUserBackend, VhostUserBackendBase
 from .counters import QueueCounters
@@ -14,9 +16,14 @@ from .devices import BlockDevice
 from .errors import BackendUsageError, DeviceError, ListenError, Refused, VhostBackendError
 from .features import VirtioFeature
 from .listener import Listener
+from .observe import QueueReport, report
 from .serve import serve
+from .state_transfer import StateError
 from .vring import Vring, VringMutex, VringRwLock, VringState
 from .worker import VringEpollHandler
+
+if TYPE_CHECKING:
+    from .metrics import MetricsServer
 
 __all__ = [
     "BackendUsageError",
@@ -25,10 +32,13 @@ __all__ = [
     "DeviceError",
     "ListenError",
     "Listener",
+    "MetricsServer",
     "Queue",
     "QueueCounters",
+    "QueueReport",
     "Refused",
     "Request",
+    "StateError",
     "VhostBackendError",
     "VhostUserBackend",
     "VhostUserBackendBase",
@@ -41,5 +51,15 @@ __all__ = [
     "VringRwLock",
     "VringState",
     "__version__",
+    "report",
     "serve",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`MetricsServer` brings an HTTP server along, so it is imported when it is asked for."""
+    if name == "MetricsServer":
+        from .metrics import MetricsServer
+
+        return MetricsServer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,8 @@ attach it to QEMU (guest memory has to be shared):
     -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
     -chardev socket,id=disk,path=PATH \\
     -device vhost-user-blk-pci,chardev=disk,num-queues=N
+
+SIGUSR1 prints what each queue has done; VIRTQUEUE_ENGINE=c|python chooses the ring engine.
 """
 CAPABILITIES = json.dumps({"type": "block", "features": ["read-only", "blk-file"]}, indent=2)
 
@@ -43,6 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--serial", default="", metavar="S", help="serial number, 20 ASCII bytes at most"
     )
     parser.add_argument(
+        "--no-mem-slots",
+        action="store_true",
+        help="offer postcopy migration instead of memory slots; the protocol forbids both",
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="WHERE",
+        help="serve counters to Prometheus on unix:PATH or HOST:PORT (loopback); needs [metrics]",
+    )
+    parser.add_argument(
         "--print-capabilities", action="store_true", help="print capabilities as JSON and exit"
     )
 
@@ -61,7 +73,13 @@ def run(options: argparse.Namespace) -> int:
     def announce() -> None:
         print(f"vhost-backend: {_describe(device, options)}", file=sys.stderr, flush=True)
 
-    serve(device, where, ready=announce)
+    serve(
+        device,
+        where,
+        memory_slots=not options.no_mem_slots,
+        metrics=options.metrics,
+        ready=announce,
+    )
     return 0
 
 

@@ -1,0 +1,107 @@
+"""Counters: in the process, on SIGUSR1, and for Prometheus."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import vhost_protocol as vp
+from vhost_backend import (
+    BlockDevice,
+    DeviceBackend,
+    ListenError,
+    MetricsServer,
+    VhostBackendError,
+    VhostUserDaemon,
+    report,
+)
+from vhost_backend.driver import BlockDriver, DriverSession
+from vhost_backend.driver.block import DRIVER_FEATURES
+
+
+def test_counters_count(image: Path) -> None:
+    ours, theirs = socket.socketpair()
+    with VhostUserDaemon("disk", DeviceBackend(BlockDevice(image))) as daemon:
+        daemon.start_connection(ours)
+        with DriverSession(vp.Frontend(theirs, timeout=5), features=DRIVER_FEATURES) as session:
+            driver = BlockDriver(session)
+            for _ in range(5):
+                driver.read(0, 512)
+            (entry,) = report([daemon])
+            assert (entry.device, entry.queue, entry.running) == ("disk", 0, True)
+            assert entry.counters["requests"] == 5
+            assert 1 <= entry.counters["batches"] <= 5
+            assert entry.counters["notifications_sent"] >= 1
+            assert entry.counters["errors"] == 0
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_metrics_are_served(tmp_path: Path, image: Path, kind: str) -> None:
+    pytest.importorskip("prometheus_client")
+    with VhostUserDaemon("disk", DeviceBackend(BlockDevice(image, num_queues=2))) as daemon:
+        where = f"unix:{tmp_path / 'metrics'}" if kind == "unix" else "127.0.0.1:0"
+        server = MetricsServer(where, [daemon])
+        try:
+            if kind == "unix":
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.settimeout(5)
+                    client.connect(str(tmp_path / "metrics"))
+                    client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+                    text = b"".join(iter(lambda: client.recv(65536), b"")).decode()
+            else:
+                url = f"http://127.0.0.1:{server.port}/metrics"
+                with urllib.request.urlopen(url, timeout=5) as response:
+                    text = response.read().decode()
+        finally:
+            server.close()
+    assert 'vhost_queue_requests_total{device="disk",queue="1"} 0.0' in text
+    assert 'vhost_queue_running{device="disk",queue="0"} 0.0' in text
+    assert not (tmp_path / "metrics").exists()
+
+
+@pytest.mark.parametrize("where", ["nonsense", "0.0.0.0:1", "192.0.2.1:80", "127.0.0.1:99999"])
+def test_metrics_stay_on_this_machine(where: str) -> None:
+    pytest.importorskip("prometheus_client")
+    with pytest.raises(VhostBackendError):
+        MetricsServer(where, [])
+
+
+def test_a_taken_metrics_port_is_one_error() -> None:
+    pytest.importorskip("prometheus_client")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ListenError):
+            MetricsServer(f"127.0.0.1:{taken.getsockname()[1]}", [])
+
+
+def test_sigusr1_prints_the_counters(tmp_path: Path, image: Path) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "vhost_backend", "blk", "--num-queues=2"),
+            f"--socket-path={tmp_path / 's'}",
+            f"--blk-file={image}",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        assert "serving" in process.stderr.readline()
+        process.send_signal(signal.SIGUSR1)
+        for queue in range(2):
+            line = process.stderr.readline()
+            assert re.match(rf"BlockDevice queue {queue}: stopped in_flight=0 .*requests=0", line)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
