@@ -77,18 +77,27 @@ def mutated(source: Source, frame: bytes) -> bytes:
     mode = source.byte()
     changed = bytearray(frame)
     for _ in range(mode & 3):
-        at = source.byte() % len(changed)
+        at = (source.byte() << 8 | source.byte()) % len(changed)
         value = source.byte()
         changed[at] = _INTERESTING[value % 12] if mode & 4 else value
     if mode & 8 and len(changed) > 12:
         at = 12 + source.byte() % (len(changed) - 12)
         changed[at] ^= 1 << (source.byte() & 7)
-    if mode & 16:
+    if mode & 0x80 and len(changed) > 12:
+        # A whole field, near the front, where fields are: all ones, all zeros, or one.
+        width = 4 << (source.byte() & 1)
+        fields = min(len(changed) - 12, 64) // width or 1
+        at = 12 + source.byte() % fields * width
+        value = (0, 1, (1 << 8 * width) - 1, 0x500)[source.byte() & 3]
+        size = len(changed)
+        changed[at : at + width] = value.to_bytes(width, "little")
+        del changed[size:]
+    if mode & 0x70 == 0x10:
         # Another size, with a payload that fits it.
         size = source.byte() | (source.byte() & 15) << 8
         changed = changed[: 12 + size].ljust(12 + size, b"\0")
-        changed[8:12] = size.to_bytes(4, "little" if mode & 32 else "big")
-    if mode & 64:
+        changed[8:12] = size.to_bytes(4, "little" if source.byte() & 1 else "big")
+    elif mode & 0x70 == 0x20:
         changed = changed[: source.byte() % (len(changed) + 1)]
     return bytes(changed)
 
@@ -162,14 +171,16 @@ def open_fds() -> int:
 
 def random_input(rng: random.Random) -> bytes:
     """An input of a length that leaves room for a few messages."""
-    return rng.randbytes(rng.randrange(4, 40))
+    return rng.randbytes(rng.randrange(6, 32))
 
 
-def run_random(runs: int, seed: int) -> None:
+def run_random(runs: int, seed: int, *, progress: bool = False) -> None:
     """Run random inputs."""
     rng = random.Random(seed)
-    for _ in range(runs):
+    for done in range(1, runs + 1):
         one_input(random_input(rng))
+        if progress and done % 100_000 == 0:
+            print(f"{done} inputs, {open_fds()} descriptors", flush=True)
 
 
 def main() -> None:
@@ -204,7 +215,7 @@ def main() -> None:
             atheris.Setup([sys.argv[0], *flags, "-print_final_stats=1"], one_input)
             atheris.Fuzz()
             return
-    run_random(options.runs, options.seed)
+    run_random(options.runs, options.seed, progress=True)
     report()
 
 

@@ -87,7 +87,7 @@ def test_the_methods_are_the_same(plain: type, asynchronous: type) -> None:
             continue
         first = re.sub(r"Async(?=[A-Z])", "", str(inspect.signature(other)))
         assert first == str(inspect.signature(one)), name
-        waits = name not in {"close", "fileno", "from_fd"}
+        waits = name not in {"close", "fileno", "from_fd", "shutdown"}
         assert inspect.iscoroutinefunction(other) is waits, name
 
 
@@ -421,3 +421,16 @@ def test_the_named_methods_do_the_same(module: str, name: str) -> None:
     plain.pop("connect", None)
     asynchronous.pop("connect", None)
     assert asynchronous == plain
+
+
+def test_shutdown_wakes_the_task_that_waits() -> None:
+    async def test() -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            async with AsyncBackendConnection(ours) as back:
+                task = asyncio.create_task(back.receive())
+                await asyncio.sleep(0.01)
+                back.shutdown()
+                assert await task is None
+
+    run(test)

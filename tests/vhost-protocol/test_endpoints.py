@@ -737,3 +737,16 @@ def test_no_request_can_make_the_back_end_leak(vector: Vector, fds: list[int]) -
         ours.sendmsg([vector.frame(sys.byteorder)], rights)
         with pytest.raises(RemoteProtocolError):
             back.receive()
+
+
+def test_shutdown_wakes_the_thread_that_waits() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, BackendConnection(ours) as back:
+        got: list[object] = []
+        thread = threading.Thread(target=lambda: got.append(back.receive()))
+        thread.start()
+        time.sleep(0.05)
+        back.shutdown()
+        thread.join(10)
+        assert got == [None]
+        back.shutdown()

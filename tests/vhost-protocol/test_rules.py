@@ -25,6 +25,7 @@ from vhost_protocol import (
     BadPayload,
     BadSize,
     ConfigReply,
+    ConnectionClosed,
     CreateCryptoSession,
     CryptoOpcode,
     DeviceStateReply,
@@ -64,6 +65,7 @@ from vhost_protocol import (
     RemMemReg,
     RemoteProtocolError,
     Requester,
+    RequestFailed,
     ResetOwner,
     Responder,
     SendRarp,
@@ -85,6 +87,7 @@ from vhost_protocol import (
     ShmemConfigReply,
     StatusReply,
     SymmetricSession,
+    Timeout,
     TransferDirection,
     UnexpectedReply,
     UnknownRequest,
@@ -760,6 +763,12 @@ def test_errors_can_be_pickled_and_cut_long_values() -> None:
         error.request,
     )
     assert len(str(error)) < 200
+    late = pickle.loads(pickle.dumps(Timeout(2.5, request="SET_OWNER")))
+    assert (late.seconds, late.request) == (2.5, "SET_OWNER")
+    no = pickle.loads(pickle.dumps(RequestFailed("SET_OWNER", 7)))
+    assert (no.value, no.request) == (7, "SET_OWNER")
+    gone = pickle.loads(pickle.dumps(ConnectionClosed("gone", partial=3)))
+    assert gone.partial == 3
     assert "SET_CONFIG.data" in str(error)
 
 

@@ -116,6 +116,11 @@ class _AsyncEndpoint:
             except ConnectionResetError as error:
                 raise ConnectionClosed("the peer reset the connection", partial=partial) from error
 
+    def shutdown(self) -> None:
+        """End the connection; see ``RequestingEndpoint.shutdown``.  For tasks ``close()`` does."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Close the socket and every descriptor that nobody took.  Can be called again.
 

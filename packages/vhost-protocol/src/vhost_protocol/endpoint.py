@@ -45,6 +45,15 @@ class _Endpoint:
         if self._closed:
             raise LocalProtocolError("connection", "closed", "cannot be used any more")
 
+    def shutdown(self) -> None:
+        """End the connection from another thread.
+
+        Whoever waits on it is woken: ``receive()`` returns None (inside a message it raises
+        ConnectionClosed), a request raises ConnectionClosed.  ``close()`` from another thread would
+        not wake them, and would free the descriptor under their feet.
+        """
+        self._transport.shutdown()
+
     def close(self) -> None:
         """Close the socket and every descriptor that nobody took.  Can be called again."""
         self._closed = True
@@ -227,7 +236,7 @@ class AnsweringEndpoint(_Endpoint):
 
         Raises:
             RemoteProtocolError: what arrived breaks a rule.
-            ConnectionClosed: the peer left inside a message.
+            ConnectionClosed: the peer left inside a message, or before it had read our answers.
             Timeout: a message began and did not end in time.
             DescriptorsLost: this process may not open more descriptors.
                 After any of these the connection is closed.

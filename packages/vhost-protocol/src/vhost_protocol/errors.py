@@ -103,6 +103,9 @@ class Timeout(ProtocolError, TimeoutError):
         super().__init__(f"{what}no progress within {seconds:g} s", request=request)
         self.seconds: float = seconds
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.seconds,), {"request": self.request}
+
 
 class RequestFailed(ProtocolError):
     """The peer understood the request and answered that it failed.
@@ -114,6 +117,9 @@ class RequestFailed(ProtocolError):
     def __init__(self, request: str, value: int) -> None:
         super().__init__(f"{request}: the peer answered {value:#x} (0 is success)", request=request)
         self.value: int = value
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.request, self.value)
 
 
 class DescriptorsLost(ProtocolError):

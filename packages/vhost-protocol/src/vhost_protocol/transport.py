@@ -8,6 +8,8 @@ deadline holds for a whole message, not for each system call.
 from __future__ import annotations
 
 import array
+import contextlib
+import os
 import select
 import socket
 import time
@@ -53,7 +55,7 @@ def try_receive(sock: socket.socket, size: int, partial: int) -> tuple[bytes, li
     fds = rights(ancillary)
     if flags & socket.MSG_CTRUNC:
         for fd in fds:
-            socket.close(fd)
+            os.close(fd)
         if partial:
             raise BadDescriptors("fds", "some", "must come with the first bytes of a header")
         raise DescriptorsLost(
@@ -147,6 +149,11 @@ class SocketTransport:
                 deadline.wait(self._sock, select.POLLIN)
             except ConnectionResetError as error:
                 raise ConnectionClosed("the peer reset the connection", partial=partial) from error
+
+    def shutdown(self) -> None:
+        """End the stream in both directions, which wakes whoever waits on it."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the socket."""
