@@ -308,6 +308,15 @@ def test_a_ring_outside_of_guest_memory(make_rig: Any, packed: bool) -> None:
             assert caught.value.reason == Reason.RING_MEMORY
 
 
+@pytest.mark.parametrize("part", ["descriptor_address", "driver_address", "device_address"])
+def test_2_7_a_misaligned_ring_is_the_drivers_fault(make_rig: Any, packed: bool, part: str) -> None:
+    rig: Rig = make_rig(packed=packed, device=False)
+    wrong = rig.config._replace(**{part: getattr(rig.config, part) + 1})
+    with pytest.raises(QueueBroken) as caught:
+        rig.new_device(config=wrong).take()
+    assert caught.value.reason == Reason.RING_MEMORY
+
+
 def test_memory_that_is_truncated_under_us_breaks_the_queue(make_rig: Any, packed: bool) -> None:
     rig: Rig = make_rig(packed=packed)
     rig.offer_many(2)

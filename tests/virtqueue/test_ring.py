@@ -188,6 +188,29 @@ def test_completing_what_is_not_in_flight_is_our_own_bug(make_rig: Any, packed: 
     assert rig.driver.collect() == [(head, 32)]
 
 
+def test_a_batch_that_was_filled_in_wrongly_does_not_stick(make_rig: Any, packed: bool) -> None:
+    rig: Rig = make_rig(packed=packed)
+    (head,) = rig.offer_many(1)
+    batch = rig.device.take()
+    DONE.pack_into(batch.done, 0, 7, 0, 0, 0)
+    with pytest.raises(UsageError):
+        rig.device.cycle()
+    assert not rig.device.cycle()
+    rig.device.complete(head)
+    assert rig.device.publish()
+
+
+def test_a_queue_that_is_dropped_lets_go_of_memory(make_rig: Any, packed: bool) -> None:
+    rig: Rig = make_rig(packed=packed, device=False)
+    rig.offer_many(2)
+    device = rig.new_device()
+    device.take()
+    assert rig.memory.pins == 2
+    rig.devices.clear()
+    del device
+    assert rig.memory.pins == 0
+
+
 def test_the_same_head_twice_in_one_publish_completes_none(make_rig: Any, packed: bool) -> None:
     rig: Rig = make_rig(packed=packed)
     first, second = rig.offer_many(2)

@@ -65,6 +65,9 @@ class RingConfig(NamedTuple):
             raise UsageError(f"a split ring's size is a power of two, not {self.size}")
         if self.packed and self.big_endian:
             raise UsageError("a packed ring is always little-endian")
+
+    def check_alignment(self) -> None:
+        """Raise `UsageError` when a part of the ring is not aligned (virtio 2.7, 2.8.10)."""
         for (_, alignment, _), address in zip(
             ring_parts(self.size, self.packed),
             (self.descriptor_address, self.driver_address, self.device_address),

@@ -98,7 +98,7 @@ class DeviceQueue:
         self._chains: dict[int, Chain] = {}
         self._staged_count = 0
         self._releases: dict[int, Callable[[], object]] = {}
-        self._closed = False
+        self._closed = True
 
         # Room for the longest chain and the regions it may cross, and for usual batches.
         segments = max(size + 1024, 16 * batch)
@@ -135,6 +135,7 @@ class DeviceQueue:
         self._status_flag = int(DoneFlags.STATUS) if config.status_byte else 0
         self._staged_view = memoryview(self._staged).cast("B")
         self._engine = make_engine(engine, block, memory)
+        self._closed = False
         self._recovered = inflight is None
         self._unresolved: Missing | Broken | None = None
         self._attach()
@@ -302,7 +303,7 @@ class DeviceQueue:
         block, batch = self._block, self._batch
         notify = block.notify != 0
         if count <= 0:
-            batch._count = 0
+            block.count = batch._count = 0
             batch._serial += 1
             batch.records = batch._record_views[0]
             batch.done = batch._done_views[0]
@@ -651,6 +652,11 @@ class DeviceQueue:
                 self._release(index)
         self._former.clear()
         self._block.count = self._block.staged_count = self._staged_count = 0
+
+    def __del__(self) -> None:
+        # The engine's records count in the snapshot's pins: they must not outlive the queue.
+        if not getattr(self, "_closed", True):
+            self.close()
 
     def __enter__(self) -> DeviceQueue:
         return self

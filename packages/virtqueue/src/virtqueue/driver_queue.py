@@ -60,6 +60,7 @@ class DriverQueue:
         table_length: int = 16,
     ) -> None:
         config.check()
+        config.check_alignment()
         self._config = config
         self._memory = memory
         self._table = Table.of(memory)
@@ -112,7 +113,11 @@ class DriverQueue:
 
     def _write(self, address: int, data: bytes) -> None:
         position = 0
-        for piece in self._table.pieces(address, len(data), WRITE, self._config.iommu, ()):
+        try:
+            pieces = self._table.pieces(address, len(data), WRITE, self._config.iommu, ())
+        except (Broken, Missing) as error:
+            raise UsageError(f"the room for tables is not in guest memory: {error}") from error
+        for piece in pieces:
             view = memoryview(barrier.octets(piece.host, piece.length)).cast("B")
             view[:] = data[position : position + piece.length]
             position += piece.length
