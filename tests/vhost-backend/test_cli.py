@@ -186,6 +186,16 @@ def test_a_descriptor_that_is_no_socket_is_one_line(tmp_path: Path, image: Path)
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.skipif(os.path.exists("/dev/xen"), reason="this is a Xen domain")
+def test_xen_where_there_is_none_is_one_line(tmp_path: Path, image: Path) -> None:
+    where = (f"--socket-path={tmp_path / 's'}", f"--blk-file={image}")
+    done = run("blk", *where, "--xen")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "/dev/xen does not exist" in done.stderr
+    done = run("blk", *where, "--xen", "--no-mem-slots")
+    assert "no postcopy migration on Xen" in done.stderr
+
+
 def test_the_demo(tmp_path: Path) -> None:
     done = run("demo", "--size=2", f"--image={tmp_path / 'demo.img'}")
     assert done.returncode == 0, done.stderr

@@ -72,7 +72,14 @@ class AsyncDeviceBackend(DeviceBackend):
                 return False  # the driver has been asked for kicks
             generation = state.generation
             view = self._view(state)
-            requests = [Request(chain) for chain in batch]
+            requests = []
+            for chain in batch:
+                if state.on_demand.has_stand_ins and not state.on_demand.usable(chain):
+                    flags = int(self.device.status_byte)
+                    state.add_used(chain, flags, self.device.error_status)
+                    state.signal_used_queue()
+                else:
+                    requests.append(Request(chain))
         loop = asyncio.get_running_loop()
         for request in requests:
             task = loop.create_task(self._serve_one(vring, generation, view, request))

@@ -175,7 +175,11 @@ class DeviceBackend(VhostUserBackendBase):
                     return False  # the driver has been asked for kicks
                 assert state.queue is not None
                 view.window = state.queue.window
-            self._serve(view, batch)
+                unusable = state.on_demand.has_stand_ins and not state.on_demand.usable(batch[0])
+            if unusable:
+                self._fail(batch, self.device.error_status)
+            else:
+                self._serve(view, batch)
         with vring.get_mut() as state:
             if state.generation == generation:
                 state.cycle(0)
@@ -186,10 +190,13 @@ class DeviceBackend(VhostUserBackendBase):
             self.device.handle_batch(queue, batch)
         except Exception as error:
             # It is not known how far the device came: fail the batch rather than lie about it.
-            status = self.device.failed(queue, error)
-            flags = int(self.device.status_byte)
-            for position, chain in enumerate(batch):
-                DONE.pack_into(batch.done, position * 8, chain.head, status, flags, flags)
+            self._fail(batch, self.device.failed(queue, error))
+
+    def _fail(self, batch: Batch, status: int) -> None:
+        """Every request of the batch ends with `status`, where it has a status byte."""
+        flags = int(self.device.status_byte)
+        for position, chain in enumerate(batch):
+            DONE.pack_into(batch.done, position * 8, chain.head, status, flags, flags)
 
     def _view(self, state: VringState) -> Queue:
         view = self._queues.get(state.index)

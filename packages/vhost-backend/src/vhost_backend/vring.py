@@ -39,6 +39,7 @@ from . import eventfd
 from .counters import QueueCounters
 from .errors import BackendUsageError
 from .features import VirtioFeature
+from .on_demand import OnDemand
 from .ratelimit import RateLimited
 
 log = logging.getLogger("vhost_backend")
@@ -70,6 +71,7 @@ class VringState:
         self.status_byte = status_byte
         self.counters = QueueCounters()
         self._guest_errors = RateLimited(log)
+        self.on_demand = OnDemand()
         self.queue: DeviceQueue | None = None
         self.kick_fd = self.call_fd = self.err_fd = -1
         #: Borrowed: signalled when something was logged.
@@ -279,20 +281,27 @@ class VringState:
             return None
         completes = self._working
         self._working = 0
-        try:
-            batch = queue.cycle(limit if self.enabled and not self.draining else 0)
-        except QueueBroken as error:
-            if error.notify:
-                self.signal_call()
-            self.break_queue(error)
-            return None
-        except Need as need:
-            if completes:
-                self._published(need.notify)
-            self._ask(need)
-            return None
+        if not self.enabled or self.draining:
+            limit = 0
+        while True:
+            try:
+                batch = queue.cycle(1 if limit and self.on_demand.has_stand_ins else limit)
+            except QueueBroken as error:
+                if error.notify:
+                    self.signal_call()
+                self.break_queue(error)
+                return None
+            except Need as need:
+                if completes:
+                    self._published(need.notify)
+                    completes = 0
+                if self._ask(need):
+                    continue
+                return None
+            break
         if completes:
             self._published(batch.notify)
+        self.on_demand.reclaim(queue)
         taken = len(batch)
         if taken:
             self._working = taken
@@ -307,14 +316,17 @@ class VringState:
         if not self.running:
             return None
         assert self.queue is not None
-        try:
-            batch = self.queue.take(limit)
-        except QueueBroken as error:
-            self.break_queue(error)
-            return None
-        except Need as need:
-            self._ask(need)
-            return None
+        while True:
+            try:
+                batch = self.queue.take(1 if limit and self.on_demand.has_stand_ins else limit)
+            except QueueBroken as error:
+                self.break_queue(error)
+                return None
+            except Need as need:
+                if self._ask(need):
+                    continue
+                return None
+            break
         if batch:
             self.counters.batches += 1
             self.counters.requests += len(batch)
@@ -339,6 +351,7 @@ class VringState:
             self.break_queue(error)
             return
         self._published(wanted)
+        self.on_demand.reclaim(self.queue)
         self._check_drained()
 
     def enable_notification(self) -> bool:
@@ -408,13 +421,26 @@ class VringState:
         if self.on_progress is not None:
             self.on_progress()
 
-    def _ask(self, need: Need) -> None:
-        """The ring waits for an IOTLB entry; it is looked at again when memory changes."""
+    def _ask(self, need: Need) -> bool:
+        """Get what the ring needs: at once (True: go on), or by a message to the front-end.
+
+        In the second case the ring is looked at again when memory changes.
+        """
+        queue = self.queue
+        assert queue is not None
+        if not self.features & VirtioFeature.ACCESS_PLATFORM:
+            memory = queue.memory
+            assert isinstance(memory, GuestMemory)
+            if self.on_demand.provide(queue, memory, need):
+                return True
+            self.break_queue(QueueBroken(Reason.ADDRESS, need.address))
+            return False
         self.need = need
         if self.on_miss is not None:
             self.on_miss(self, need)
         else:
             self.fail_need()
+        return False
 
     def fail_need(self) -> None:
         """What the ring waits for will not come: the driver used an address that means nothing."""

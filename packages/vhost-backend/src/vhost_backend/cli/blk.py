@@ -7,9 +7,11 @@ import json
 import os
 import sys
 
-from virtqueue import default_engine
+from guest_memory import Mapper, MmapMapper
+from virtqueue import SigbusGuard, default_engine
 
 from ..devices.blk import SECTOR, BlockDevice
+from ..errors import VhostBackendError
 from ..listener import Listener
 from ..serve import serve
 
@@ -50,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="offer postcopy migration instead of memory slots; the protocol forbids both",
     )
     parser.add_argument(
+        "--xen", action="store_true", help="map memory as a Xen front-end asks; needs [xen]"
+    )
+    parser.add_argument(
         "--metrics",
         metavar="WHERE",
         help="serve counters to Prometheus on unix:PATH or HOST:PORT (loopback); needs [metrics]",
@@ -61,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal."""
+    mapper = _xen_mapper(options.no_mem_slots) if options.xen else None
     # The image first: nobody should find a socket behind which there is no disk.
     device = BlockDevice(
         options.blk_file,
@@ -76,11 +82,27 @@ def run(options: argparse.Namespace) -> int:
     serve(
         device,
         where,
+        mapper=mapper,
         memory_slots=not options.no_mem_slots,
         metrics=options.metrics,
         ready=announce,
     )
     return 0
+
+
+def _xen_mapper(postcopy: bool) -> Mapper:
+    if postcopy:
+        raise VhostBackendError("--xen and --no-mem-slots: there is no postcopy migration on Xen")
+    try:
+        from vhost_xen import XenMapper
+    except ImportError:
+        raise VhostBackendError(
+            "--xen needs vhost-xen: install vhost-backend with its [xen] extra"
+        ) from None
+    if not os.path.exists("/dev/xen"):
+        raise VhostBackendError("--xen: this is no Xen domain, /dev/xen does not exist")
+    mapper: Mapper = XenMapper(files=MmapMapper(guarded=SigbusGuard.available()))
+    return mapper
 
 
 def _describe(device: BlockDevice, options: argparse.Namespace) -> str:

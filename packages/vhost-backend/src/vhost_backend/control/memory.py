@@ -52,12 +52,18 @@ class MemoryTable:
         }
 
     def offers(self) -> vp.ProtocolFeatures:
-        """Memory slots, or postcopy where every mapping is an ordinary one."""
+        """Memory slots, or postcopy; Xen mappings with a mapper that makes them.
+
+        A userfaultfd can only wait for pages of ordinary mappings.
+        """
+        features = vp.ProtocolFeatures(0)
+        if getattr(self._context.mapper, "xen_mmap", False):
+            features |= vp.ProtocolFeatures.XEN_MMAP
         if self._slots:
-            return vp.ProtocolFeatures.CONFIGURE_MEM_SLOTS
-        if self._context.mapper is not None:
-            return vp.ProtocolFeatures(0)
-        return vp.ProtocolFeatures.PAGEFAULT
+            features |= vp.ProtocolFeatures.CONFIGURE_MEM_SLOTS
+        elif self._context.mapper is None:
+            features |= vp.ProtocolFeatures.PAGEFAULT
+        return features
 
     def disconnect(self) -> None:
         """Unmap; nobody waits for pages any more."""
