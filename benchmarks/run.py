@@ -433,7 +433,7 @@ def main() -> int:
     options = arguments()
     best_only = options.best
     rounds = options.rounds or (7 if options.full else 3)
-    seconds = options.seconds or (2.0 if options.full else 0.5)
+    seconds = options.seconds or (2.0 if options.full else 0.4)
     cases = select(options)
     with_rings = not options.contestant and (not options.only or "rings" in options.only)
     header = list(machine())
