@@ -68,14 +68,14 @@ def translation() -> dict[str, float]:
         os.close(fd)
         keep.append(memory)
         chosen = random.Random(count).choices(memory.regions, k=20_000)
-        scattered = [region.guest_address + 16 for region in chosen]
+        scattered = [GuestAddress(region.guest_address + 16) for region in chosen]
 
-        def far(memory: GuestMemory = memory, addresses: list[int] = scattered) -> None:
+        def far(memory: GuestMemory = memory, addresses: list[GuestAddress] = scattered) -> None:
             translate = memory.translate
             for address in addresses:
                 translate(address, 64, 1)
 
-        def near(memory: GuestMemory = memory, address: int = scattered[0]) -> None:
+        def near(memory: GuestMemory = memory, address: GuestAddress = scattered[0]) -> None:
             translate = memory.translate
             for _ in range(20_000):
                 translate(address, 64, 1)
@@ -143,12 +143,12 @@ def copies() -> dict[str, float]:
     block = bytearray(size)
     ours = (ctypes.c_char * size).from_buffer(block)
     for memory in memories.values():
-        memory.write(0, block)
+        memory.write(GuestAddress(0), block)
     for length in (64, 512, 4096, 65536, 1 << 20):
         calls = max(20, min(20_000, (1 << 28) // length))
         source = bytes(length)
         target = bytearray(length)
-        host = memories["sealed"].translate(0, length)
+        host = memories["sealed"].translate(GuestAddress(0), length)
         local = ctypes.addressof(ours)
         actions: dict[str, tuple[Callable[[], object], int]] = {}
 
@@ -165,17 +165,17 @@ def copies() -> dict[str, float]:
             def write(m: GuestMemory = memory, source: bytes = source, calls: int = calls) -> None:
                 call = m.write
                 for _ in range(calls):
-                    call(0, source)
+                    call(GuestAddress(0), source)
 
             def read(m: GuestMemory = memory, length: int = length, calls: int = calls) -> None:
                 call = m.read
                 for _ in range(calls):
-                    call(0, length)
+                    call(GuestAddress(0), length)
 
             def into(m: GuestMemory = memory, b: bytearray = target, calls: int = calls) -> None:
                 call = m.read_into
                 for _ in range(calls):
-                    call(0, b)
+                    call(GuestAddress(0), b)
 
             actions[f"write, {name}"] = write, calls
             actions[f"read, {name}"] = read, calls

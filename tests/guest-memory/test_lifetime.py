@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,11 +163,18 @@ def test_flags_of_the_mapping() -> None:
     assert {"dd", "dc", "nr"} <= set(flags)
 
 
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # The test runner may have threads; the child does nothing that could wait for them.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
 def test_forked_children_have_no_guest_memory() -> None:
     with memfd(0x1000, SEALED) as fd:
         memory = GuestMemory.map([(region(0, 0x1000), fd)])
     reader, writer = os.pipe()
-    child = os.fork()
+    child = _fork()
     if not child:
         os.write(writer, str(mapped()).encode())
         os._exit(0)
@@ -185,7 +193,7 @@ def test_forked_children_unmap_nothing_that_is_theirs() -> None:
         log = DirtyLog(unsealed, 0x1000)
     hosts = [host for host in memory.host_addresses if host]
     hosts += [shared.address, log.struct.bitmap]
-    child = os.fork()
+    child = _fork()
     if not child:
         try:
             for host in hosts:

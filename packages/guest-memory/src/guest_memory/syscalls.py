@@ -74,7 +74,7 @@ _FUTEX = 202 if platform.machine() in ("x86_64", "AMD64") else 98
 USERFAULTFD = 323 if platform.machine() in ("x86_64", "AMD64") else 282
 
 
-generation = 0
+generation: int = 0
 """How often this process is a forked child: what an ancestor mapped is not here, and not ours."""
 
 
