@@ -97,6 +97,7 @@ def main() -> int:
     idle = list(range(options.size))
     open_: dict[int, tuple[int, int]] = {}
     number = returned = sleeps = 0
+    draining = False
     child = os.fork()
     if not child:
         code = 1
@@ -111,7 +112,9 @@ def main() -> int:
     started = time.monotonic()
     try:
         while returned < options.chains:
-            limit = random_.randint(1, options.size)
+            # Now and then everything comes home, so that both sides get to sleep.
+            draining = bool(open_) and (draining or random_.random() < 0.05)
+            limit = 0 if draining else random_.randint(1, options.size)
             while idle and driver.free and limit and number < options.chains:
                 limit -= 1
                 slot = idle.pop()
@@ -130,7 +133,7 @@ def main() -> int:
             if driver.publish():
                 os.eventfd_write(kick, 1)
             found = driver.collect()
-            if not found and not idle:
+            if not found and (draining or not idle):
                 if not driver.enable_notification():
                     sleeps += 1
                     wait(call, "driver")

@@ -354,8 +354,8 @@ class Story:
 
 def run(make_rig: Any, stores: Stores, packed: bool, seed: int, deaths: list[int]) -> bool:
     """Whether every death came before the end."""
-    random_ = random.Random(seed)
-    size = random_.choice([4, 5, 7]) if packed else 4
+    # A direct chain fills a ring of three: then only the wrap counter tells that it moved.
+    size = (4, 7, 3)[seed % 3] if packed else 4
     rig: Rig = make_rig(
         packed=packed,
         inflight=True,
@@ -397,7 +397,7 @@ def test_death_before_every_store(
 
 def test_death_again_during_recovery(make_python_rig: Any, stores: Stores, packed: bool) -> None:
     random_ = random.Random(99)
-    for _ in range(250):
+    for _ in range(120):
         deaths = [random_.randint(0, 120), random_.randint(0, 15), random_.randint(0, 15)]
         run(make_python_rig, stores, packed, random_.randrange(1000), deaths)
 

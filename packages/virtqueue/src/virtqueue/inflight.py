@@ -205,8 +205,8 @@ class SplitInflight:
     def using(self, head: int) -> None:
         """The chain belongs to the batch that the used index is about to cover.
 
-        The list is followed only for as many entries as the used index moved, so its older
-        links may be stale; linked before it is the head, or a walk would miss the rest.
+        The list is followed only for as many entries as the used index moved, which it does
+        after all of them are linked; its older links may be stale.
         """
         region = self._region
         self._states[head].next = region.last_batch_head
