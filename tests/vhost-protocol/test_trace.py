@@ -174,6 +174,7 @@ def test_violations_are_marked_and_the_rest_goes_on() -> None:
     assert feed(False, frame(4, struct.pack("=III", 0, 1, 2), 0), ch="gpu") == []
     assert feed(True, frame(7, b"", 4), ch="gpu")[-1] == "answers nothing that was asked"
     assert feed(True, frame(26, bytes(1072)))[0].startswith("must be one of")
+    assert feed(True, frame(5, bytes(9))) == ["must be 8 to 1288 or 0 or 8 bytes"]
 
 
 def test_keys_do_not_get_into_traces() -> None:
