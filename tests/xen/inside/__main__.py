@@ -8,7 +8,7 @@ from .report import run, say
 
 def main() -> None:
     """Import the modules with checks, so that they register them; then run them."""
-    for name in ("own_grants", "foreign", "guest_grants", "regions", "ring", "leftovers"):
+    for name in ("own_grants", "foreign", "guest_grants", "regions", "ring", "daemon", "leftovers"):
         started = time.monotonic()
         try:
             importlib.import_module(f".{name}", __package__)

@@ -94,13 +94,15 @@ def _xen_mapper(postcopy: bool) -> Mapper:
     if postcopy:
         raise VhostBackendError("--xen and --no-mem-slots: there is no postcopy migration on Xen")
     try:
-        from vhost_xen import XenMapper
+        from vhost_xen import XenMapper, XenUnavailable, check_devices
     except ImportError:
         raise VhostBackendError(
             "--xen needs vhost-xen: install vhost-backend with its [xen] extra"
         ) from None
-    if not os.path.exists("/dev/xen"):
-        raise VhostBackendError("--xen: this is no Xen domain, /dev/xen does not exist")
+    try:
+        check_devices()
+    except XenUnavailable as error:
+        raise VhostBackendError(f"--xen: {error}") from None
     mapper: Mapper = XenMapper(files=MmapMapper(guarded=SigbusGuard.available()))
     return mapper
 
