@@ -58,7 +58,13 @@ class RingConfig(NamedTuple):
         return features
 
     def check(self) -> None:
-        """Raise `UsageError` when no such ring can exist."""
+        """Raise `UsageError` when no such ring can exist, or a part of it is not aligned
+        (virtio 2.7, 2.8.10)."""
+        self.check_shape()
+        self._check_alignment()
+
+    def check_shape(self) -> None:
+        """Raise `UsageError` when no ring of this size and format can exist."""
         if not 1 <= self.size <= MAX_QUEUE_SIZE:
             raise UsageError(f"a ring has 1 to {MAX_QUEUE_SIZE} descriptors, not {self.size}")
         if not self.packed and self.size & (self.size - 1):
@@ -66,8 +72,7 @@ class RingConfig(NamedTuple):
         if self.packed and self.big_endian:
             raise UsageError("a packed ring is always little-endian")
 
-    def check_alignment(self) -> None:
-        """Raise `UsageError` when a part of the ring is not aligned (virtio 2.7, 2.8.10)."""
+    def _check_alignment(self) -> None:
         for (_, alignment, _), address in zip(
             ring_parts(self.size, self.packed),
             (self.descriptor_address, self.driver_address, self.device_address),

@@ -84,7 +84,8 @@ class DeviceQueue:
         log: DirtyLog | None = None,
         state: RingState | None = None,
     ) -> None:
-        config.check()
+        # Addresses are the driver's: a wrong one shows at a take, as a broken queue.
+        config.check_shape()
         if not 1 <= batch <= 65535:
             raise UsageError(f"a batch has 1 to 65535 chains, not {batch}")
         size = config.size

@@ -60,7 +60,6 @@ class DriverQueue:
         table_length: int = 16,
     ) -> None:
         config.check()
-        config.check_alignment()
         self._config = config
         self._memory = memory
         self._table = Table.of(memory)
