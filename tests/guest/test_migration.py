@@ -38,6 +38,32 @@ def test_control_without_vhost_user(
 
 
 @pytest.mark.needs(LOG)
+def test_paused_guest_knows_where_its_ring_stands(
+    assets: Assets, qemu: Qemu, initramfs: Path, kind: str, tmp_path: Path
+) -> None:
+    """What QEMU learns from GET_VRING_BASE is what it sends to the target.
+
+    QEMU 7.2 says SET_STATUS 0 before it asks, which must not make the back-end forget.
+    """
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(MIB))
+    with (
+        BackEnd(kind, image, tmp_path) as back_end,
+        Guest(
+            assets, qemu, initramfs, tmp_path, disks=[VhostUserDisk(back_end.socket, 5)]
+        ) as guest,
+    ):
+        guest.boot()
+        guest.check("dd if=/dev/vda of=/dev/null bs=4k count=20 iflag=direct status=none")
+        guest.qmp.execute("stop")
+        path = "/machine/peripheral/disk5/virtio-backend"
+        ring = guest.qmp.execute("x-query-virtio-queue-status", path=path, queue=0)
+        assert ring["last-avail-idx"] == ring["used-idx"] >= 20
+        guest.qmp.execute("cont")
+        guest.check("dd if=/dev/vda of=/dev/null bs=4k count=20 iflag=direct status=none")
+
+
+@pytest.mark.needs(LOG)
 def test_precopy_under_a_verifying_load(
     assets: Assets, qemu: Qemu, initramfs: Path, kind: str, tmp_path: Path
 ) -> None:

@@ -20,12 +20,13 @@ STORAGE_DAEMON = "storage-daemon"
 
 # What a back-end must be able to do for some tests, and which ones can. A program named by its
 # path is expected to do everything but packed rings, as QEMU's own example back-ends do.
+# LOG stands for all that a migration takes: the dirty log, the ring's place, a shared image.
 LOG = "log"
 INFLIGHT = "inflight"
 PACKED = "packed"
 _ABILITIES: dict[str, frozenset[str]] = {
-    "c": frozenset({INFLIGHT}),
-    "python": frozenset({INFLIGHT}),
+    "c": frozenset({INFLIGHT, PACKED}),
+    "python": frozenset({INFLIGHT, PACKED}),
     STORAGE_DAEMON: frozenset({LOG}),
 }
 
