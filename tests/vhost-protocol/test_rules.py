@@ -318,6 +318,9 @@ def test_only_offered_protocol_features_may_be_set() -> None:
     front = Requester(FRONTEND_TABLE, session)
     with pytest.raises(LocalProtocolError, match="not offered by the back-end: CONFIG"):
         front.request(SetProtocolFeatures(ProtocolFeatures.CONFIG))
+    # A bit that has no name yet is no more allowed than one that has.
+    with pytest.raises(LocalProtocolError, match=f"not offered by the back-end: {1 << 63:#x}"):
+        front.request(SetProtocolFeatures(ProtocolFeatures(1 << 63)))
 
 
 @pytest.mark.parametrize(

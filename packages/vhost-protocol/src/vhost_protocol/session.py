@@ -134,7 +134,8 @@ class Session:
         if isinstance(message, r.SetProtocolFeatures):
             found += self._feature_violations(message.features)
         if isinstance(message, GpuSetProtocolFeatures) and self.offered_gpu_features is not None:
-            extra = message.features & ~self.offered_gpu_features
+            # In plain integers: in Python 3.11 ~ drops the bits that a flag type has no name for.
+            extra = int(message.features) & ~int(self.offered_gpu_features)
             if extra:
                 found.append(Violation("features", message.features, f"not offered: {extra:#x}"))
         return tuple(found)
@@ -142,8 +143,9 @@ class Session:
     def _feature_violations(self, features: ProtocolFeatures) -> list[Violation]:
         found = []
         offered = self.offered_protocol_features
-        if offered is not None and features & ~offered:
-            rule = f"not offered by the back-end: {_names(features & ~offered)}"
+        extra = 0 if offered is None else int(features) & ~int(offered)
+        if extra:
+            rule = f"not offered by the back-end: {_names(ProtocolFeatures(extra))}"
             found.append(Violation("features", features, rule))
         for feature, others in REQUIRED_WITH.items():
             if features & feature and others & ~features:
