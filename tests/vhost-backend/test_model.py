@@ -79,7 +79,7 @@ class ControlMachine(RuleBasedStateMachine):
         self.addresses = False
         self.started = self.enabled = False
         self.base = 0x8000_8000 if self.packed else 0
-        self.told_base = 0
+        self.told_base: int | None = 0
         self.ring: DriverVring | None = None
         self.pending = 0
 
@@ -191,9 +191,7 @@ class ControlMachine(RuleBasedStateMachine):
         if self.ring is not None:
             self.ring.close()
         self._new_ring()
-        self.told_base = 0
-        if not self.packed:
-            self.base = 0
+        self.told_base = None  # where the old ring stood; the new one begins elsewhere
 
     @rule()
     def bad_request(self) -> None:

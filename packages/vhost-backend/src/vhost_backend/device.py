@@ -155,6 +155,12 @@ class VirtioDevice:
     def acked_features(self, features: int) -> None:
         """Told which feature bits the driver accepted."""
 
+    def started(self) -> None:
+        """The first ring is about to start. Raise `Refused` if the device cannot run now."""
+
+    def stopped(self) -> None:
+        """The last ring has stopped: the device is suspended and may run elsewhere."""
+
     def reset(self) -> None:
         """Bring the device's state back to the beginning."""
 

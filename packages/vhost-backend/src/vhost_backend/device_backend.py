@@ -143,6 +143,14 @@ class DeviceBackend(VhostUserBackendBase):
         """Told to the device."""
         self.device.set_config(offset, data)
 
+    def device_started(self) -> None:
+        """Told to the device."""
+        self.device.started()
+
+    def device_stopped(self) -> None:
+        """Told to the device."""
+        self.device.stopped()
+
     def update_memory(self, memory: GuestMemory) -> None:
         """Told to the device."""
         self.device.update_memory(memory)

@@ -60,6 +60,7 @@ class Context:
         self.channel: vp.BackendChannel | None = None
         self.iotlb: Iotlb | None = None
         self.log: DirtyLog | None = None
+        self._started = False
         self._places = [_place(vring, workers) for vring in vrings]
 
     def has(self, feature: vp.ProtocolFeatures) -> bool:
@@ -75,6 +76,22 @@ class Context:
     def hook(self, name: str) -> Any:
         """A hook that is not part of `VhostUserBackend`, or None if the back-end has none."""
         return getattr(self.backend, name, None)
+
+    def device_started(self) -> None:
+        """A ring is about to start. Raises `Refused` when the device cannot run now."""
+        if not self._started:
+            hook = self.hook("device_started")
+            if hook is not None:
+                hook()
+            self._started = True
+
+    def device_stopped(self) -> None:
+        """No ring is started any more: the device is suspended ("Suspended device state")."""
+        if self._started:
+            self._started = False
+            hook = self.hook("device_stopped")
+            if hook is not None:
+                hook()
 
     def place(self, index: int) -> tuple[VringEpollHandler, int]:
         """The worker of a vring, and the vring's position there."""

@@ -9,7 +9,7 @@ from virtqueue import UsageError
 
 from ..errors import Refused
 from ..features import VirtioFeature
-from ..vring import VringState
+from ..vring import Vring, VringState
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome, Wait
 
@@ -59,15 +59,20 @@ class Rings:
         for vring in self._context.vrings:
             with vring.get_mut() as state:
                 state.reset()
+        self._context.device_stopped()
 
     def reset(self) -> None:
-        """Rings stopped and disabled ("RESET_DEVICE"); what was negotiated stays."""
+        """Rings stopped and disabled ("RESET_DEVICE"); what was negotiated stays.
+
+        So does where each ring stood: QEMU resets the status first and asks for the base after.
+        """
         for index, vring in enumerate(self._context.vrings):
             self._context.unwatch(index)
             with vring.get_mut() as state:
-                features, log = state.features, state.log
+                features, log, base = state.features, state.log, state.stop()
                 state.reset()
-                state.features, state.log = features, log
+                state.features, state.log, state.base = features, log, base
+        self._context.device_stopped()
 
     # -- configuration --------------------------------------------------------------------------
 
@@ -174,6 +179,7 @@ class Rings:
 
     def _start(self, state: VringState) -> None:
         context = self._context
+        context.device_started()
         if context.has(vp.ProtocolFeatures.INBAND_NOTIFICATIONS):
             state.channel = context.channel
         try:
@@ -209,7 +215,13 @@ class Rings:
         with vring.get_mut() as state:
             base = state.stop()
             state.set_kick(-1)
+        if not any(self._started(vring) for vring in self._context.vrings):
+            self._context.device_stopped()
         return Answer(vp.VringBaseReply(index, base))
+
+    def _started(self, vring: Vring) -> bool:
+        with vring.get_ref() as state:
+            return state.started
 
     def _in_flight(self, index: int) -> int:
         with self._context.vrings[index].get_ref() as state:

@@ -141,6 +141,23 @@ class BlockDevice(VirtioDevice):
         if fd >= 0:
             os.close(fd)
 
+    def started(self) -> None:
+        """Lock the image: writers exclude each other and readers while their rings run.
+
+        Not before: in a migration both sides have the image open, and run one after the other.
+        """
+        kind = fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX
+        try:
+            fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused("SET_VRING_KICK", f"{self.path} is in use by another back-end") from None
+
+    def stopped(self) -> None:
+        """Let others have the image."""
+        if self._fd >= 0:
+            os.fsync(self._fd)
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
     def acked_features(self, features: int) -> None:
         """Without FLUSH every write has to be durable when it completes."""
         self._durable_writes = not features & F_FLUSH
@@ -307,11 +324,6 @@ def _open_image(path: str, read_only: bool) -> tuple[int, int]:
             raise DeviceError(f"{path}: neither a regular file nor a block device")
         if size < SECTOR:
             raise DeviceError(f"{path}: {size} bytes hold no sector of {SECTOR} bytes")
-        # Writers exclude each other and readers, so that two daemons cannot corrupt one image.
-        try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DeviceError(f"{path}: in use by another back-end") from None
     except BaseException:
         os.close(fd)
         raise
