@@ -115,12 +115,12 @@ static ALWAYS_INLINE struct building building_add(struct engine *engine, struct 
     building.total = total;
     if (!writable)
         building.readable = total;
-    const uint32_t hint = building.count < HINTS ? building.count : HINTS - 1;
+    const uint32_t place = building.count < HINTS ? building.count : HINTS - 1;
     const struct region *region =
-        memory_direct(&engine->memory, &engine->hints[hint], address, length, writable);
+        memory_direct(&engine->memory, engine->hints, place, address, length, writable);
     if (unlikely(!region))
         return building_resolve(engine, building, address, length, writable);
-    building.regions |= region->mask;
+    building.regions |= region_mask(region);
     building.flags |= region->flags;
     return building_piece(building, region->host + (address - region->start), address, length,
                           writable, 0);
@@ -142,7 +142,7 @@ static inline enum outcome table_find(struct engine *engine, uint64_t address, u
     if (unlikely(!length || length % 16 || length / 16 > queue->queue_size))
         return fault(engine, VQ_REASON_INDIRECT_LENGTH, length);
     const struct region *region =
-        memory_direct(&engine->memory, &engine->hints[HINTS], address, length, false);
+        memory_direct(&engine->memory, engine->hints, HINTS, address, length, false);
     if (likely(region)) {
         *table = pointer(region->host + (address - region->start));
         return TAKEN;

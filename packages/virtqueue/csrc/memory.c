@@ -5,14 +5,17 @@
 #define MAX_SLOTS 4096u
 #define SLOTS_PER_REGION 4u
 
+/* Make room for `count` entries; what was there is lost. */
 static int reserve(void **array, uint32_t *capacity, uint32_t count, size_t size)
 {
     if (count <= *capacity)
         return 0;
-    void *grown = realloc(*array, count * size);
-    if (!grown)
+    /* Aligned to cache lines, so that no region lies in two. */
+    void *fresh = aligned_alloc(64, (count * size + 63) & ~(size_t)63);
+    if (!fresh)
         return VQ_NO_MEMORY;
-    *array = grown;
+    free(*array);
+    *array = fresh;
     *capacity = count;
     return 0;
 }
@@ -31,14 +34,19 @@ int memory_adopt(struct memory *memory, const struct gm_table *table)
     uint32_t slot_count = 1;
     while (slot_count < count * SLOTS_PER_REGION && slot_count < MAX_SLOTS)
         slot_count *= 2;
+    /* Until all is in place this is a memory of no regions. */
+    memory->count = memory->slot_count = 0;
     void *regions = memory->regions, *slots = memory->slots;
     int failed = reserve(&regions, &memory->capacity, count + 1, sizeof(struct region));
     memory->regions = regions;
     if (!failed)
         failed = reserve(&slots, &memory->slot_capacity, slot_count + 1, sizeof(uint16_t));
     memory->slots = slots;
-    if (failed)
+    if (failed) {
+        if (memory->regions)
+            memory->regions[0] = (struct region){0};
         return failed;
+    }
 
     const struct gm_region *source = pointer(table->regions);
     for (uint32_t i = 0; i < count; i++) {
@@ -49,7 +57,7 @@ int memory_adopt(struct memory *memory, const struct gm_table *table)
             .start = source[i].guest_address,
             .size = source[i].size,
             .host = host,
-            .mask = UINT64_C(1) << (i % 64),
+            .bit = i % 64,
             .flags = (source[i].flags & GM_REGION_READ_ONLY) |
                      (mapped ? 0 : GM_REGION_ON_DEMAND) | (inside ? 0 : REGION_OUTSIDE),
         };
@@ -187,7 +195,7 @@ enum resolution memory_resolve(const struct memory *memory, uint64_t address, ui
         .host = region->host + offset,
         .guest = guest,
         .length = length,
-        .mask = region->mask,
+        .mask = region_mask(region),
         .outside = region->flags & REGION_OUTSIDE,
     };
     if (region->host)
@@ -221,7 +229,7 @@ uint64_t memory_mask(const struct memory *memory, uint64_t host, uint64_t length
     for (uint32_t i = 0; i < memory->count; i++) {
         const struct region *region = &memory->regions[i];
         if (region->host && region->host < host + length && host < region->host + region->size)
-            mask |= region->mask;
+            mask |= region_mask(region);
     }
     return mask;
 }

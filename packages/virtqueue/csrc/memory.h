@@ -1,7 +1,7 @@
 /*
  * Guest addresses to host addresses, dirty pages, poisoned regions.
  *
- * A queue keeps its own compact copy of the region table of the snapshot it takes from: 40 bytes a
+ * A queue keeps its own compact copy of the region table of the snapshot it takes from: 32 bytes a
  * region, and an index over the address space that leads to a region in one step however many there
  * are.  Guest memory reads and writes that another party sees go through the accessors here, so
  * that the compiler can neither repeat nor split them.
@@ -22,9 +22,8 @@ struct region {
     uint64_t start; /* guest address */
     uint64_t size;
     uint64_t host;  /* 0: mapped on demand */
-    uint64_t mask;  /* its bit in sets of regions: number % 64 */
     uint32_t flags; /* GM_REGION_*, REGION_OUTSIDE */
-    uint32_t reserved;
+    uint32_t bit;   /* in sets of regions: its number % 64 */
 };
 
 #define REGION_OUTSIDE (1u << 31) /* not, or not wholly, inside the window */
@@ -94,6 +93,11 @@ uint64_t memory_mask(const struct memory *memory, uint64_t host, uint64_t length
  * bit. */
 void log_write(const struct gm_log *log, uint64_t guest, uint64_t length);
 
+static inline uint64_t region_mask(const struct region *region)
+{
+    return UINT64_C(1) << region->bit;
+}
+
 /* The region that holds `guest`, or NULL. */
 static inline const struct region *memory_find(const struct memory *memory, uint64_t guest)
 {
@@ -120,21 +124,26 @@ static inline const struct region *memory_find(const struct memory *memory, uint
 
 /*
  * The common case of memory_resolve: no IOMMU, and everything inside one mapped region.  Returns
- * the region, or NULL when the long way has to be taken.  `hint` is the region that held the
- * descriptor of the same kind in the chain before.
+ * the region, or NULL when the long way has to be taken.  hints[place] is the region that held the
+ * descriptor at this place of the chain before; hints[0] that of this chain's header, which often
+ * holds its status too.
  */
 static ALWAYS_INLINE const struct region *memory_direct(const struct memory *memory,
-                                                 const struct region **hint, uint64_t guest,
-                                                 uint64_t length, bool writable)
+                                                        const struct region **hints,
+                                                        uint32_t place, uint64_t guest,
+                                                        uint64_t length, bool writable)
 {
-    const struct region *region = *hint;
+    const struct region *region = hints[place];
     if (unlikely(guest - region->start >= region->size)) {
-        if (memory->iommu)
-            return NULL;
-        region = memory_find(memory, guest);
-        if (unlikely(!region))
-            return NULL;
-        *hint = region;
+        region = hints[0];
+        if (guest - region->start >= region->size) {
+            if (memory->iommu)
+                return NULL;
+            region = memory_find(memory, guest);
+            if (unlikely(!region))
+                return NULL;
+        }
+        hints[place] = region;
     }
     const uint32_t wrong = GM_REGION_ON_DEMAND | (writable ? GM_REGION_READ_ONLY : 0);
     if (unlikely(length > region->size - (guest - region->start) || (region->flags & wrong)))

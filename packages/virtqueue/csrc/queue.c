@@ -37,6 +37,12 @@ static void destroy(struct engine *engine)
     free(engine);
 }
 
+static void forget_hints(struct engine *engine)
+{
+    for (uint32_t i = 0; i <= HINTS; i++)
+        engine->hints[i] = memory_nowhere(&engine->memory);
+}
+
 int vq_create(struct vq_queue *queue)
 {
     if (queue->magic != VQ_MAGIC || queue->abi != VQ_ABI || queue->size != sizeof(*queue))
@@ -72,6 +78,7 @@ int vq_create(struct vq_queue *queue)
         return VQ_NO_MEMORY;
     }
     engine->queue = queue;
+    forget_hints(engine);
     engine->swap = big_endian != (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__);
     engine->memory.iommu = queue->features & VQ_IOMMU;
     engine->memory.provisions = pointer(queue->provisions);
@@ -102,18 +109,23 @@ int vq_attach(struct vq_queue *queue)
     if (log && (log->magic != GM_LOG_MAGIC || log->abi != GM_ABI || log->size != sizeof(*log) ||
                 log->page_shift != 12))
         return VQ_ABI_ERROR;
+    const bool packed = queue->features & VQ_PACKED;
+    if (packed && (queue->next_avail >= queue->queue_size ||
+                   queue->next_used >= queue->queue_size))
+        return VQ_USAGE;
     int failed = memory_adopt(&engine->memory, table);
+    forget_hints(engine);
     if (failed)
         return failed;
-    for (uint32_t i = 0; i <= HINTS; i++)
-        engine->hints[i] = memory_nowhere(&engine->memory);
+    /* The driver's index is loaded again; before the first take the queue may set the position. */
+    if (!queue->taken && !queue->in_flight)
+        engine->avail_index = queue->next_avail;
     engine->log = log;
     /* Nothing of this snapshot is poisoned, and no other is in use: events until now are settled. */
     const uint32_t events = __atomic_load_n(&guard_events, __ATOMIC_ACQUIRE);
     if (!queue->in_flight && !memory_poisoned(table))
         engine->guard_events = events;
     engine->ring_regions = ring_regions(queue, &engine->memory);
-    const bool packed = queue->features & VQ_PACKED;
     if (queue->descriptors % 16 || queue->driver % (packed ? 4 : 2) || queue->device % 4)
         return broken(engine, VQ_REASON_RING_MEMORY, queue->descriptors);
     return 0;
