@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,11 +93,12 @@ def test_a_read_only_disk_refuses_every_change(image: Path, engine: str) -> None
         driver = BlockDriver(session)
         assert driver.read_only
         assert driver.read(0, 512) == bytes(512)
-        for change in (
+        changes: tuple[Callable[[], None], ...] = (
             lambda: driver.write(0, b"x" * 512),
             lambda: driver.discard(0, 4096),
             lambda: driver.write_zeroes(0, 4096),
-        ):
+        )
+        for change in changes:
             with pytest.raises(BlockError) as caught:
                 change()
             assert caught.value.status == blk.S_IOERR

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import vhost_protocol as vp
-from guest_memory import GuestMemory
+from guest_memory import GuestAddress, GuestMemory
 from vhost_backend import (
     DeviceBackend,
     Queue,
@@ -138,9 +138,15 @@ class ControlMachine(RuleBasedStateMachine):
                 USER_BASE + RING + offset for offset in ring_layout(MAX_SIZE, self.packed)[:3]
             ]
             config = RingConfig(
-                self.size, *places, packed=self.packed, event_idx=self.event_idx, indirect=False
+                self.size,
+                places[0],
+                places[1],
+                places[2],
+                packed=self.packed,
+                event_idx=self.event_idx,
+                indirect=False,
             )
-            self.memory.write(GUEST_BASE + RING, bytes(BUFFER))
+            self.memory.write(GuestAddress(GUEST_BASE + RING), bytes(BUFFER))
             self.ring = DriverVring(0, DriverQueue(config, self.memory), config)
         legal = index == 0 and self.addresses
         kick = os.eventfd(0, os.EFD_NONBLOCK)
@@ -210,7 +216,7 @@ class ControlMachine(RuleBasedStateMachine):
         if self.pending >= self.size // 2:
             return
         source, target = GUEST_BASE + BUFFER, GUEST_BASE + BUFFER + 4096
-        self.memory.write(source, data)
+        self.memory.write(GuestAddress(source), data)
         self.ring.submit([(source, len(data))], [(target, len(data))])
         self.ring.kick()
         self.pending += 1
