@@ -1,11 +1,12 @@
 """A driver and a device process at full speed over two mappings of one memory.
 
     python tests/virtqueue/stress_ring.py --chains 10000000 [--packed] [--event-idx]
-        [--in-order] [--engine c|python]
+        [--in-order] [--engine c|python] [--seconds 900] [--patience 5]
 
 Each chain carries a number that the device copies into its answer: none may be lost, come back
 twice or with another's number.  Both sides sleep on eventfds whenever they find nothing; a sleep
-of five seconds is a lost wake-up.
+longer than the patience (seconds; more on a busy machine) is a lost wake-up.
+With ``--seconds`` no chain is offered after that time.
 """
 
 from __future__ import annotations
@@ -28,17 +29,15 @@ from virtqueue_rig import Rig
 from guest_memory import GuestMemory
 from virtqueue import RECORD
 
-PATIENCE = 5.0
 
-
-def wait(fd: int, who: str) -> None:
-    if not select.select([fd], [], [], PATIENCE)[0]:
-        raise SystemExit(f"the {who} slept for {PATIENCE} s: a wake-up was lost")
+def wait(fd: int, who: str, patience: float) -> None:
+    if not select.select([fd], [], [], patience)[0]:
+        raise SystemExit(f"the {who} slept for {patience} s: a wake-up was lost")
     os.eventfd_read(fd)
 
 
-def serve(rig: Rig, kick: int, call: int, seed: int, in_order: bool) -> None:
-    random_ = random.Random(seed)
+def serve(rig: Rig, kick: int, call: int, options: argparse.Namespace) -> None:
+    random_ = random.Random(options.seed)
     rig.memory = GuestMemory.map([(rig.memory.regions[0], rig.fd)])
     device = rig.new_device(base=None)
     window = device.window
@@ -52,9 +51,9 @@ def serve(rig: Rig, kick: int, call: int, seed: int, in_order: bool) -> None:
             held.append(record[6])
         if not batch and not held:
             with contextlib.suppress(InterruptedError):
-                wait(kick, "device")
+                wait(kick, "device", options.patience)
             continue
-        if not in_order:
+        if not options.in_order:
             random_.shuffle(held)
         keep = random_.randint(0, 4) if batch else 0
         for head in held[keep:]:
@@ -73,6 +72,8 @@ def main() -> int:
     parser.add_argument("--in-order", action="store_true")
     parser.add_argument("--engine")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--patience", type=float, default=5.0)
     options = parser.parse_args()
     rig = Rig(
         size=options.size,
@@ -104,18 +105,21 @@ def main() -> int:
         try:
             # The parent's death ends this process too.
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-            serve(rig, kick, call, options.seed, options.in_order)
+            serve(rig, kick, call, options)
         except SystemExit as error:
             print(error, file=sys.stderr)
         finally:
             os._exit(code)
     started = time.monotonic()
     try:
-        while returned < options.chains:
+        chains = options.chains
+        while returned < chains:
+            if options.seconds and time.monotonic() > started + options.seconds:
+                chains = number
             # Now and then everything comes home, so that both sides get to sleep.
             draining = bool(open_) and (draining or random_.random() < 0.05)
             limit = 0 if draining else random_.randint(1, options.size)
-            while idle and driver.free and limit and number < options.chains:
+            while idle and driver.free and limit and number < chains:
                 limit -= 1
                 slot = idle.pop()
                 text, room = slots[slot]
@@ -136,11 +140,11 @@ def main() -> int:
             if not found and (draining or not idle):
                 if not driver.enable_notification():
                     sleeps += 1
-                    wait(call, "driver")
+                    wait(call, "driver", options.patience)
                 driver.disable_notification()
                 continue
-            if not found and number == options.chains and not driver.enable_notification():
-                wait(call, "driver")
+            if not found and number == chains and not driver.enable_notification():
+                wait(call, "driver", options.patience)
             for head, written in found:
                 expected, slot = open_.pop(head)
                 answer = words[where[slot][1]]
