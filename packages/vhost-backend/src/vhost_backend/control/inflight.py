@@ -33,7 +33,10 @@ class Inflight:
         """The rings have dropped their parts already."""
 
     def _get_fd(self, message: vp.GetInflightFd, fds: Descriptors) -> Outcome:
-        each = self._size("GET_INFLIGHT_FD", message)
+        self._size("GET_INFLIGHT_FD", message)
+        # A guest may make its rings larger than the front-end says here: SeaBIOS under QEMU 10
+        # asks for 256 descriptors where QEMU announces 128.
+        each = self._size_for(self._context.backend.max_queue_size())
         size = message.num_queues * each
         # It begins as zeroes, which every queue takes for "never used".
         fd = allocate_memfd(size, "vhost-inflight")
@@ -47,6 +50,9 @@ class Inflight:
 
     def _set_fd(self, message: vp.SetInflightFd, fds: Descriptors) -> Outcome:
         each = self._size("SET_INFLIGHT_FD", message)
+        if message.mmap_size % (64 * message.num_queues) == 0:
+            # Queues share the region evenly, ours (see above) and those of other back-ends.
+            each = max(each, message.mmap_size // message.num_queues)
         needed = message.num_queues * each
         if message.mmap_size < needed:
             raise Refused(
@@ -66,8 +72,11 @@ class Inflight:
             raise Refused(request, f"there are no {message.num_queues} queues")
         if not 0 < message.queue_size <= context.backend.max_queue_size():
             raise Refused(request, f"no queue has {message.queue_size} descriptors")
-        packed = bool(context.features & VirtioFeature.RING_PACKED)
-        return inflight_size(message.queue_size, packed)
+        return self._size_for(message.queue_size)
+
+    def _size_for(self, queue_size: int) -> int:
+        packed = bool(self._context.features & VirtioFeature.RING_PACKED)
+        return inflight_size(queue_size, packed)
 
     def _use(self, request: str, mapping: SharedMapping, each: int, queues: int) -> None:
         vrings = self._context.vrings[:queues]
