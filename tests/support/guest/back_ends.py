@@ -25,8 +25,8 @@ LOG = "log"
 INFLIGHT = "inflight"
 PACKED = "packed"
 _ABILITIES: dict[str, frozenset[str]] = {
-    "c": frozenset({INFLIGHT, PACKED}),
-    "python": frozenset({INFLIGHT, PACKED}),
+    "c": frozenset({INFLIGHT, LOG, PACKED}),
+    "python": frozenset({INFLIGHT, LOG, PACKED}),
     STORAGE_DAEMON: frozenset({LOG}),
 }
 
