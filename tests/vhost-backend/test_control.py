@@ -296,7 +296,7 @@ def test_reset_device_stops_rings_and_still_tells_where_they_stood() -> None:
 def test_memory_may_be_replaced_while_requests_run() -> None:
     with attached(Echo()) as session:
         for number in range(50):
-            session._share_memory()
+            session.share_memory()
             assert exchange(session, bytes([number]) * 64) == bytes([number]) * 64
 
 
@@ -312,7 +312,7 @@ def test_a_ring_outside_of_memory_is_reported_and_comes_back_with_the_memory(
         poller = select.poll()
         poller.register(error, select.POLLIN)
         assert poller.poll(5000)
-        session._share_memory()
+        session.share_memory()
         assert exchange(session, b"home again") == b"home again"
         os.close(fd)
         os.close(error)

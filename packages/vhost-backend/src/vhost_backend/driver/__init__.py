@@ -2,11 +2,13 @@
 
 `DriverSession` does what a VMM and a guest do together: it shares memory with the back-end,
 negotiates, sets up rings, submits requests and waits for them. `BlockDriver` speaks virtio-blk on
-top. The demo, the tests and `vhost_backend.testing` are made of these.
+top, `Migration` moves a session from one back-end to another. The demo, the tests and
+`vhost_backend.testing` are made of these.
 """
 
 from .block import BlockDriver, BlockError, Completion
 from .channel import ChannelServer
+from .migration import Migration
 from .session import DriverSession, DriverVring, SessionError
 
 __all__ = [
@@ -16,5 +18,6 @@ __all__ = [
     "Completion",
     "DriverSession",
     "DriverVring",
+    "Migration",
     "SessionError",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import select
 from collections.abc import Callable, Sequence
@@ -36,7 +38,21 @@ _USUAL_FEATURES = (
     | vp.ProtocolFeatures.REPLY_ACK
     | vp.ProtocolFeatures.CONFIG
     | vp.ProtocolFeatures.RESET_DEVICE
+    | vp.ProtocolFeatures.LOG_SHMFD
+    | vp.ProtocolFeatures.DEVICE_STATE
 )
+
+_MAP_FIXED = 16
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
 
 _PAGE = 4096
 # Descriptors in an indirect table.
@@ -109,6 +125,26 @@ class DriverVring:
         os.close(self.kick_fd)
         os.close(self.call_fd)
 
+    # -- where the ring is, for drivers that break its rules ------------------------------------
+
+    @property
+    def descriptor_area(self) -> int:
+        """Guest address of the descriptor table; of the descriptor ring when packed."""
+        return self._place(self.config.descriptor_address)
+
+    @property
+    def driver_area(self) -> int:
+        """Guest address of the available ring; of the driver's event structure when packed."""
+        return self._place(self.config.driver_address)
+
+    @property
+    def device_area(self) -> int:
+        """Guest address of the used ring; of the device's event structure when packed."""
+        return self._place(self.config.device_address)
+
+    def _place(self, address: int) -> int:
+        return address - (self._offset or USER_BASE - GUEST_BASE)
+
 
 class DriverSession:
     """A driver attached to a back-end.
@@ -129,6 +165,8 @@ class DriverSession:
         protocol_features: protocol features to accept besides the usual ones.
         handlers: what to do with the back-end's own requests, by message class; each returns
             whether it succeeded. A channel is made when there are handlers, or an IOMMU.
+        inflight: have the back-end record its requests in flight in memory that the session keeps
+            (INFLIGHT_SHMFD), so that `reconnect` can hand them to the back-end's successor.
     """
 
     def __init__(
@@ -146,6 +184,7 @@ class DriverSession:
         iommu: bool = False,
         protocol_features: vp.ProtocolFeatures = _NO_FEATURES,
         handlers: dict[type[vp.Message], Callable[[vp.Message], bool]] | None = None,
+        inflight: bool = False,
     ) -> None:
         self.frontend = frontend
         self.channel: ChannelServer | None = None
@@ -154,6 +193,8 @@ class DriverSession:
         self._handlers = dict(handlers or {})
         self._iova = IOVA_BASE - GUEST_BASE if iommu else 0
         self.vrings: list[DriverVring] = []
+        #: (guest address, bytes) of what rings take up, indirect tables included.
+        self.ring_memory: list[tuple[int, int]] = []
         self.protocol_features = vp.ProtocolFeatures(0)
         self._memory_fd = allocate_memfd(memory_size) if memory_fd is None else memory_fd
         region = Region(GuestAddress(GUEST_BASE), memory_size, UserAddress(USER_BASE))
@@ -174,11 +215,17 @@ class DriverSession:
             self._handlers[vp.BackendIotlbMsg] = self._answer_miss
         if self._handlers:
             self._wanted |= vp.ProtocolFeatures.BACKEND_REQ
+        if inflight:
+            self._wanted |= vp.ProtocolFeatures.INFLIGHT_SHMFD
+        self._inflight: tuple[vp.InflightReply, int] | None = None
+        self._wanted_features = wanted
         try:
             self._negotiate(wanted, packed)
             if self._handlers:
                 self.channel = ChannelServer(frontend, self._handlers)
-            self._share_memory()
+            self.share_memory()
+            if inflight:
+                self._keep_inflight(num_queues, queue_size)
             for index in range(num_queues):
                 self._set_up_ring(index, queue_size)
         except BaseException:
@@ -197,6 +244,8 @@ class DriverSession:
     def _negotiate(self, wanted: VirtioFeature, packed: bool) -> None:
         frontend = self.frontend
         offered = VirtioFeature(frontend.get_features())
+        # For `Migration`, which switches it on: LOG_ALL is the front-end's, not the guest's.
+        self.can_log = bool(offered & VirtioFeature.LOG_ALL)
         if packed and not offered & VirtioFeature.RING_PACKED:
             raise SessionError("the back-end does not offer packed rings")
         if self._iova and not offered & VirtioFeature.ACCESS_PLATFORM:
@@ -210,7 +259,8 @@ class DriverSession:
         frontend.set_owner()
         frontend.set_features(int(self.features))
 
-    def _share_memory(self) -> None:
+    def share_memory(self) -> None:
+        """Send the memory table, as it was sent at the start."""
         table = [
             vp.MemoryRegion(
                 guest_address=region.guest_address,
@@ -222,10 +272,27 @@ class DriverSession:
         ]
         self.frontend.set_mem_table(table, [self._memory_fd] * len(table))
 
+    def _keep_inflight(self, num_queues: int, queue_size: int) -> None:
+        if not self.protocol_features & vp.ProtocolFeatures.INFLIGHT_SHMFD:
+            raise SessionError("the back-end does not offer to record requests in flight")
+        reply, fd = self.frontend.get_inflight_fd(num_queues, queue_size)
+        if fd is None:
+            raise SessionError("the back-end gave no memory for requests in flight")
+        self._inflight = reply, fd.detach()
+        self._hand_over_inflight()
+
+    def _hand_over_inflight(self) -> None:
+        if self._inflight is not None:
+            reply, fd = self._inflight
+            self.frontend.set_inflight_fd(
+                reply.mmap_size, reply.mmap_offset, reply.num_queues, reply.queue_size, fd
+            )
+
     def _set_up_ring(self, index: int, size: int) -> None:
         packed = bool(self.features & VirtioFeature.RING_PACKED)
         descriptor, driver, device, total = ring_layout(size, packed)
         place = self.allocate(total, align=_PAGE)
+        self.ring_memory.append((place, total))
         base = place + (self._iova or USER_BASE - GUEST_BASE)
         config = RingConfig(
             size=size,
@@ -239,7 +306,9 @@ class DriverSession:
         )
         tables = None
         if config.indirect:
-            tables = self.allocate(size * _TABLE_LENGTH * 16) + self._iova
+            room = size * _TABLE_LENGTH * 16
+            tables = self.allocate(room) + self._iova
+            self.ring_memory.append((tables - self._iova, room))
         memory = self.memory
         if self._iova:
             everything = Iotlb()
@@ -269,6 +338,75 @@ class DriverSession:
         frontend.set_vring_kick(index, vring.kick_fd)
         if self.features & VirtioFeature.PROTOCOL_FEATURES:
             frontend.set_vring_enable(index, True)
+
+    # -- another back-end -----------------------------------------------------------------------
+
+    def reconnect(self, frontend: vp.Frontend) -> None:
+        """Go on with another back-end over `frontend`, after the present one has died.
+
+        Memory, rings and requests stay as they are. With `inflight` the new back-end is given the
+        record of the requests that the old one had taken, and finishes them; without, a split ring
+        goes on behind the last used entry and what was in flight is served once more.
+
+        Raises `SessionError` when the new back-end offers less than was negotiated, or for packed
+        rings without `inflight`, whose position only the old back-end knew.
+        """
+        packed = bool(self.features & VirtioFeature.RING_PACKED)
+        if packed and self._inflight is None:
+            raise SessionError("where a packed ring stood is lost with the back-end")
+        self._attach(frontend)
+        self._hand_over_inflight()
+        for vring in self.vrings:
+            base = None
+            if not packed:
+                raw = self.memory.read(GuestAddress(vring.device_area + 2), 2)
+                base = int.from_bytes(raw, "little")
+            self.start_ring(vring.index, base)
+            # What the old back-end completed without coming round to signal it.
+            eventfd.signal(vring.call_fd)
+
+    def move(self, frontend: vp.Frontend, memory_fd: int) -> None:
+        """Go on with another back-end and with the copy of the memory that `memory_fd` holds.
+
+        The session takes `memory_fd` over. Rings have to be stopped, and are started by the caller.
+        What refers to the memory stays valid: the copy is mapped where the original was.
+        """
+        place = self.memory.host_addresses[0]
+        size = self.memory.regions[0].size
+        if place is None or os.fstat(memory_fd).st_size < size:
+            raise SessionError(f"the copy of the memory has fewer than {size} bytes")
+        mapped = _libc.mmap(
+            place,
+            size,
+            mmap.PROT_READ | mmap.PROT_WRITE,
+            mmap.MAP_SHARED | _MAP_FIXED,
+            memory_fd,
+            0,
+        )
+        if mapped != place:
+            raise SessionError(f"the copy cannot be mapped: {os.strerror(ctypes.get_errno())}")
+        os.close(self._memory_fd)
+        self._memory_fd = memory_fd
+        self._attach(frontend)
+        self._hand_over_inflight()
+
+    def _attach(self, frontend: vp.Frontend) -> None:
+        """Hang up, and negotiate the same over a new connection."""
+        self._hang_up()
+        features, protocol_features = self.features, self.protocol_features
+        self.frontend = frontend
+        self._negotiate(self._wanted_features, bool(features & VirtioFeature.RING_PACKED))
+        if (self.features, self.protocol_features) != (features, protocol_features):
+            raise SessionError("the new back-end does not offer what was negotiated with the old")
+        if self._handlers:
+            self.channel = ChannelServer(frontend, self._handlers)
+        self.share_memory()
+
+    def _hang_up(self) -> None:
+        self.frontend.close()
+        if self.channel is not None:
+            self.channel.join()
+            self.channel = None
 
     # -- use ------------------------------------------------------------------------------------
 
@@ -301,13 +439,13 @@ class DriverSession:
 
     def close(self) -> None:
         """Hang up and release the memory."""
-        self.frontend.close()
-        if self.channel is not None:
-            self.channel.join()
-            self.channel = None
+        self._hang_up()
         for vring in self.vrings:
             vring.close()
         self.vrings = []
+        if self._inflight is not None:
+            os.close(self._inflight[1])
+            self._inflight = None
         fd, self._memory_fd = self._memory_fd, -1
         if fd >= 0:
             os.close(fd)

@@ -33,7 +33,7 @@ def attached(
     driver waits for, `options` are `DriverSession`'s.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with VhostUserDaemon("test", _backend(device), engine=engine) as daemon:
+    with VhostUserDaemon("test", as_backend(device), engine=engine) as daemon:
         daemon.start_connection(ours)
         with DriverSession(vp.Frontend(theirs, timeout=timeout), **options) as session:
             yield session
@@ -45,7 +45,7 @@ def served(device: VirtioDevice | VhostUserBackend, *, engine: str | None = None
     with (
         tempfile.TemporaryDirectory(prefix="vhost-") as directory,
         Listener(os.path.join(directory, "device.sock")) as listener,
-        VhostUserDaemon("test", _backend(device), engine=engine) as daemon,
+        VhostUserDaemon("test", as_backend(device), engine=engine) as daemon,
     ):
         daemon.start(listener)
         assert listener.path is not None
@@ -53,5 +53,6 @@ def served(device: VirtioDevice | VhostUserBackend, *, engine: str | None = None
         daemon.close()
 
 
-def _backend(device: VirtioDevice | VhostUserBackend) -> VhostUserBackend:
+def as_backend(device: VirtioDevice | VhostUserBackend) -> VhostUserBackend:
+    """`device` as what a daemon runs."""
     return DeviceBackend.of(device) if isinstance(device, VirtioDevice) else device

@@ -1,0 +1,183 @@
+"""A device in a process of its own that a test can kill and start again."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import os
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import vhost_protocol as vp
+
+from ..backend import VhostUserBackend
+from ..daemon import VhostUserDaemon
+from ..device import VirtioDevice
+from ..driver import DriverSession, SessionError
+from ..listener import Listener
+from .harness import as_backend
+
+
+class DeviceProcess:
+    """Runs what `make` returns behind a socket, in a child process.
+
+    `make` is called in the child, each time one is started; it may be any callable, a closure too.
+    The socket is this process's and stays: who connects while no child runs is served by the next
+    one. Descriptors other than standard input, output and error are not inherited. The child ends
+    with this process at the latest.
+
+    Args:
+        make: makes the device (or back-end); takes no arguments.
+        engine: the ring engine, "c" or "python".
+        timeout: seconds that an answer may take.
+        options: `VhostUserDaemon`'s, such as `drain_timeout`.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], VirtioDevice | VhostUserBackend],
+        *,
+        engine: str | None = None,
+        timeout: float = 10.0,
+        **options: Any,
+    ) -> None:
+        self._make = make
+        self._options = dict(options, engine=engine)
+        self._timeout = timeout
+        self._folder = tempfile.TemporaryDirectory(prefix="vhost-")
+        self._listener = Listener(os.path.join(self._folder.name, "device.sock"), backlog=64)
+        self._lifeline = -1
+        #: The child's process id; None while there is none.
+        self.pid: int | None = None
+        #: How often a child was started.
+        self.starts = 0
+        self.start()
+
+    @property
+    def path(self) -> str:
+        """The socket's path."""
+        assert self._listener.path is not None
+        return self._listener.path
+
+    # -- the child's life -----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start a child. Raises `SessionError` while there is one."""
+        if self.pid is not None:
+            raise SessionError("the device's process runs already")
+        reader, writer = os.pipe()
+        with warnings.catch_warnings():
+            # The child only goes on with this thread, and takes no lock that others may hold.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                # Objects of the parent stay as they are: none may close a number that is ours now.
+                gc.freeze()
+                self._run(reader)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        os.close(reader)
+        self._lifeline = writer
+        self.pid = pid
+        self.starts += 1
+
+    def _run(self, lifeline: int) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        listening = os.dup2(self._listener.fileno(), 3 if lifeline != 3 else 4)
+        _close_all_but({listening, lifeline})
+        # What they write to may be a file of the parent's that has just been closed.
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
+        watcher = threading.Thread(target=_end_with, args=(lifeline,), daemon=True)
+        watcher.start()
+        backend = as_backend(self._make())
+        daemon = VhostUserDaemon("test", backend, **self._options)
+        signal.signal(signal.SIGTERM, lambda number, frame: daemon.shutdown())
+        with daemon, Listener.from_fd(listening) as listener:
+            daemon.start(listener)
+            daemon.wait()
+
+    def kill(self) -> None:
+        """SIGKILL, at once; returns when the child is gone."""
+        status = self._end(signal.SIGKILL)
+        if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
+            raise SessionError(f"the device's process ended by itself (status {status:#x})")
+
+    def terminate(self) -> None:
+        """SIGTERM: the daemon ends in good order. Raises `SessionError` when it did not."""
+        status = self._end(signal.SIGTERM)
+        if status:
+            raise SessionError(f"the device's process ended with status {status:#x}")
+
+    def _end(self, number: int) -> int:
+        pid, self.pid = self.pid, None
+        if pid is None:
+            raise SessionError("the device's process does not run")
+        os.kill(pid, number)
+        _, status = os.waitpid(pid, 0)
+        os.close(self._lifeline)
+        self._lifeline = -1
+        return status
+
+    def restart(self) -> None:
+        """Kill the child and start another."""
+        self.kill()
+        self.start()
+
+    # -- its front-ends -------------------------------------------------------------------------
+
+    def connect(self, **options: Any) -> DriverSession:
+        """A driver's session with the device; `options` are `DriverSession`'s."""
+        return DriverSession.connect(self.path, timeout=self._timeout, **options)
+
+    def frontend(self) -> vp.Frontend:
+        """A bare connection, for `DriverSession.reconnect` or messages of one's own."""
+        return vp.Frontend.connect(self.path, timeout=self._timeout)
+
+    def kill_and_reconnect(self, session: DriverSession) -> None:
+        """Kill the device under `session`, which goes on with a new process.
+
+        The session has to be made with `inflight=True` for nothing to be lost or served twice.
+        """
+        self.restart()
+        session.reconnect(self.frontend())
+
+    def close(self) -> None:
+        """End the child, whatever it does, and remove the socket. Harmless when repeated."""
+        if self.pid is not None:
+            with contextlib.suppress(SessionError):
+                self.kill()
+        self._listener.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> DeviceProcess:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _close_all_but(kept: set[int]) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd > 2 and fd not in kept:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def _end_with(lifeline: int) -> None:
+    os.read(lifeline, 1)
+    os._exit(0)

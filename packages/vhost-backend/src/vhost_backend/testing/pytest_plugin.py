@@ -1,0 +1,53 @@
+"""Fixtures for pytest, the only module that imports it.
+
+- `attach(device, **options)`: a `DriverSession` with the device, in this process; see `attached`.
+- `device_process(make, **options)`: a `DeviceProcess`, to be killed and restarted.
+
+What a test opened is closed when it ends, in reverse order. Ask for them in the top conftest.py:
+
+    pytest_plugins = ["vhost_backend.testing.pytest_plugin"]
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import pytest
+
+from ..backend import VhostUserBackend
+from ..device import VirtioDevice
+from ..driver import DriverSession
+from .harness import attached
+from .process import DeviceProcess
+
+
+class Attach(Protocol):
+    """The type of the fixture `attach`."""
+
+    def __call__(self, device: VirtioDevice | VhostUserBackend, **options: Any) -> DriverSession:
+        """Attach a driver to `device`; `options` are those of `vhost_backend.testing.attached`."""
+
+
+class StartProcess(Protocol):
+    """The type of the fixture `device_process`."""
+
+    def __call__(
+        self, make: Callable[[], VirtioDevice | VhostUserBackend], **options: Any
+    ) -> DeviceProcess:
+        """Start a process; `options` are those of `vhost_backend.testing.DeviceProcess`."""
+
+
+@pytest.fixture
+def attach() -> Iterator[Attach]:
+    """`attach(device, **options)` runs a device and returns a driver's session with it."""
+    with contextlib.ExitStack() as stack:
+        yield lambda device, **options: stack.enter_context(attached(device, **options))
+
+
+@pytest.fixture
+def device_process() -> Iterator[StartProcess]:
+    """`device_process(make, **options)` runs a device in a process that may be killed."""
+    with contextlib.ExitStack() as stack:
+        yield lambda make, **options: stack.enter_context(DeviceProcess(make, **options))
