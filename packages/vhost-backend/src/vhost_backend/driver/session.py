@@ -54,6 +54,9 @@ _libc.mmap.argtypes = [
     ctypes.c_int64,
 ]
 
+#: Seconds that a device may take from a completion to its signal.
+_SIGNAL_DELAY = 1.0
+
 _PAGE = 4096
 # Descriptors in an indirect table.
 _TABLE_LENGTH = 16
@@ -103,7 +106,8 @@ class DriverVring:
     def completions(self, timeout: float = 10.0) -> list[tuple[int, int]]:
         """Wait for at least one completion; (id, bytes written) for each there is.
 
-        Raises `SessionError` after `timeout` seconds without one.
+        With a `timeout` of 0 the ring is only looked at. Raises `SessionError` after `timeout`
+        seconds without a completion, and when there is one that no signal follows.
         """
         while True:
             done = self.queue.collect()
@@ -113,11 +117,13 @@ class DriverVring:
                 continue
             if not self._poller.poll(timeout * 1000):
                 done = self.queue.collect()
-                if done:
+                if not done:
+                    raise SessionError(f"vring {self.index}: nothing completed in {timeout:g} s")
+                if timeout and not self._poller.poll(_SIGNAL_DELAY * 1000):
                     raise SessionError(
                         f"vring {self.index}: completions came without the signal asked for"
                     )
-                raise SessionError(f"vring {self.index}: nothing completed in {timeout:g} s")
+                return done
             eventfd.drain(self.call_fd)
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import vhost_protocol as vp
+from virtqueue import SigbusGuard
 
 from ..backend import VhostUserBackend
 from ..daemon import VhostUserDaemon
@@ -54,6 +55,7 @@ class DeviceProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="vhost-")
         self._listener = Listener(os.path.join(self._folder.name, "device.sock"), backlog=64)
         self._lifeline = -1
+        SigbusGuard.available()  # loads the C engine, so that each child has it at once
         #: The child's process id; None while there is none.
         self.pid: int | None = None
         #: How often a child was started.
