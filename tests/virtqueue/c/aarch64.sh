@@ -24,7 +24,9 @@ if [ ! -e "$cache/ready" ]; then
     for archive in "$root"/var/cache/apt/archives/*.deb; do
         dpkg-deb -x "$archive" "$root"
     done
-    "$python" -m pip install --quiet --target "$cache/python" pytest pytest-timeout hypothesis
+    "$python" -m pip install --quiet --target "$cache/python" --python-version 3.11 \
+        --only-binary=:all: --platform manylinux_2_17_aarch64 --platform manylinux_2_28_aarch64 \
+        pytest pytest-timeout hypothesis
     touch "$cache/ready"
 fi
 
