@@ -158,6 +158,13 @@ class BlockDriver:
             self._free.append(slot)
         return finished
 
+    def abandon(self) -> list[object]:
+        """Forget what is in flight, for a session that has ended; the tags of it."""
+        slots = list(self._busy.values())
+        self._busy.clear()
+        self._free += slots
+        return [slot.tag for slot in slots]
+
     # -- one at a time --------------------------------------------------------------------------
 
     def request(self, kind: int, sector: int = 0, payload: bytes = b"", length: int = 0) -> bytes:

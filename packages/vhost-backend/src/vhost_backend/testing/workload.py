@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..devices.blk import S_OK, SECTOR, T_IN, T_OUT
 from ..driver import BlockDriver, DriverSession, SessionError
@@ -56,16 +56,36 @@ class BlockWorkload:
         indirect: bool = False,
         seed: int = 0,
     ) -> None:
-        self._driver = BlockDriver(
-            session, queue=queue, depth=depth, max_io=BLOCK, indirect=indirect
-        )
+        self._options: dict[str, Any] = {"queue": queue, "depth": depth, "indirect": indirect}
+        self._driver = BlockDriver(session, max_io=BLOCK, **self._options)
         self._random = random.Random(seed)
         self._first = first
         self._written = [0] * blocks
+        #: Sequence numbers that a block may hold as well: of writes that were never answered.
+        self._unanswered: dict[int, int] = {}
         self._idle = list(range(blocks))
         self._sequence = 0
         #: Requests that have completed, and were right.
         self.completed = 0
+
+    def resume(self, session: DriverSession, **options: Any) -> None:
+        """Go on over a new session with the same disk.
+
+        What was in flight in the old one is forgotten: a write of it may have been done or not.
+        `options` replace `depth`, `queue` and `indirect`.
+        """
+        for tag in self._driver.abandon():
+            assert isinstance(tag, _Tag)
+            if tag.sequence:
+                self._unanswered[tag.block] = tag.sequence
+            self._idle.append(tag.block)
+        self._options.update(options)
+        self._driver = BlockDriver(session, max_io=BLOCK, **self._options)
+
+    @property
+    def queue(self) -> int:
+        """The queue that the requests go through."""
+        return int(self._options["queue"])
 
     @property
     def in_flight(self) -> int:
@@ -101,6 +121,7 @@ class BlockWorkload:
                 raise WrongData(block, f"status {completion.status}")
             if sequence:
                 self._written[block] = sequence
+                self._unanswered.pop(block, None)
                 if completion.written != 1:
                     raise WrongData(block, f"a write wrote {completion.written} bytes of memory")
             else:
@@ -153,6 +174,9 @@ class BlockWorkload:
 
     def _check(self, block: int, data: bytes) -> None:
         sequence = self._written[block]
+        perhaps = self._unanswered.pop(block, None)
+        if perhaps is not None and data == self._content(block, perhaps):
+            sequence = self._written[block] = perhaps
         if data != self._content(block, sequence):
             found = _STAMP.unpack_from(data.ljust(_STAMP.size, b"\0"))
             raise WrongData(
