@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from virtqueue import (
     QueueBroken,
     Reason,
     UsageError,
-    barrier,
+    access,
     inflight_size,
 )
 from virtqueue.inflight import (
@@ -265,17 +266,14 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> Stores:
     watch = Stores()
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments: WatchedArray(function(*arguments), watch)
+        return lambda *a, **named: WatchedArray(function(*a, **named), watch)
 
     # The engines only: a driver that is under test would die too.
     for name in ("split_engine", "packed_engine"):
         module = sys.modules[f"virtqueue.{name}"]
-        patched = type("Watched", (), dict(vars(barrier)))
-        patched.words16 = staticmethod(wrap(barrier.words16))  # type: ignore[attr-defined]
-        patched.words32 = staticmethod(wrap(barrier.words32))  # type: ignore[attr-defined]
-        for plain in ("order", "full_barrier", "octets"):
-            setattr(patched, plain, staticmethod(getattr(barrier, plain)))
-        monkeypatch.setattr(module, "barrier", patched)
+        patched = SimpleNamespace(**vars(access))
+        patched.words16, patched.words32 = wrap(access.words16), wrap(access.words32)
+        monkeypatch.setattr(module, "access", patched)
 
     for kind in (SplitInflight, PackedInflight):
         original = kind.__init__

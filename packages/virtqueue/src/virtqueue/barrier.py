@@ -18,8 +18,9 @@ its global command takes milliseconds.
 **Ordering of loads with loads and stores with stores** (`order`): x86 keeps both by itself, so
 there it is nothing; elsewhere it is the full barrier.
 
-The same futex operation is an atomic OR and an atomic add on any aligned 32-bit word that this
-process maps (`atomic_or_bit`, `atomic_add`).
+The same futex operation is an atomic OR, XOR and add on any aligned 32-bit word that this process
+maps (`atomic_or_bit`, `atomic_flip_bit`, `atomic_add`, `atomic_add_bit`); it raises `OSError`
+(EFAULT) where the page is gone.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _SYS_FUTEX: Final = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "s390x": 238, 
 _FUTEX_WAKE_OP_PRIVATE: Final = 5 | 128
 _OP_ADD: Final = 1 << 28
 _OP_OR: Final = 2 << 28
+_OP_XOR: Final = 4 << 28
 _OPARG_SHIFT: Final = 8 << 28  # the argument is the number of a bit
 _MASK32: Final = 0xFFFFFFFF
 
@@ -93,6 +95,16 @@ def atomic_add(address: int, value: int) -> None:
 def atomic_or_bit(address: int, bit: int) -> None:
     """Set ``bit`` (0..31) of the 32-bit word at ``address`` (aligned)."""
     _futex(address, (_OP_OR | _OPARG_SHIFT | bit << 12) & _MASK32)
+
+
+def atomic_flip_bit(address: int, bit: int) -> None:
+    """Change ``bit`` (0..31) of the 32-bit word at ``address`` (aligned)."""
+    _futex(address, (_OP_XOR | _OPARG_SHIFT | bit << 12) & _MASK32)
+
+
+def atomic_add_bit(address: int, bit: int) -> None:
+    """Add ``1 << bit`` (0..31) to the 32-bit word at ``address`` (aligned)."""
+    _futex(address, (_OP_ADD | _OPARG_SHIFT | bit << 12) & _MASK32)
 
 
 def _fence() -> Callable[[], object]:

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
+from .access import Shadow
 from .errors import ChainCompleted
 from .layout import (
     DONE_SIZE,
@@ -16,7 +17,7 @@ from .layout import (
     RecordFlags,
     SegmentFlags,
 )
-from .table import Memory, MemoryTable
+from .table import Memory, MemoryTable, Table
 
 RECORD_FIELDS: Final[dict[str, Any]] = {
     "names": [
@@ -80,6 +81,7 @@ class Chain:
     _position: int = 0
     _written: int = 0
     _shared: bool = False
+    _shadows: list[Shadow] | None = None
 
     def __init__(self, batch: Batch, record: tuple[Any, ...], index: int) -> None:
         self._batch: Batch | None = batch
@@ -142,6 +144,7 @@ class Chain:
         base, size = table.window_base, table.window_size
         window = memory.window
         views: list[memoryview] = []
+        start = 0
         for segment in self._load():
             if segment.writable != writable:
                 continue
@@ -149,10 +152,18 @@ class Chain:
             if window is not None and 0 <= offset <= size - segment.length:
                 view = window[offset : offset + segment.length]
             else:
-                octets: Any = (ctypes.c_uint8 * segment.length).from_address(segment.host)
-                octets.owner = memory
-                view = memoryview(octets).cast("B")
+                poison = Table.of(memory).unguarded_guest(segment.guest)
+                if poison is not None:
+                    shadow = Shadow(segment.host, segment.length, poison, start)
+                    if writable:
+                        self._shadows = [*(self._shadows or ()), shadow]
+                    view = memoryview(shadow.data)
+                else:
+                    octets: Any = (ctypes.c_uint8 * segment.length).from_address(segment.host)
+                    octets.owner = memory
+                    view = memoryview(octets).cast("B")
             views.append(view if writable else view.toreadonly())
+            start += segment.length
         return views
 
     @property
@@ -206,7 +217,10 @@ class Chain:
 
     @property
     def readable(self) -> list[memoryview]:
-        """The device-readable bytes, piece by piece, without a copy."""
+        """The device-readable bytes, piece by piece, without a copy.
+
+        Memory that may vanish, and that no `SigbusGuard` watches, is copied once.
+        """
         self._check()
         if self._readable is None:
             self._readable = self._views(writable=False)
@@ -215,7 +229,11 @@ class Chain:
     @property
     def writable(self) -> list[memoryview]:
         """The device-writable bytes, piece by piece.  All of them count as written from now on
-        for the dirty log."""
+        for the dirty log.
+
+        Where memory may vanish, and no `SigbusGuard` watches, the views are of a copy that goes to
+        the guest when the chain is completed.
+        """
         self._check()
         self._shared = True
         return self._writable_views()

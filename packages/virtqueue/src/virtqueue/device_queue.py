@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol
 
-from . import barrier
+from . import access
 from .batch import Batch, Chain
 from .config import RingConfig, ring_parts
 from .engines import make_engine
@@ -167,7 +167,8 @@ class DeviceQueue:
     def _attach(self) -> None:
         """Resolve the ring's addresses and tell the engine; what is missing shows at a take."""
         block, config = self._block, self._config
-        table = Table.of(self._memory)
+        # Kept for the chains, which find their own snapshot's through it.
+        table = self._table = Table.of(self._memory)
         hosts: list[int] = []
         self._unresolved = None
         try:
@@ -199,9 +200,13 @@ class DeviceQueue:
         block.log_used = config.log_used or 0
         if not self._used_known and block.descriptors:
             # The used ring itself says where the device before us stopped.
-            index = barrier.words16(block.device + 2, 1, config.big_endian)[0]
-            block.next_used = block.signalled_used = index
-            self._used_known = True
+            try:
+                index = access.words16(table, block.device + 2, 1, config.big_endian)[0]
+            except Broken as error:
+                self._unresolved = error
+            else:
+                block.next_used = block.signalled_used = index
+                self._used_known = True
         self._engine.set_memory(self._memory)
         # What the engine calls may depend on whether memory can make a thread wait.
         self._take = self._engine.take
@@ -281,7 +286,9 @@ class DeviceQueue:
             if isinstance(error, Missing):
                 raise Need(error.address, error.length, error.access)
             if error is not None:
-                raise QueueBroken(Reason.RING_MEMORY, error.detail)
+                truncated = error.reason is Reason.TRUNCATED
+                reason = Reason.TRUNCATED if truncated else Reason.RING_MEMORY
+                raise QueueBroken(reason, error.detail)
         if limit is not None:
             if limit < 0:
                 raise UsageError(f"a take of {limit} chains")
@@ -410,6 +417,8 @@ class DeviceQueue:
             batch._gone.add(index)
             batch.done[index * DONE_SIZE + 3] |= _KEEP
         if known is not None:
+            if known._shadows:
+                self._flush(known)
             known._close()
             if index < 0:
                 del self._chains[head]
@@ -430,6 +439,13 @@ class DeviceQueue:
             self._drop_former()
         return block.notify != 0
 
+    def _flush(self, chain: Chain) -> None:
+        """Give the driver what was written to copies of memory that must not be touched."""
+        if not self._block.stopped:
+            end = chain.writable_length if chain._shared else chain._written
+            for shadow in chain._shadows or ():
+                shadow.flush(end)
+
     def _leave_batch(self, completing: bool) -> None:
         """Before the batch is overwritten: its chains are completed, or go on by themselves."""
         batch = self._batch
@@ -443,6 +459,8 @@ class DeviceQueue:
                 if not done[entry] & _KEEP:
                     if chain._shared:
                         done[entry] |= _WROTE_ALL
+                    if chain._shadows:
+                        self._flush(chain)
                     chain._close()
                     continue
             chain._keep()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 
 from .barrier import atomic_or_bit, full_barrier
 from .errors import UsageError
-from .table import LOG_MAGIC, MEMORY_ABI, MemoryLog
+from .layout import Reason
+from .table import LOG_MAGIC, MEMORY_ABI, Broken, MemoryLog
 
 
 class Log:
     """A ``gm_log`` seen from an engine.
 
     Bits are set by an atomic OR in the kernel (see `barrier`): the front-end reads and clears
-    the bitmap meanwhile.  Every mark follows the write that it stands for.
+    the bitmap meanwhile, and may even truncate it, which is `Broken`.  Every mark follows the
+    write that it stands for.
     """
 
     def __init__(self, address: int) -> None:
@@ -38,8 +41,11 @@ class Log:
         last = min((guest_address + length - 1) >> 12, size * 8 - 1)
         for page in range(guest_address >> 12, last + 1):
             address = bitmap + (page >> 3)
-            if ctypes.c_uint8.from_address(address).value >> (page & 7) & 1:
-                continue
             # The word that holds the byte; its other bytes keep their value.
             word = address & ~3
-            atomic_or_bit(word, (address - word) * 8 + (page & 7))
+            try:
+                atomic_or_bit(word, (address - word) * 8 + (page & 7))
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                raise Broken(Reason.TRUNCATED, guest_address) from None

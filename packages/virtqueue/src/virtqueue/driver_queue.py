@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from . import barrier
+from . import access, barrier
 from .config import RingConfig, ring_parts
 from .errors import QueueBroken, UsageError
 from .layout import MAX_CHAIN_LENGTH, Reason
@@ -74,7 +74,12 @@ class DriverQueue:
         except (Broken, Missing) as error:
             raise UsageError(f"the ring is not in guest memory: {error}") from error
         self._side: _Split | _Packed
-        self._side = (_Packed if config.packed else _Split)(config, hosts)
+        try:
+            self._side = (_Packed if config.packed else _Split)(config, hosts, self._table)
+        except Broken as error:
+            # See `access`.
+            message = "a big-endian or odd available ring needs memory that cannot vanish"
+            raise UsageError(message) from error
 
     def add(
         self,
@@ -102,13 +107,16 @@ class DriverQueue:
         room = sum(length for _, length in write)
         if self.free < (1 if indirect else count):
             raise UsageError(f"{self.free} descriptors are free, not {count}")
-        if not indirect:
-            return self._side.add(descriptors, room)
-        if self._tables is None or not self._config.indirect or count > self._table_length:
-            raise UsageError("no room for an indirect table of this length")
-        address = self._tables + 16 * self._table_length * self._side.next_identity()
-        self._write(address, self._side.table(descriptors))
-        return self._side.add([(address, 16 * count, INDIRECT)], room)
+        try:
+            if not indirect:
+                return self._side.add(descriptors, room)
+            if self._tables is None or not self._config.indirect or count > self._table_length:
+                raise UsageError("no room for an indirect table of this length")
+            address = self._tables + 16 * self._table_length * self._side.next_identity()
+            self._write(address, self._side.table(descriptors))
+            return self._side.add([(address, 16 * count, INDIRECT)], room)
+        except Broken as error:
+            raise QueueBroken(error.reason, error.detail) from None
 
     def _write(self, address: int, data: bytes) -> None:
         position = 0
@@ -117,28 +125,40 @@ class DriverQueue:
         except (Broken, Missing) as error:
             raise UsageError(f"the room for tables is not in guest memory: {error}") from error
         for piece in pieces:
-            view = memoryview(barrier.octets(piece.host, piece.length)).cast("B")
-            view[:] = data[position : position + piece.length]
+            access.write(piece, 0, data[position : position + piece.length])
             position += piece.length
 
     def publish(self) -> bool:
         """Expose what was added; true when the device wants a kick."""
-        return self._side.publish()
+        try:
+            return self._side.publish()
+        except Broken as error:
+            raise QueueBroken(error.reason, error.detail) from None
 
     def collect(self, limit: int | None = None) -> list[tuple[int, int]]:
         """(id, bytes written) of chains that the device used, in the order it returned them.
 
-        Raises `QueueBroken` (USED_RING) when the device returns what it was not given.
+        Raises `QueueBroken` (USED_RING) when the device returns what it was not given; as every
+        method does (TRUNCATED) when the ring's memory is gone and nothing guards it.
         """
-        return self._side.collect(self._config.size if limit is None else limit)
+        try:
+            return self._side.collect(self._config.size if limit is None else limit)
+        except Broken as error:
+            raise QueueBroken(error.reason, error.detail) from None
 
     def enable_notification(self) -> bool:
         """Ask for calls; true when used chains are there already: collect them first."""
-        return self._side.enable()
+        try:
+            return self._side.enable()
+        except Broken as error:
+            raise QueueBroken(error.reason, error.detail) from None
 
     def disable_notification(self) -> None:
         """Tell the device that calls are not needed (a hint)."""
-        self._side.disable()
+        try:
+            self._side.disable()
+        except Broken as error:
+            raise QueueBroken(error.reason, error.detail) from None
 
     @property
     def free(self) -> int:
@@ -164,17 +184,19 @@ class DriverQueue:
 class _Split:
     """Split rings."""
 
-    def __init__(self, config: RingConfig, hosts: Sequence[int]) -> None:
+    def __init__(self, config: RingConfig, hosts: Sequence[int], table: Table) -> None:
         size, big = config.size, config.big_endian
         self._size = size
         self._mask = size - 1
         self._order: Final[Any] = "big" if big else "little"
         self._event_idx = config.event_idx
         self._in_order = config.in_order
-        self._bytes: Any = memoryview(barrier.octets(hosts[0], 16 * size)).cast("B")
-        self._avail: Any = barrier.words16(hosts[1], 3 + size, big)
-        self._used: Any = barrier.words16(hosts[2], 3 + 4 * size, big)
-        self._elements: Any = barrier.words32(hosts[2] + 4, 2 * size, big)
+        self._bytes: Any = access.octets(table, hosts[0], 16 * size)
+        self._avail: Any = access.words16(table, hosts[1], 3 + size, big)
+        if hosts[1] % 4 and isinstance(self._avail, access.KernelWords):
+            raise Broken(Reason.RING_MEMORY, hosts[1])
+        self._used: Any = access.words16(table, hosts[2], 3 + 4 * size, big)
+        self._elements: Any = access.words32(table, hosts[2] + 4, 2 * size, big)
         self._free = deque(range(size))
         self._index = 0
         self._published = 0
@@ -282,16 +304,16 @@ class _Split:
 class _Packed:
     """Packed rings."""
 
-    def __init__(self, config: RingConfig, hosts: Sequence[int]) -> None:
+    def __init__(self, config: RingConfig, hosts: Sequence[int], table: Table) -> None:
         size = config.size
         self._size = size
         self._event_idx = config.event_idx
         self._in_order = config.in_order
-        self._bytes: Any = memoryview(barrier.octets(hosts[0], 16 * size)).cast("B")
-        self._words: Any = barrier.words16(hosts[0], 8 * size)
-        self._lengths: Any = barrier.words32(hosts[0], 4 * size)
-        self._driver_event: Any = barrier.words32(hosts[1], 1)
-        self._device_event: Any = barrier.words32(hosts[2], 1)
+        self._bytes: Any = access.octets(table, hosts[0], 16 * size)
+        self._words: Any = access.words16(table, hosts[0], 8 * size, flags=True)
+        self._lengths: Any = access.words32(table, hosts[0], 4 * size)
+        self._driver_event: Any = access.words32(table, hosts[1], 1)
+        self._device_event: Any = access.words32(table, hosts[2], 1)
         self._identities = deque(range(size))
         self._slot = 0
         self._wrap = 1

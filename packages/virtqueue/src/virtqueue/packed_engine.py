@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, Final, NamedTuple
 
-from . import barrier
+from . import access, barrier
 from .inflight import PackedInflight
 from .layout import QueueBlock, Reason
 from .python_engine import INDIRECT, NEXT, WRITABLE, Descriptor, RingEngine, Taken
@@ -43,21 +43,21 @@ class PackedEngine(RingEngine):
         super().__init__(block, memory)
         self._resubmit: deque[Resubmission] = deque()
         self._inflight: PackedInflight | None = None
-        self._ring_bytes: Any = None
+        self._load: Any = None
         self._words: Any = None
         self._lengths: Any = None
         self._driver_event: Any = None
         self._device_event: Any = None
 
     def _map_ring(self) -> None:
-        block = self._block
-        self._ring_bytes = barrier.octets(block.descriptors, 16 * self._size)
+        block, size, table = self._block, self._size, self._table
+        self._load = access.descriptors(table, block.descriptors, size, self._descriptor)
         # addr: words 0 to 3, len: 4 and 5, id: 6, flags: 7
-        self._words = barrier.words16(block.descriptors, 8 * self._size)
-        self._lengths = barrier.words32(block.descriptors, 4 * self._size)
+        self._words = access.words16(table, block.descriptors, 8 * size, flags=True)
+        self._lengths = access.words32(table, block.descriptors, 4 * size)
         # desc_event_off and wrap, then flags, loaded and stored together
-        self._driver_event = barrier.words32(block.driver, 1)
-        self._device_event = barrier.words32(block.device, 1)
+        self._driver_event = access.words32(table, block.driver, 1)
+        self._device_event = access.words32(table, block.device, 1)
 
     def _flags_at(self, slot: int) -> int:
         flags: int = self._words[8 * slot + 7]
@@ -121,7 +121,7 @@ class PackedEngine(RingEngine):
         room = self._size - self._slots_out
         chain: list[Descriptor] = []
         while True:
-            descriptor = self._descriptor.unpack_from(self._ring_bytes, 16 * slot)
+            descriptor = self._load(slot)
             flags = descriptor[3]
             if flags & (AVAIL | USED) != available_flags(wrap):
                 raise Broken(Reason.UNFINISHED_CHAIN, slot)
@@ -216,7 +216,7 @@ class PackedEngine(RingEngine):
         self._words[8 * slot + 7] = flags
         self._mark_ring(16 * slot, 16)
 
-    def arm(self) -> int:
+    def _arm(self) -> int:
         block = self._block
         if block.stopped or not block.descriptors:
             return 0
@@ -233,7 +233,7 @@ class PackedEngine(RingEngine):
             return int(block.resubmit != 0)
         return int(self._peek())
 
-    def disarm(self) -> int:
+    def _disarm(self) -> int:
         block = self._block
         block.armed = 0
         if block.descriptors and not block.stopped:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from . import barrier
+from . import access, barrier
 from .dirty import Log
 from .errors import UsageError
 from .layout import (
@@ -184,10 +184,10 @@ class RingEngine:
     def recover(self) -> int:
         raise NotImplementedError
 
-    def arm(self) -> int:
+    def _arm(self) -> int:
         raise NotImplementedError
 
-    def disarm(self) -> int:
+    def _disarm(self) -> int:
         raise NotImplementedError
 
     # The engine's calls.
@@ -207,14 +207,36 @@ class RingEngine:
                 for host in (block.descriptors, block.driver, block.device)
                 for word in self._table.poison_words(host)
             ]
-            self._map_ring()
+            try:
+                self._map_ring()
+            except Broken as error:
+                self._break(error)
         return 0
 
     def ready(self) -> int:
         block = self._block
         if block.reason or block.stopped or not block.descriptors:
             return 0
-        return int(block.resubmit != 0 or self._peek())
+        try:
+            return int(block.resubmit != 0 or self._peek())
+        except Broken as error:
+            self._break(error)
+            return 1
+
+    def arm(self) -> int:
+        # When the ring is gone there is something to see: the next take says so.
+        try:
+            return self._arm()
+        except Broken as error:
+            self._break(error)
+            return 1
+
+    def disarm(self) -> int:
+        try:
+            return self._disarm()
+        except Broken as error:
+            self._break(error)
+            return 0
 
     def take(self) -> int:
         block = self._block
@@ -394,7 +416,7 @@ class RingEngine:
         if not length or length % 16 or length > 16 * self._size:
             raise Broken(Reason.INDIRECT_LENGTH, length)
         pieces = self._table.pieces(address, length, READ, self._iommu, self._provisions)
-        raw = b"".join(ctypes.string_at(piece.host, piece.length) for piece in pieces)
+        raw = b"".join(access.read(piece, piece.length) for piece in pieces)
         return list(self._descriptor.iter_unpack(raw))
 
     def _describe(
@@ -428,7 +450,7 @@ class RingEngine:
                 continue
             copied = min(HEADER_SIZE - len(header), piece.length)
             if copied:
-                header += ctypes.string_at(piece.host, copied)
+                header += access.read(piece, copied)
             if piece.length > copied:
                 rest = piece.length - copied
                 payload.append(piece._replace(host=piece.host + copied, length=rest))
@@ -545,7 +567,7 @@ class RingEngine:
         status = taken.flags & _STATUS
         if status:
             last = taken.writable[-1]
-            ctypes.c_uint8.from_address(last.host + last.length - 1).value = taken.status
+            access.write(last, last.length - 1, bytes((taken.status,)))
         log = self._log
         if log is None or not log.enabled or not taken.writable:
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, Final
 
-from . import barrier
+from . import access, barrier
 from .inflight import SplitInflight
 from .layout import QueueBlock, Reason
 from .python_engine import INDIRECT, NEXT, WRITABLE, RingEngine, Taken
@@ -30,24 +30,24 @@ class SplitEngine(RingEngine):
         """The driver's index when it was last loaded."""
         self._resubmit: deque[int] = deque()
         self._inflight: SplitInflight | None = None
-        self._table_bytes: Any = None
+        self._load: Any = None
         self._avail: Any = None
         self._used: Any = None
         self._elements: Any = None
 
     def _map_ring(self) -> None:
-        block, size, big = self._block, self._size, self._big_endian
-        self._table_bytes = barrier.octets(block.descriptors, 16 * size)
+        block, size, big, table = self._block, self._size, self._big_endian, self._table
+        self._load = access.descriptors(table, block.descriptors, size, self._descriptor)
         # flags, idx, ring[size], used_event
-        self._avail = barrier.words16(block.driver, 3 + size, big)
+        self._avail = access.words16(table, block.driver, 3 + size, big)
         # flags, idx, then elements of two words, and avail_event behind them
-        self._used = barrier.words16(block.device, 3 + 4 * size, big)
-        self._elements = barrier.words32(block.device + 4, 2 * size, big)
+        self._used = access.words16(table, block.device, 3 + 4 * size, big)
+        self._elements = access.words32(table, block.device + 4, 2 * size, big)
 
     def recover(self) -> int:
         block = self._block
-        used_index = self._used[1]
         try:
+            used_index = self._used[1]
             inflight = SplitInflight(block.inflight, block.inflight_size, self._size)
             in_use, heads = inflight.recover(used_index)
         except Broken as error:
@@ -88,9 +88,7 @@ class SplitEngine(RingEngine):
         chain: list[tuple[int, int, bool]] = []
         index = head
         while True:
-            address, length, flags, following = self._descriptor.unpack_from(
-                self._table_bytes, 16 * index
-            )
+            address, length, flags, following = self._load(index)
             if flags & INDIRECT:
                 if flags & NEXT:
                     raise Broken(Reason.INDIRECT_WITH_NEXT, index)
@@ -173,7 +171,7 @@ class SplitEngine(RingEngine):
         # Nothing is known of what was signalled before a restart: tell the driver once.
         return not valid or needs_event(self._avail[2 + self._size], new, signalled)
 
-    def arm(self) -> int:
+    def _arm(self) -> int:
         block = self._block
         if block.stopped or not block.descriptors:
             return 0
@@ -191,7 +189,7 @@ class SplitEngine(RingEngine):
             return int(block.resubmit != 0)
         return int(self._peek())
 
-    def disarm(self) -> int:
+    def _disarm(self) -> int:
         block = self._block
         block.armed = 0
         # With event indices the driver kicks only when it passes avail_event, which stays put.

@@ -19,6 +19,7 @@ LOG_MAGIC: Final = 0x474F4C47
 MEMORY_ABI: Final = 1
 REGION_ON_DEMAND: Final = 1
 REGION_READ_ONLY: Final = 2
+REGION_UNGUARDED: Final = 4
 READ: Final = 1
 WRITE: Final = 2
 
@@ -168,6 +169,8 @@ class Piece(NamedTuple):
     provision: int
     poison: Any
     """The region's poison word, or None."""
+    unguarded: bool = False
+    """It may vanish and nothing catches the fault: only `access` may touch it."""
 
 
 class Region(NamedTuple):
@@ -211,6 +214,7 @@ class Table:
             )
             for r in raw
         ]
+        self._unguarded = [region for region in self.regions if region.flags & REGION_UNGUARDED]
         self._starts = [region.guest for region in self.regions]
         self._by_user = sorted(self.regions, key=lambda region: region.user)
         self._user_starts = [region.user for region in self._by_user]
@@ -241,6 +245,20 @@ class Table:
             for region in self.regions
             if region.poison is not None and region.host <= host < region.host + region.size
         ]
+
+    def unguarded_host(self, host: int, length: int) -> Any:
+        """The poison word of unguarded memory that a host range touches, else None."""
+        for region in self._unguarded:
+            if region.host < host + length and host < region.host + region.size:
+                return _word(region)
+        return None
+
+    def unguarded_guest(self, guest: int) -> Any:
+        """The poison word of the region at a guest address when it is unguarded, else None."""
+        for region in self._unguarded:
+            if region.guest <= guest < region.guest + region.size:
+                return _word(region)
+        return None
 
     def pieces(
         self, address: int, length: int, access: int, iommu: bool, provisions: Any
@@ -304,8 +322,9 @@ class Table:
         guest = region.guest + offset
         if access & WRITE and region.flags & REGION_READ_ONLY:
             raise Broken(Reason.ACCESS, guest)
+        unguarded = bool(region.flags & REGION_UNGUARDED)
         if not region.flags & REGION_ON_DEMAND:
-            return [Piece(region.host + offset, guest, length, 0, region.poison)]
+            return [Piece(region.host + offset, guest, length, 0, region.poison, unguarded)]
         pieces: list[Piece] = []
         while length:
             for index, entry in enumerate(provisions):
@@ -313,7 +332,7 @@ class Table:
                 if 0 <= inside < entry.length and not access & ~entry.access:
                     step = min(length, entry.length - inside)
                     host = entry.host_address + inside
-                    pieces.append(Piece(host, guest, step, index + 1, region.poison))
+                    pieces.append(Piece(host, guest, step, index + 1, region.poison, unguarded))
                     guest += step
                     length -= step
                     break
@@ -335,6 +354,10 @@ class Table:
                 raise Broken(Reason.RING_MEMORY, address)
             end += piece.length
         return pieces[0].host
+
+
+def _word(region: Region) -> Any:
+    return ctypes.c_uint32() if region.poison is None else region.poison
 
 
 _tables: WeakValueDictionary[int, Table] = WeakValueDictionary()
