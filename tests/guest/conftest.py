@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="QEMUs, separated by commas: system, or versions such as 7.2 and 10.0",
     )
     group.addoption("--kills", default=None, help="how often a back-end is killed mid-I/O (4)")
+    group.addoption("--migrations", default=None, help="how often a guest moves in a row (3)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -111,3 +112,9 @@ def initramfs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kills(request: pytest.FixtureRequest) -> int:
     """How often a back-end dies in the tests that kill it under load."""
     return int(_option(request.config, "--kills", "4")[0])
+
+
+@pytest.fixture(scope="session")
+def migrations(request: pytest.FixtureRequest) -> int:
+    """How often a guest is moved in each of the tests that move one."""
+    return int(_option(request.config, "--migrations", "3")[0])

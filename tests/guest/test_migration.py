@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tests.support.guest import (
     LOG,
     MIB,
+    PACKED,
+    POSTCOPY,
+    SLOW,
     Assets,
     BackEnd,
     Guest,
+    Migration,
+    Missing,
     Qemu,
     VerifyingWriters,
     VhostUserDisk,
+    may_use_userfaultfd,
+    random_bytes,
+    skip_or_fail,
 )
 
 pytestmark = pytest.mark.timeout(300)
@@ -63,41 +74,137 @@ def test_paused_guest_knows_where_its_ring_stands(
         guest.check("dd if=/dev/vda of=/dev/null bs=4k count=20 iflag=direct status=none")
 
 
-@pytest.mark.needs(LOG)
-def test_precopy_under_a_verifying_load(
-    assets: Assets, qemu: Qemu, initramfs: Path, kind: str, tmp_path: Path
-) -> None:
-    """Two back-ends serve one image, first the source's and then the target's guest.
+class Moving:
+    """A guest that writes all the time and is moved from QEMU to QEMU, each with its own back-end.
 
-    What a back-end writes into guest memory and does not log is old at the target: the writers
-    find it, and so does the digest of a file in the page cache.
+    The back-ends serve one image in turn. What one of them writes into guest memory and does not
+    log is old at the next stop: the writers find it, and so does the digest of a file in memory
+    that was read from the disk.
     """
-    image = tmp_path / "shared.img"
-    image.write_bytes(bytes(16 * MIB))
-    with (
-        BackEnd(kind, image, tmp_path, num_queues=2) as first,
-        BackEnd(kind, image, tmp_path, num_queues=2) as second,
-        Guest(
-            assets, qemu, initramfs, tmp_path, disks=[VhostUserDisk(first.socket, 5, num_queues=2)]
-        ) as source,
-        Guest(
-            assets,
-            qemu,
-            initramfs,
-            tmp_path,
-            disks=[VhostUserDisk(second.socket, 5, num_queues=2)],
-            incoming=True,
-        ) as target,
-    ):
-        source.boot()
-        digest = source.check(f"head -c {8 * MIB} /dev/urandom >/tmp/p; sha256sum /tmp/p")
-        writers = VerifyingWriters(source, "/dev/vda")
-        writers.await_progress()
-        source.migrate(target)
-        writers.guest = target
-        writers.await_progress()
-        assert target.check("sha256sum /tmp/p") == digest
-        digests = writers.finish()
-        content, share = image.read_bytes(), writers.share
-        regions = [content[n * share : (n + 1) * share] for n in range(writers.count)]
+
+    SIZE = 16 * MIB
+    FILE = 8 * MIB
+
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        kind: str,
+        start: Callable[..., Guest],
+        image: Path,
+        folder: Path,
+        *extra: str,
+        options: dict[str, str] | None = None,
+    ) -> None:
+        content = random_bytes(self.SIZE, seed=3)
+        image.write_bytes(content)
+        self.image = image
+        self._stack = stack
+        self._start = start
+        self._options = options or {}
+        self.back_ends = [
+            stack.enter_context(BackEnd(kind, image, folder, num_queues=2, extra=extra))
+            for _ in range(2)
+        ]
+        self._here = 0
+        self._digest = hashlib.sha256(content[-self.FILE :]).hexdigest()
+        self.guest = self._new(0, incoming=False)
+        self.guest.boot()
+        self.guest.check(f"tail -c {self.FILE} /dev/vda >/tmp/p")
+        self.writers = VerifyingWriters(self.guest, "/dev/vda")
+        self.writers.await_progress()
+
+    def _new(self, place: int, *, incoming: bool) -> Guest:
+        disk = VhostUserDisk(self.back_ends[place].socket, 5, num_queues=2, options=self._options)
+        return self._stack.enter_context(self._start(disks=[disk], incoming=incoming))
+
+    def next_guest(self) -> Guest:
+        """Where to move to: a QEMU at the back-end that the guest does not use."""
+        return self._new(1 - self._here, incoming=True)
+
+    def has_arrived(self, target: Guest) -> None:
+        """Go on with this one."""
+        self._here = 1 - self._here
+        self.guest.close()
+        self.guest = self.writers.guest = target
+
+    def check(self) -> None:
+        """The writers go on, and memory holds what it held."""
+        self.writers.await_progress()
+        assert self.guest.check("sha256sum </tmp/p").split()[0] == self._digest
+
+    def finish(self) -> None:
+        """What the writers wrote at last is what the image holds."""
+        digests = self.writers.finish()
+        content, share = self.image.read_bytes(), self.writers.share
+        regions = [content[n * share : (n + 1) * share] for n in range(self.writers.count)]
         assert digests == [hashlib.sha256(region).hexdigest() for region in regions]
+        assert hashlib.sha256(content[-self.FILE :]).hexdigest() == self._digest
+
+
+@pytest.fixture
+def start(assets: Assets, qemu: Qemu, initramfs: Path, tmp_path: Path) -> Callable[..., Guest]:
+    """Start a guest with what it takes; the rest is the test's."""
+    return functools.partial(Guest, assets, qemu, initramfs, tmp_path)
+
+
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.mark.needs(LOG)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="split"),
+        pytest.param({"packed": "on"}, id="packed", marks=pytest.mark.needs(PACKED)),
+    ],
+)
+def test_precopy_under_a_verifying_load(
+    stack: contextlib.ExitStack,
+    start: Callable[..., Guest],
+    kind: str,
+    tmp_path: Path,
+    migrations: int,
+    options: dict[str, str],
+) -> None:
+    """Again and again, and once not to the end: then the guest stays where it is."""
+    moving = Moving(stack, kind, start, tmp_path / "shared.img", tmp_path, options=options)
+    target = moving.next_guest()
+    migration = Migration(moving.guest, target, bandwidth=SLOW)
+    migration.await_bytes(SLOW)
+    moving.check()
+    migration.cancel()
+    moving.check()
+    target.close()
+    for _ in range(migrations):
+        target = moving.next_guest()
+        Migration(moving.guest, target).finish()
+        moving.has_arrived(target)
+        moving.check()
+    moving.finish()
+
+
+@pytest.mark.needs(POSTCOPY)
+def test_postcopy_under_a_verifying_load(
+    stack: contextlib.ExitStack,
+    start: Callable[..., Guest],
+    kind: str,
+    tmp_path: Path,
+    migrations: int,
+) -> None:
+    """The guest runs at the target, its disk too, while most of its memory is still to come."""
+    if not may_use_userfaultfd():
+        skip_or_fail(Missing("userfaultfd is not allowed here"))
+    moving = Moving(stack, kind, start, tmp_path / "shared.img", tmp_path, "--no-mem-slots")
+    for _ in range(migrations):
+        target = moving.next_guest()
+        migration = Migration(moving.guest, target, capabilities=["postcopy-ram"], bandwidth=SLOW)
+        migration.await_bytes(SLOW)
+        migration.switch_to_postcopy()
+        figures = migration.finish()
+        assert figures["ram"]["postcopy-requests"] > 0
+        moving.has_arrived(target)
+        moving.check()
+    moving.finish()

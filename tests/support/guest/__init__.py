@@ -1,6 +1,6 @@
 """Real guests for the tests: what they are made of, how they boot, who serves their disks."""
 
-from .absent import in_ci, skip_or_fail
+from .absent import in_ci, may_use_userfaultfd, skip_or_fail
 from .assets import (
     Assets,
     Missing,
@@ -11,7 +11,7 @@ from .assets import (
     provide_qemu,
     provide_suite,
 )
-from .back_ends import INFLIGHT, LOG, OURS, PACKED, STORAGE_DAEMON, BackEnd, able
+from .back_ends import INFLIGHT, LOG, OURS, PACKED, POSTCOPY, STORAGE_DAEMON, BackEnd, Served, able
 from .bed import MIB, Bed, Disk, random_bytes
 from .guest import (
     MEMORY_KIB,
@@ -22,9 +22,11 @@ from .guest import (
     GuestGone,
     GuestTimeout,
     Result,
+    VhostUserDevice,
     VhostUserDisk,
 )
 from .initramfs import MODULES, build_initramfs
+from .migration import SLOW, Migration, MigrationError
 from .qmp import Qmp, QmpError
 from .workload import VerifyingWriters
 
@@ -36,6 +38,8 @@ __all__ = [
     "MODULES",
     "OURS",
     "PACKED",
+    "POSTCOPY",
+    "SLOW",
     "STORAGE_DAEMON",
     "Assets",
     "BackEnd",
@@ -47,17 +51,22 @@ __all__ = [
     "GuestError",
     "GuestGone",
     "GuestTimeout",
+    "Migration",
+    "MigrationError",
     "Missing",
     "Qemu",
     "Qmp",
     "QmpError",
     "Result",
+    "Served",
     "VerifyingWriters",
+    "VhostUserDevice",
     "VhostUserDisk",
     "able",
     "build_initramfs",
     "cache_directory",
     "in_ci",
+    "may_use_userfaultfd",
     "provide",
     "provide_program",
     "provide_qemu",

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,9 +24,10 @@ STORAGE_DAEMON = "storage-daemon"
 LOG = "log"
 INFLIGHT = "inflight"
 PACKED = "packed"
+POSTCOPY = "postcopy"
 _ABILITIES: dict[str, frozenset[str]] = {
-    "c": frozenset({INFLIGHT, LOG, PACKED}),
-    "python": frozenset({INFLIGHT, LOG, PACKED}),
+    "c": frozenset({INFLIGHT, LOG, PACKED, POSTCOPY}),
+    "python": frozenset({INFLIGHT, LOG, PACKED, POSTCOPY}),
     STORAGE_DAEMON: frozenset({LOG}),
 }
 
@@ -36,46 +37,29 @@ def able(kind: str, ability: str) -> bool:
     return ability in _ABILITIES.get(kind, {LOG, INFLIGHT})
 
 
-class BackEnd:
-    """A back-end process that serves one disk image on a Unix socket.
+class Served:
+    """A back-end process that listens on a Unix socket of its own, `socket`.
 
-    `kind` is "c" or "python" (our daemon, with that ring engine), "storage-daemon" (QEMU's), or the
-    path of a program that keeps the specification's conventions for back-end programs.
+    `command` is its argument vector, in which SOCKET stands for the socket's path; `name` names
+    the log in `folder`.
     `start()` waits until the socket listens. As a context manager it starts and ends it.
     """
 
     def __init__(
         self,
-        kind: str,
-        image: Path,
+        name: str,
+        command: Sequence[str],
         folder: Path,
         *,
-        read_only: bool = False,
-        num_queues: int = 1,
-        serial: str | None = None,
-        extra: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.kind = kind
-        self.image = image
-        self.log = folder / f"{image.name}.back-end.log"
         # Paths of Unix sockets are short; the folders of tests are not.
         self._folder = tempfile.TemporaryDirectory(prefix="vub-")
         self.socket = Path(self._folder.name) / "s"
+        self.log = folder / f"{name}.{Path(self._folder.name).name}.back-end.log"
         self._environment = os.environ | dict(environment or {})
         self._process: Child | None = None
-        if kind == STORAGE_DAEMON:
-            self._command = self._storage_daemon(read_only, num_queues)
-            self.serial = "vhost_user_blk"
-        elif kind not in OURS:
-            self.serial = kind
-            self._command = [kind, f"--socket-path={self.socket}", f"--blk-file={image}"]
-            self._command += ["--read-only"] if read_only else []
-        else:
-            self.serial = serial or ""
-            self._command = self._ours(read_only, num_queues, serial)
-            self._environment["VIRTQUEUE_ENGINE"] = kind
-        self._command += extra
+        self._command = [word.replace("SOCKET", str(self.socket)) for word in command]
 
     def __enter__(self) -> Self:
         try:
@@ -108,9 +92,6 @@ class BackEnd:
 
     def start(self, limit: float = 30) -> None:
         """Start it and wait until it listens. Raises RuntimeError with its output otherwise."""
-        if self.kind not in OURS:
-            # Foreign ones may refuse to replace what a killed one has left.
-            self.socket.unlink(missing_ok=True)
         self._process = Child(self._command, self.log, environment=self._environment)
         deadline = time.monotonic() + limit
         while not _listens(self.socket):
@@ -137,9 +118,51 @@ class BackEnd:
             self._process.close()
         self._folder.cleanup()
 
+
+class BackEnd(Served):
+    """A back-end process that serves one disk image.
+
+    `kind` is "c" or "python" (our daemon, with that ring engine), "storage-daemon" (QEMU's), or the
+    path of a program that keeps the specification's conventions for back-end programs.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        image: Path,
+        folder: Path,
+        *,
+        read_only: bool = False,
+        num_queues: int = 1,
+        serial: str | None = None,
+        extra: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.image = image
+        environment = dict(environment or {})
+        if kind == STORAGE_DAEMON:
+            command = self._storage_daemon(read_only, num_queues)
+            self.serial = "vhost_user_blk"
+        elif kind not in OURS:
+            self.serial = kind
+            command = [kind, "--socket-path=SOCKET", f"--blk-file={image}"]
+            command += ["--read-only"] if read_only else []
+        else:
+            self.serial = serial or ""
+            command = self._ours(read_only, num_queues, serial)
+            environment["VIRTQUEUE_ENGINE"] = kind
+        super().__init__(image.name, [*command, *extra], folder, environment=environment)
+
+    def start(self, limit: float = 30) -> None:
+        if self.kind not in OURS:
+            # Foreign ones may refuse to replace what a killed one has left.
+            self.socket.unlink(missing_ok=True)
+        super().start(limit)
+
     def _ours(self, read_only: bool, num_queues: int, serial: str | None) -> list[str]:
         command = [sys.executable, "-m", "vhost_backend", "blk"]
-        command += [f"--socket-path={self.socket}", f"--blk-file={self.image}"]
+        command += ["--socket-path=SOCKET", f"--blk-file={self.image}"]
         command += [f"--num-queues={num_queues}"]
         if read_only:
             command += ["--read-only"]
@@ -158,7 +181,7 @@ class BackEnd:
             program,
             *("--blockdev", node, "--export"),
             "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,"
-            f"addr.path={self.socket},num-queues={num_queues},"
+            f"addr.path=SOCKET,num-queues={num_queues},"
             f"writable={'off' if read_only else 'on'}",
         ]
 

@@ -11,12 +11,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from .assets import Assets, Qemu
+from .migration import Migration
 from .processes import Child
 from .qmp import Qmp
 
@@ -64,37 +65,55 @@ class Result(NamedTuple):
 
 
 @dataclass(frozen=True)
-class VhostUserDisk:
-    """A vhost-user-blk-pci device.
+class VhostUserDevice:
+    """A PCI device that a back-end serves.
 
     `socket` is the back-end's path, `slot` the PCI slot that the guest finds it in, `reconnect`
     the seconds between QEMU's attempts to get a lost back-end back (0: none), `options` more
-    properties of the QEMU device (`{"packed": "on"}`).
+    properties of the QEMU device (`{"packed": "on"}`), `driver` is QEMU's name for its type.
     """
 
     socket: Path
     slot: int
-    num_queues: int = 1
+    _: KW_ONLY
     reconnect: int = 0
     options: dict[str, str] = field(default_factory=dict)
+    driver: str
 
     @property
     def name(self) -> str:
         """The name of the QEMU device."""
-        return f"disk{self.slot}"
+        return f"dev{self.slot}"
 
     def arguments(self) -> list[str]:
         """QEMU's arguments for it."""
         chardev = f"socket,id=chardev-{self.name},path={self.socket}"
         if self.reconnect:
             chardev += f",reconnect={self.reconnect}"
-        device = (
-            f"vhost-user-blk-pci,id={self.name},chardev=chardev-{self.name},"
-            f"num-queues={self.num_queues},addr={self.slot:#x}"
-        )
-        for name, value in self.options.items():
+        device = f"{self.driver},id={self.name},chardev=chardev-{self.name},addr={self.slot:#x}"
+        for name, value in self.properties().items():
             device += f",{name}={value}"
         return ["-chardev", chardev, "-device", device]
+
+    def properties(self) -> dict[str, str]:
+        """The QEMU device's properties beside those that every device has."""
+        return self.options
+
+
+@dataclass(frozen=True)
+class VhostUserDisk(VhostUserDevice):
+    """A vhost-user-blk-pci device."""
+
+    _: KW_ONLY
+    driver: str = "vhost-user-blk-pci"
+    num_queues: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"disk{self.slot}"
+
+    def properties(self) -> dict[str, str]:
+        return {"num-queues": str(self.num_queues)} | self.options
 
 
 class Command:
@@ -132,8 +151,9 @@ class Guest:
     """A virtual machine, from its start to its end; use it as a context manager.
 
     `initramfs` comes from build_initramfs(), `folder` takes the logs, `disks` are attached in
-    their PCI slots, `extra` are more QEMU arguments. With `incoming` nothing boots: it is the
-    target of another guest's `migrate()`.
+    their PCI slots, `machine` is QEMU's machine type with its options, `extra` are more QEMU
+    arguments, `parameters` more of the kernel's. `hotplug_slots` and `most_memory_kib` leave room
+    for memory that comes later. With `incoming` nothing boots: it is the target of a Migration.
     `boot()` waits until commands can be run.
     """
 
@@ -144,10 +164,14 @@ class Guest:
         initramfs: Path,
         folder: Path,
         *,
-        disks: Sequence[VhostUserDisk] = (),
+        disks: Sequence[VhostUserDevice] = (),
         extra: Sequence[str] = (),
+        parameters: str = "",
+        machine: str = "pc",
         cpus: int = 2,
         memory_kib: int = MEMORY_KIB,
+        hotplug_slots: int = 0,
+        most_memory_kib: int = 0,
         incoming: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,15 +186,18 @@ class Guest:
         self._gone = False
         agent, agent_peer = socket.socketpair()
         control, control_peer = socket.socketpair()
+        memory = f"{memory_kib}k"
+        if hotplug_slots:
+            memory += f",slots={hotplug_slots},maxmem={most_memory_kib}k"
         command = [
             *qemu.command,
-            *("-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc"),
-            *("-accel", "tcg,thread=multi", "-smp", str(cpus), "-m", f"{memory_kib}k"),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-machine", machine),
+            *("-accel", "tcg,thread=multi", "-smp", str(cpus), "-m", memory),
             "-object",
             f"memory-backend-memfd,id=memory,size={memory_kib}k,share=on",
             *("-numa", "node,memdev=memory"),
             *("-kernel", str(assets.kernel), "-initrd", str(initramfs)),
-            *("-append", _KERNEL_COMMAND_LINE),
+            *("-append", f"{_KERNEL_COMMAND_LINE} {parameters}".rstrip()),
             *("-chardev", f"file,id=console,path={console}", "-serial", "chardev:console"),
             *("-chardev", f"socket,id=control,fd={control_peer.fileno()}"),
             *("-mon", "chardev=control,mode=control"),
@@ -272,27 +299,15 @@ class Guest:
 
         The target takes commands from then on. Commands that were running go on in the guest, but
         nobody hears their answers.
-        Raises GuestError when the migration fails, GuestTimeout after `limit` seconds.
+        See Migration, also for what is raised.
         """
-        deadline = time.monotonic() + limit
-        with tempfile.TemporaryDirectory(prefix="migrate-") as folder:
-            uri = f"unix:{folder}/s"
-            target.qmp.execute("migrate-incoming", uri=uri)
-            self.qmp.execute("migrate", uri=uri)
-            while True:
-                state: dict[str, Any] = self.qmp.execute("query-migrate")
-                if state.get("status") == "completed":
-                    break
-                if state.get("status") in ("failed", "cancelled"):
-                    raise GuestError(f"migration: {state}\n{target.describe()}")
-                if time.monotonic() > deadline:
-                    raise GuestTimeout(f"migration after {limit} s: {state}\n{target.describe()}")
-                time.sleep(0.05)
-        target.qmp.wait_event("RESUME", limit=limit)
-        with target._booted:
-            target._boots = 1
-            target._booted.notify_all()
-        return state
+        return Migration(self, target).finish(limit)
+
+    def arrived(self) -> None:
+        """This QEMU has taken over a guest that has booted elsewhere."""
+        with self._booted:
+            self._boots = 1
+            self._booted.notify_all()
 
     def describe(self) -> str:
         """The end of the console and of QEMU's own output, for a failing test's report."""
