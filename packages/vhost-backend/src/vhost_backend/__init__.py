@@ -17,15 +17,17 @@ from .errors import BackendUsageError, DeviceError, ListenError, Refused, VhostB
 from .features import VirtioFeature
 from .listener import Listener
 from .observe import QueueReport, report
-from .serve import serve
+from .serve import serve, serve_all
 from .state_transfer import StateError
 from .vring import Vring, VringMutex, VringRwLock, VringState
 from .worker import VringEpollHandler
 
 if TYPE_CHECKING:
+    from .async_daemon import AsyncDaemon, serve_async
     from .metrics import MetricsServer
 
 __all__ = [
+    "AsyncDaemon",
     "BackendUsageError",
     "BlockDevice",
     "DeviceBackend",
@@ -53,13 +55,19 @@ __all__ = [
     "__version__",
     "report",
     "serve",
+    "serve_all",
+    "serve_async",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`MetricsServer` brings an HTTP server along, so it is imported when it is asked for."""
+    """What brings much along (an HTTP server, asyncio) is imported when it is asked for."""
     if name == "MetricsServer":
         from .metrics import MetricsServer
 
         return MetricsServer
+    if name in ("AsyncDaemon", "serve_async"):
+        from . import async_daemon
+
+        return getattr(async_daemon, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,24 +11,24 @@ still working on are given `drain_timeout` seconds; what completes later touches
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
 
 from .backend import VhostUserBackend
-from .control import Answer, ControlPlane, Wait
+from .composition import DaemonBase, close_lent
+from .control import Answer, Wait
 from .errors import BackendUsageError, Refused, VhostBackendError
 from .eventfd import WakeFd
 from .listener import Listener
-from .vring import Vring, VringMutex, VringRwLock, VringState
+from .vring import VringMutex, VringRwLock
 from .worker import VringEpollHandler
 
 log = logging.getLogger("vhost_backend")
@@ -37,7 +37,7 @@ log = logging.getLogger("vhost_backend")
 RECONNECT_INTERVAL = (0.1, 5.0)
 
 
-class VhostUserDaemon:
+class VhostUserDaemon(DaemonBase):
     """Serves `backend` to front-ends that connect one after another.
 
     Args:
@@ -64,36 +64,25 @@ class VhostUserDaemon:
         memory_slots: bool = True,
         drain_timeout: float = 10.0,
     ) -> None:
-        self.name = name
-        self.memory = memory if memory is not None else MemoryHolder()
-        self._backend = backend
-        self._drain_timeout = drain_timeout
         self._stopping = False
         self._wake = WakeFd()
-        self._drained = WakeFd()
-        self._connection: socket.socket | None = None
+        self._progress = WakeFd()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        status_byte = bool(getattr(backend, "status_byte", False))
-        self.vrings: list[Vring] = [
-            vring(
-                VringState(index, backend.max_queue_size(), engine=engine, status_byte=status_byte)
-            )
-            for index in range(backend.num_queues())
-        ]
-        self._workers = _make_workers(name, backend, self.vrings)
-        self._control = ControlPlane(
+        super().__init__(
+            name,
             backend,
-            self.vrings,
-            self._workers,
-            self.memory,
+            memory,
             mapper=mapper,
+            engine=engine,
+            vring=vring,
             memory_slots=memory_slots,
-            wake=self._drained.wake,
+            drain_timeout=drain_timeout,
+            # A back-end of this package says which kind of worker it needs; any other gets plain
+            # threads.
+            worker_type=getattr(backend, "worker_type", VringEpollHandler),
+            wake=self._progress.wake,
         )
-        for vring_ in self.vrings:
-            with vring_.get_mut() as state:
-                state.on_truncated = self._hang_up
         for worker in self._workers:
             worker.start()
 
@@ -136,15 +125,8 @@ class VhostUserDaemon:
         """End the daemon, from any thread or a signal handler; `wait` returns soon after."""
         self._stopping = True
         self._wake.wake()
-        self._drained.wake()
+        self._progress.wake()
         self._hang_up()
-
-    def _hang_up(self) -> None:
-        """End the present connection, from any thread."""
-        connection = self._connection
-        if connection is not None:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Shut down, wait, and release the workers. Harmless when repeated."""
@@ -156,11 +138,7 @@ class VhostUserDaemon:
                 log.warning("%s: a worker is stuck in a handler and is left behind", self.name)
         self._workers = []
         self._wake.close()
-        self._drained.close()
-
-    def get_epoll_handlers(self) -> list[VringEpollHandler]:
-        """The workers, by thread number: where a device registers descriptors of its own."""
-        return list(self._workers)
+        self._progress.close()
 
     def __enter__(self) -> VhostUserDaemon:
         return self
@@ -220,15 +198,8 @@ class VhostUserDaemon:
         try:
             if not self._stopping:
                 self._converse(connection)
-        except vp.RemoteProtocolError as error:
-            log.warning("%s: closing the connection: %s", self.name, error)
-        except Refused as error:
-            log.warning("%s: closing the connection: %s", self.name, error)
-        except (vp.ProtocolError, OSError) as error:
-            log.info("%s: the connection was lost: %s", self.name, error)
-        except Exception:
-            # A mistake of ours, or of the back-end's: loud, but the next front-end is served.
-            log.exception("%s: closing the connection", self.name)
+        except Exception as error:
+            self._report(error)
         finally:
             self._connection = None
             self._release()
@@ -256,20 +227,14 @@ class VhostUserDaemon:
                     try:
                         connection.reply(received, outcome.message, outcome.fds)
                     finally:
-                        if outcome.close:
-                            for fd in outcome.fds:
-                                os.close(fd)
+                        close_lent(outcome)
                 else:
                     connection.acknowledge(received, True)
 
     def _release(self) -> None:
         """The front-end is gone: let requests in flight end, then forget its rings and memory."""
         busy = self._control.begin_disconnect()
-        self._wait_for(
-            lambda: not any(self._control.in_flight(index) for index in busy),
-            None,
-            "rings drain",
-        )
+        self._wait_for(lambda: self._drained(busy), None, "rings drain")
         self._control.disconnect()
 
     def _wait_for(
@@ -281,18 +246,18 @@ class VhostUserDaemon:
         """
         deadline = time.monotonic() + self._drain_timeout
         poller = select.poll()
-        poller.register(self._drained.fd, select.POLLIN)
+        poller.register(self._progress.fd, select.POLLIN)
         if connection is not None:
             poller.register(connection.fileno(), select.POLLRDHUP)
         while not ready():
             left = deadline - time.monotonic()
             if left <= 0:
-                log.warning("%s: requests in flight did not end in time: %s", self.name, what)
+                self._late(what)
                 return
             for fd, _ in poller.poll(left * 1000):
-                if fd != self._drained.fd:
+                if fd != self._progress.fd:
                     return
-                self._drained.clear()
+                self._progress.clear()
 
     def _wait_readable(self, fd: int) -> bool:
         """Wait for `fd` or the end; False for the end."""
@@ -309,22 +274,3 @@ class VhostUserDaemon:
             poller = select.poll()
             poller.register(self._wake.fd, select.POLLIN)
             poller.poll(seconds * 1000)
-
-
-def _make_workers(
-    name: str, backend: VhostUserBackend, vrings: Sequence[Vring]
-) -> list[VringEpollHandler]:
-    # A back-end of this package says which kind of worker it needs; any other gets plain threads.
-    worker_type: type[VringEpollHandler] = getattr(backend, "worker_type", VringEpollHandler)
-    workers = []
-    seen = 0
-    for thread_id, mask in enumerate(backend.queues_per_thread()):
-        mask &= (1 << len(vrings)) - 1
-        if mask & seen:
-            raise BackendUsageError("a queue belongs to two workers")
-        seen |= mask
-        owned = [vring for index, vring in enumerate(vrings) if mask >> index & 1]
-        workers.append(worker_type(backend, owned, thread_id, f"{name}-{thread_id}"))
-    if seen != (1 << len(vrings)) - 1:
-        raise BackendUsageError("a queue belongs to no worker")
-    return workers

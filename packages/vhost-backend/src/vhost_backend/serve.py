@@ -1,4 +1,4 @@
-"""`serve`: run a device on a socket until told to stop."""
+"""`serve` and `serve_all`: run devices on their sockets until told to stop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 
 from guest_memory import Mapper
@@ -41,42 +41,106 @@ def serve(
 
     Raises `ListenError` when the path cannot be listened on.
     """
+    serve_all(
+        [(device, path)],
+        engine=engine,
+        mapper=mapper,
+        memory_slots=memory_slots,
+        metrics=metrics,
+        ready=ready,
+    )
+
+
+def serve_all(
+    devices: Iterable[tuple[VirtioDevice, str | os.PathLike[str] | Listener]],
+    *,
+    engine: str | None = None,
+    mapper: Mapper | None = None,
+    memory_slots: bool = True,
+    metrics: str | None = None,
+    ready: Callable[[], None] | None = None,
+) -> None:
+    """Serve several devices, each on a socket of its own, until SIGTERM or SIGINT.
+
+    Each device has a daemon of its own: threads, rings, memory and front-ends are not shared, and
+    what one front-end does wrong ends its own connection. The arguments are those of `serve`;
+    `ready` is called once front-ends can connect to all of them.
+
+    When one daemon fails, all end, and what it failed with is raised. Raises `ListenError` when one
+    of the paths cannot be listened on; then none is served.
+    """
+    pairs = list(devices)
+    daemons: list[VhostUserDaemon] = []
     try:
-        with (
-            VhostUserDaemon(
-                type(device).__name__,
-                DeviceBackend.of(device),
-                engine=engine,
-                mapper=mapper,
-                memory_slots=memory_slots,
-            ) as daemon,
-            # Before the socket exists: from then on a signal has something to clean up.
-            _signals(daemon),
-            _metrics(metrics, daemon),
-            path if isinstance(path, Listener) else Listener(path) as listener,
-        ):
-            daemon.start(listener)
+        with contextlib.ExitStack() as stack:
+            for device, _ in pairs:
+                daemon = VhostUserDaemon(
+                    type(device).__name__,
+                    DeviceBackend.of(device),
+                    engine=engine,
+                    mapper=mapper,
+                    memory_slots=memory_slots,
+                )
+                daemons.append(stack.enter_context(daemon))
+            # Before a socket exists: from then on a signal has something to clean up.
+            stack.enter_context(_signals(daemons))
+            stack.enter_context(_metrics(metrics, daemons))
+            listeners = [
+                stack.enter_context(path if isinstance(path, Listener) else Listener(path))
+                for _, path in pairs
+            ]
+            for daemon, listener in zip(daemons, listeners, strict=True):
+                daemon.start(listener)
             if ready is not None:
                 ready()
-            daemon.wait()
-            daemon.close()
+            _wait_for_all(daemons)
+            for daemon in daemons:
+                daemon.shutdown()
+            for daemon in daemons:
+                daemon.close()
     finally:
-        device.close()
+        for device, _ in pairs:
+            device.close()
+
+
+def _wait_for_all(daemons: Sequence[VhostUserDaemon]) -> None:
+    """Wait until every daemon has ended; the failure of one ends the others."""
+    failures: list[BaseException] = []
+
+    def wait(daemon: VhostUserDaemon) -> None:
+        try:
+            daemon.wait()
+        except BaseException as error:
+            failures.append(error)
+            for other in daemons:
+                other.shutdown()
+
+    # The last one is waited for here, so that one device needs no thread more.
+    threads = [threading.Thread(target=wait, args=(daemon,)) for daemon in daemons[:-1]]
+    for thread in threads:
+        thread.start()
+    for daemon in daemons[-1:]:
+        wait(daemon)
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 @contextlib.contextmanager
-def _signals(daemon: VhostUserDaemon) -> Iterator[None]:
-    """SIGTERM and SIGINT end the daemon, SIGUSR1 asks it; the handlers before are put back."""
+def _signals(daemons: Sequence[VhostUserDaemon]) -> Iterator[None]:
+    """SIGTERM and SIGINT end the daemons, SIGUSR1 asks them; the handlers before are put back."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        daemon.shutdown()
+        for daemon in daemons:
+            daemon.shutdown()
 
     def show(number: int, frame: FrameType | None) -> None:
         # On a thread: the handler may have interrupted somebody who holds a ring's lock.
-        threading.Thread(target=_print_counters, args=(daemon,), daemon=True).start()
+        threading.Thread(target=_print_counters, args=(daemons,), daemon=True).start()
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, show)
@@ -87,18 +151,18 @@ def _signals(daemon: VhostUserDaemon) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _print_counters(daemon: VhostUserDaemon) -> None:
-    print("\n".join(lines([daemon])), file=sys.stderr, flush=True)
+def _print_counters(daemons: Sequence[VhostUserDaemon]) -> None:
+    print("\n".join(lines(daemons)), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _metrics(where: str | None, daemon: VhostUserDaemon) -> Iterator[None]:
+def _metrics(where: str | None, daemons: Sequence[VhostUserDaemon]) -> Iterator[None]:
     if where is None:
         yield
         return
     from .metrics import MetricsServer
 
-    server = MetricsServer(where, [daemon])
+    server = MetricsServer(where, daemons)
     try:
         yield
     finally:

@@ -62,7 +62,7 @@ class BlockWorkload:
         self._first = first
         self._written = [0] * blocks
         #: Sequence numbers that a block may hold as well: of writes that were never answered.
-        self._unanswered: dict[int, int] = {}
+        self._unanswered: dict[int, list[int]] = {}
         self._idle = list(range(blocks))
         self._sequence = 0
         #: Requests that have completed, and were right.
@@ -77,7 +77,7 @@ class BlockWorkload:
         for tag in self._driver.abandon():
             assert isinstance(tag, _Tag)
             if tag.sequence:
-                self._unanswered[tag.block] = tag.sequence
+                self._unanswered.setdefault(tag.block, []).append(tag.sequence)
             self._idle.append(tag.block)
         self._options.update(options)
         self._driver = BlockDriver(session, max_io=BLOCK, **self._options)
@@ -174,9 +174,9 @@ class BlockWorkload:
 
     def _check(self, block: int, data: bytes) -> None:
         sequence = self._written[block]
-        perhaps = self._unanswered.pop(block, None)
-        if perhaps is not None and data == self._content(block, perhaps):
-            sequence = self._written[block] = perhaps
+        for perhaps in self._unanswered.pop(block, ()):
+            if data == self._content(block, perhaps):
+                sequence = self._written[block] = perhaps
         if data != self._content(block, sequence):
             found = _STAMP.unpack_from(data.ljust(_STAMP.size, b"\0"))
             raise WrongData(
