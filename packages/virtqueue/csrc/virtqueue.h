@@ -88,7 +88,6 @@ enum vq_reason {
     VQ_REASON_USED_RING = 20,
     VQ_REASON_INFLIGHT = 21,
     VQ_REASON_UNFINISHED_CHAIN = 22,
-    VQ_REASON_EMPTY_CHAIN = 23,
 };
 
 /* One taken chain, 64 bytes.  Offsets count from the window's base. */

@@ -141,8 +141,6 @@ class Reason(IntEnum):
     """The in-flight region contradicts itself or the ring."""
     UNFINISHED_CHAIN = 22
     """Packed: a head is available but a later descriptor of its chain is not."""
-    EMPTY_CHAIN = 23
-    """No descriptor with bytes in it."""
 
 
 class More(IntFlag):
