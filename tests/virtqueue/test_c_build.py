@@ -31,7 +31,7 @@ STRICT = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror"]
 
 
 def build(package: Path, output: Path, *arguments: str) -> bytes:
-    command = [sys.executable, package / "hatch_build.py", "--output", output, *arguments]
+    command = [sys.executable, str(package / "hatch_build.py"), "--output", str(output), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output.read_bytes()
@@ -39,7 +39,7 @@ def build(package: Path, output: Path, *arguments: str) -> bytes:
 
 @pytest.mark.parametrize("compiler", ["cc", pytest.param("zig", marks=needs_zig)])
 def test_two_folders_give_the_same_bytes_without_a_warning(tmp_path: Path, compiler: str) -> None:
-    built = []
+    built: list[bytes] = []
     for name in ("one", "elsewhere/deep"):
         package = tmp_path / name / "virtqueue"
         shutil.copytree(PACKAGE / "csrc", package / "csrc")

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not BUILD.exists(), reason="the C sources are no
 @pytest.fixture(scope="module")
 def stopping(tmp_path_factory: pytest.TempPathFactory) -> c_engine.Library:
     path = tmp_path_factory.mktemp("engine") / "libvirtqueue.so"
-    arguments = ["--output", path, "--flag=-DVQ_TEST_STOP"]
+    arguments = ["--output", str(path), "--flag=-DVQ_TEST_STOP"]
     subprocess.run([sys.executable, BUILD, *arguments], check=True, capture_output=True)
     return c_engine.Library(path)
 

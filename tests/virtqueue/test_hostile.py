@@ -296,9 +296,8 @@ def test_a_write_into_read_only_memory(make_rig: Any, packed: bool) -> None:
 
 def test_a_ring_outside_of_guest_memory(make_rig: Any, packed: bool) -> None:
     rig: Rig = make_rig(packed=packed, device=False)
-    part = "device_address"
     for address in (USER + (1 << 20) - 4, USER - 4096, 0, (1 << 64) - 16):
-        device = rig.new_device(config=rig.config._replace(**{part: address & ~3}))
+        device = rig.new_device(config=rig.config._replace(device_address=address & ~3))
         if packed and address == USER + (1 << 20) - 4:
             assert not device.take()
             continue

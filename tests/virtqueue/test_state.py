@@ -7,6 +7,7 @@ import gc
 import os
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -147,7 +148,7 @@ def test_a_new_table_serves_later_takes(
     assert chain.write(b"after") == 5
     rig.device.complete(chain)
     rig.device.publish()
-    assert memory.read(far + 64, 5) == b"after"
+    assert memory.read(GuestAddress(far + 64), 5) == b"after"
     assert len(rig.driver.collect()) == 1
 
 
@@ -159,7 +160,8 @@ def test_a_snapshot_lives_as_long_as_a_chain_in_flight(make_rig: Any, packed: bo
     assert memory.pins == 2
     rig.device.set_memory(memory.with_iotlb(None))
     gone = weakref.ref(memory)
-    rig.memory = rig.driver = None
+    rig.memory = None
+    del rig.driver
     del memory
     gc.collect()
     assert gone() is not None
@@ -210,7 +212,7 @@ def test_a_buffer_may_cross_regions(make_rig: Any, packed: bool) -> None:
     os.close(other)
     rig: Rig = make_rig(packed=packed, memory=memory)
     edge = GUEST + (1 << 20)
-    memory.write(edge - 3, b"abcdef")
+    memory.write(GuestAddress(edge - 3), b"abcdef")
     rig.driver.add([(edge - 3, 6)], [(edge - 2, 4)])
     rig.driver.publish()
     (chain,) = rig.device.take()
@@ -222,7 +224,7 @@ def test_a_buffer_may_cross_regions(make_rig: Any, packed: bool) -> None:
         (edge - 2, 2),
         (edge, 2),
     ]
-    assert memory.read(edge - 3, 6) == b"awxyzf"
+    assert memory.read(GuestAddress(edge - 3), 6) == b"awxyzf"
 
 
 def test_509_regions_are_searched(make_rig: Any, packed: bool) -> None:
@@ -245,7 +247,7 @@ def test_509_regions_are_searched(make_rig: Any, packed: bool) -> None:
     rig: Rig = make_rig(packed=packed, memory=memory)
     for number in range(1, 509):
         address = GUEST + 2 * number * size
-        memory.write(address, number.to_bytes(2, "little"))
+        memory.write(GuestAddress(address), number.to_bytes(2, "little"))
         rig.driver.add([(address, 2)])
         rig.driver.publish()
         (chain,) = rig.device.take()
@@ -494,7 +496,7 @@ def test_memory_on_demand_is_needed_provided_and_released(make_rig: Any, packed:
                 0x1000,
                 need.access,
                 host + page - far,
-                lambda page=page: released.append(page),
+                partial(released.append, page),
             )
     (chain,) = batch
     assert needs == [(far + 0xFFE, 1), (far + 0x1000, 1), (far + 0x3000, 2)]
@@ -517,7 +519,7 @@ def test_provisions_are_bounded_and_reused(make_rig: Any) -> None:
     rig: Rig = make_rig()
     released: list[int] = []
     for number in range(3000):
-        assert rig.device.provide(number, 1, 1, 4096, lambda n=number: released.append(n))
+        assert rig.device.provide(number, 1, 1, 4096, partial(released.append, number))
     assert released == list(range(len(released)))
     assert len(released) >= 1024
 
