@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="QEMUs, separated by commas: system, or versions such as 7.2 and 10.0",
     )
     group.addoption("--kills", default=None, help="how often a back-end is killed mid-I/O (4)")
+    group.addoption("--dimms", default=None, help="how many memory slots come and go (200)")
     group.addoption("--migrations", default=None, help="how often a guest moves in a row (3)")
 
 
@@ -118,3 +119,9 @@ def kills(request: pytest.FixtureRequest) -> int:
 def migrations(request: pytest.FixtureRequest) -> int:
     """How often a guest is moved in each of the tests that move one."""
     return int(_option(request.config, "--migrations", "3")[0])
+
+
+@pytest.fixture(scope="session")
+def dimms(request: pytest.FixtureRequest) -> int:
+    """How many pieces of memory are plugged into a guest."""
+    return int(_option(request.config, "--dimms", "200")[0])

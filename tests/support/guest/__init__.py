@@ -11,7 +11,20 @@ from .assets import (
     provide_qemu,
     provide_suite,
 )
-from .back_ends import INFLIGHT, LOG, OURS, PACKED, POSTCOPY, STORAGE_DAEMON, BackEnd, Served, able
+from .back_ends import (
+    DEVICES,
+    INFLIGHT,
+    IOMMU,
+    LOG,
+    OURS,
+    PACKED,
+    POSTCOPY,
+    SLOTS,
+    STORAGE_DAEMON,
+    BackEnd,
+    Served,
+    able,
+)
 from .bed import MIB, Bed, Disk, random_bytes
 from .guest import (
     MEMORY_KIB,
@@ -31,7 +44,9 @@ from .qmp import Qmp, QmpError
 from .workload import VerifyingWriters
 
 __all__ = [
+    "DEVICES",
     "INFLIGHT",
+    "IOMMU",
     "LOG",
     "MEMORY_KIB",
     "MIB",
@@ -39,6 +54,7 @@ __all__ = [
     "OURS",
     "PACKED",
     "POSTCOPY",
+    "SLOTS",
     "SLOW",
     "STORAGE_DAEMON",
     "Assets",

@@ -25,9 +25,13 @@ LOG = "log"
 INFLIGHT = "inflight"
 PACKED = "packed"
 POSTCOPY = "postcopy"
+IOMMU = "iommu"
+SLOTS = "slots"
+DEVICES = "devices"  # any device that is written with our package
+_OURS = frozenset({INFLIGHT, LOG, PACKED, POSTCOPY, IOMMU, SLOTS, DEVICES})
 _ABILITIES: dict[str, frozenset[str]] = {
-    "c": frozenset({INFLIGHT, LOG, PACKED, POSTCOPY}),
-    "python": frozenset({INFLIGHT, LOG, PACKED, POSTCOPY}),
+    "c": _OURS,
+    "python": _OURS,
     STORAGE_DAEMON: frozenset({LOG}),
 }
 

@@ -204,8 +204,8 @@ class Guest:
             *("-device", "virtio-serial-pci,addr=0x1e"),
             *("-chardev", f"socket,id=agent,fd={agent_peer.fileno()}"),
             *("-device", "virtserialport,chardev=agent,name=agent"),
-            *(word for disk in disks for word in disk.arguments()),
             *extra,
+            *(word for disk in disks for word in disk.arguments()),
         ]
         if incoming:
             command += ["-incoming", "defer"]

@@ -35,15 +35,17 @@ class Migration:
     ) -> None:
         self.source = source
         self.target = target
-        self._folder = tempfile.TemporaryDirectory(prefix="migrate-")
-        uri = f"unix:{self._folder.name}/s"
         wanted = [{"capability": name, "state": True} for name in capabilities]
         for guest in (source, target):
             if wanted:
                 guest.qmp.execute("migrate-set-capabilities", capabilities=wanted)
         source.qmp.execute("migrate-set-parameters", max_bandwidth=bandwidth or 1 << 40)
-        target.qmp.execute("migrate-incoming", uri=uri)
-        source.qmp.execute("migrate", uri=uri)
+        with tempfile.TemporaryDirectory(prefix="migrate-") as folder:
+            uri = f"unix:{folder}/s"
+            target.qmp.execute("migrate-incoming", uri=uri)
+            source.qmp.execute("migrate", uri=uri)
+            # From then on they are connected and need no path.
+            self.await_status("active", "device", "completed")
 
     def state(self) -> dict[str, Any]:
         """What the source says of it (QMP's query-migrate)."""
@@ -87,7 +89,6 @@ class Migration:
         """Give it up and wait until QEMU has; the guest stays where it is."""
         self.source.qmp.execute("migrate_cancel")
         self.await_status("cancelled", limit=limit)
-        self._folder.cleanup()
 
     def finish(self, limit: float = 120) -> dict[str, Any]:
         """Wait for the end and return QEMU's figures; the target takes commands from then on.
@@ -98,7 +99,6 @@ class Migration:
         state = self.await_status("completed", limit=limit)
         self.target.qmp.wait_event("RESUME", limit=limit)
         self.target.arrived()
-        self._folder.cleanup()
         return state
 
     def _describe(self, state: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 
 from .guest import Guest, GuestError
@@ -87,3 +88,10 @@ class VerifyingWriters:
         if len(lines) != self.count or not all(line.endswith(" -") for line in lines):
             raise GuestError(f"{said}\n{self.guest.describe()}")
         return [line.split()[0] for line in lines]
+
+    def expected(self, content: bytes) -> list[str]:
+        """The digests that `finish` has to return when this is what the device holds."""
+        return [
+            hashlib.sha256(content[n * self.share : (n + 1) * self.share]).hexdigest()
+            for n in self._all
+        ]
