@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import sys
 from typing import Final
 
@@ -25,9 +26,14 @@ def adopt(fd: int) -> int:
 def signal(fd: int) -> bool:
     """Add one to an eventfd (or write eight bytes to whatever it is); False if nobody listens.
 
-    A full counter counts as signalled: the reader has a wake-up pending.
+    A full counter counts as signalled: the reader has a wake-up pending. It is looked at first,
+    because whoever handed the descriptor over can make it blocking again.
     """
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
     try:
+        if not poller.poll(0):
+            return True
         os.write(fd, _ONE)
     except BlockingIOError:
         return True

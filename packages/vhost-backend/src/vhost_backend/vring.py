@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from guest_memory import DirtyLog, GuestMemory
-from vhost_protocol import BackendChannel, ProtocolError
+from vhost_protocol import BackendChannel, BackendVringCall, ProtocolError
 from virtqueue import (
     Batch,
     Chain,
@@ -409,7 +409,8 @@ class VringState:
         elif self.channel is not None:
             self.counters.notifications_sent += 1
             with contextlib.suppress(ProtocolError, OSError):
-                self.channel.vring_call(self.index)
+                # Not acknowledged: nobody may wait for the front-end with the ring's lock.
+                self.channel.request(BackendVringCall(self.index), need_reply=False)
 
     def _published(self, wanted: bool) -> None:
         if self.log_fd >= 0 and self.log is not None and self.log.enabled:
