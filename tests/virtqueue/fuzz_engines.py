@@ -23,7 +23,7 @@ with atheris.instrument_imports(include=["virtqueue"]):
     import virtqueue.packed_engine
     import virtqueue.split_engine  # noqa: F401
 
-import test_differential as differential
+import test_differential as differential  # noqa: E402
 
 KINDS: list[Any] = [
     differential.test_the_engines_agree_on_drivers_that_break_them,

@@ -334,13 +334,19 @@ def test_completions_reach_the_ring_after_its_translation_is_gone(
 # Dirty log.
 
 
+USED_PAGE = 0x100_0000 >> 12
+PAGE = GUEST >> 12
+
+
 class Logged:
     """A rig with a dirty log, and the pages that it shows as written."""
 
     def __init__(self, make_rig: Any, packed: bool, enabled: bool = True, **config: Any) -> None:
         self.log_fd = allocate_memfd(64 << 10)
         self.log = DirtyLog(self.log_fd, 64 << 10, enabled=enabled)
-        config.setdefault("log_used", 0x100_0000)
+        config.setdefault("log_used", USED_PAGE << 12)
+        # A packed ring is logged where it is.
+        self.used_page = PAGE if packed else USED_PAGE
         self.rig: Rig = make_rig(packed=packed, device=False, **config)
         self.device = self.rig.new_device(log=self.log)
 
@@ -373,10 +379,6 @@ def logged(make_rig: Any, packed: bool) -> Iterator[Any]:
         one.close()
 
 
-USED_PAGE = 0x100_0000 >> 12
-PAGE = GUEST >> 12
-
-
 def test_what_is_written_is_logged(logged: Any) -> None:
     one: Logged = logged()
     rig, device = one.rig, one.device
@@ -389,7 +391,7 @@ def test_what_is_written_is_logged(logged: Any) -> None:
     device.complete(chain)
     device.publish()
     first = PAGE + 0x40
-    assert one.pages() - {USED_PAGE} == {first, first + 3}
+    assert one.pages() - {one.used_page} == {first, first + 3}
 
 
 def test_the_used_ring_is_logged_at_its_own_address(logged: Any) -> None:
@@ -397,7 +399,7 @@ def test_the_used_ring_is_logged_at_its_own_address(logged: Any) -> None:
     one.rig.offer_many(1)
     one.device.take()
     one.device.cycle()
-    assert one.pages() == {USED_PAGE}
+    assert one.pages() == {one.used_page}
 
 
 @pytest.mark.parametrize("status", [0, 1])
@@ -413,7 +415,7 @@ def test_a_status_is_logged_and_a_failure_logs_all(logged: Any, status: int) -> 
     device.cycle()
     first = PAGE + 0x40
     expected = {first, first + 8} | ({first + 1, first + 2} if status else set())
-    assert one.pages() - {USED_PAGE} == expected
+    assert one.pages() - {one.used_page} == expected
 
 
 def test_views_that_were_handed_out_count_as_written(logged: Any) -> None:
@@ -428,10 +430,10 @@ def test_views_that_were_handed_out_count_as_written(logged: Any) -> None:
     device.complete(first, written=0)
     device.publish()
     page = PAGE + 0x40
-    assert one.pages() - {USED_PAGE} == {page, page + 1, page + 2}
+    assert one.pages() - {one.used_page} == {page, page + 1, page + 2}
     second.writable[0][:1] = b"x"
     device.cycle()
-    assert one.pages() - {USED_PAGE} == {page, page + 1, page + 2}
+    assert one.pages() - {one.used_page} == {page, page + 1, page + 2}
 
 
 def test_a_log_that_comes_while_chains_are_in_flight_is_used(logged: Any) -> None:
@@ -445,7 +447,7 @@ def test_a_log_that_comes_while_chains_are_in_flight_is_used(logged: Any) -> Non
     device.set_log(one.log, 0x100_0000)
     device.complete(head, written=4)
     device.publish()
-    assert one.pages() == {USED_PAGE, PAGE + 0x40}
+    assert one.pages() == {one.used_page, PAGE + 0x40}
     device.set_log(None)
     rig.driver.add([], [(far, 4)])
     rig.driver.publish()

@@ -197,7 +197,7 @@ class DeviceQueue:
             self._ring_memory = self._memory
         block.table = table.address
         block.log = self._log.struct_address if self._log is not None else 0
-        block.log_used = config.log_used or 0
+        block.log_used = self._log_base(table)
         if not self._used_known and block.descriptors:
             # The used ring itself says where the device before us stopped.
             try:
@@ -215,6 +215,27 @@ class DeviceQueue:
         if not self._recovered and block.descriptors:
             self._recovered = True
             self._engine.recover()
+
+    def _log_base(self, table: Table) -> int:
+        """The guest address at which writes to the ring are logged.
+
+        For a packed ring it is where the ring is: front-ends send the address of the device's
+        event structure there (QEMU does), and pages of the ring would not be copied.
+        """
+        config = self._config
+        if config.log_used is None:
+            return 0
+        if config.packed:
+            address, length = config.descriptor_address, 16 * config.size
+            try:
+                if config.iommu:
+                    found = table.pieces(address, length, READ, True, self._provisions)
+                else:
+                    found = table.user_pieces(address, length, READ, self._provisions)
+            except (Missing, Broken):
+                return config.log_used
+            return found[0].guest
+        return config.log_used
 
     def _check(self, result: int) -> int:
         if result < 0:
