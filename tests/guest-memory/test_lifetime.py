@@ -22,6 +22,7 @@ from guest_memory import (
     GuestMemory,
     MappingFailed,
     MmapMapper,
+    MmapMapping,
     Region,
     SharedMapping,
     UserAddress,
@@ -29,7 +30,6 @@ from guest_memory import (
     WindowFull,
     syscalls,
 )
-from guest_memory import memory as memory_module
 
 MIB = 1 << 20
 
@@ -374,20 +374,18 @@ def test_failures_in_the_middle_leave_nothing(monkeypatch: pytest.MonkeyPatch) -
                 assert mapped() == 0, (name, fatal)
 
 
-def test_an_interrupted_table_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = memory_module._map_one
-    calls = 0
+def test_an_interrupted_table_leaves_nothing() -> None:
+    class Interrupted(MmapMapper):
+        calls = 0
 
-    def interrupted(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
+        def map_into(self, region: Region, fd: int | None, window: Window) -> MmapMapping:
+            self.calls += 1
+            if self.calls == 3:
+                raise KeyboardInterrupt
+            return super().map_into(region, fd, window)
 
-    monkeypatch.setattr(memory_module, "_map_one", interrupted)
     with memfd(0x4000, SEALED) as fd, pytest.raises(KeyboardInterrupt):
-        GuestMemory.map([(region(n << 20, 0x1000), fd) for n in range(4)])
+        GuestMemory.map([(region(n << 20, 0x1000), fd) for n in range(4)], Interrupted())
     assert mapped() == 0
 
 

@@ -27,10 +27,11 @@ from .errors import (
 from .holder import MemoryHolder
 from .iotlb import Iotlb, IotlbEntry
 from .mapping import Mapper, Mapping, WindowMapper, WindowMapping
-from .memory import GuestMemory, Segment
+from .memory import GuestMemory
 from .mmap_mapper import MmapMapper, MmapMapping
 from .region import MAX_MEM_SLOTS, Region
 from .shared import SharedMapping, allocate_memfd
+from .translation import Segment
 from .userfault import Userfault
 from .window import Window, WindowFull
 

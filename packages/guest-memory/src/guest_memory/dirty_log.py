@@ -7,18 +7,24 @@ before it looks for waiters.
 
 import ctypes
 import threading
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from . import syscalls
 from .abi import ABI_VERSION, LOG_MAGIC, GmLog
 from .addresses import GuestAddress, fits
 from .errors import OutOfBounds, Poisoned, UsageError
+from .region import Region
 from .shared import SharedMapping
 
-if TYPE_CHECKING:
-    from .memory import GuestMemory
-
 PAGE_SHIFT = 12
+
+
+class HasRegions(Protocol):
+    """What `DirtyLog.covers` wants to know of a `GuestMemory`."""
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """All regions."""
 
 
 class DirtyLog:
@@ -85,7 +91,7 @@ class DirtyLog:
         """
         return self._mapping.view
 
-    def covers(self, memory: "GuestMemory") -> bool:
+    def covers(self, memory: HasRegions) -> bool:
         """Tell whether the bitmap has a bit for every page of all regions."""
         return all(
             (region.guest_end - 1) >> PAGE_SHIFT < 8 * self._size for region in memory.regions
