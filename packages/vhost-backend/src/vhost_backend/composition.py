@@ -17,7 +17,7 @@ from .errors import BackendUsageError, Refused
 from .vring import Vring, VringMutex, VringRwLock, VringState
 from .worker import VringEpollHandler
 
-log = logging.getLogger("vhost_backend")
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 
 class DaemonBase:
@@ -42,7 +42,7 @@ class DaemonBase:
         wake: Callable[[], None],
     ) -> None:
         self.name = name
-        self.memory = memory if memory is not None else MemoryHolder()
+        self.memory: MemoryHolder = memory if memory is not None else MemoryHolder()
         self._backend = backend
         self._drain_timeout = drain_timeout
         self._connection: socket.socket | None = None

@@ -24,14 +24,14 @@ class QueueCounters:
     )
 
     def __init__(self) -> None:
-        self.requests = 0
-        self.batches = 0
-        self.bytes = 0
-        self.kicks = 0
-        self.notifications_sent = 0
-        self.notifications_suppressed = 0
-        self.errors = 0
-        self.guest_errors = 0
+        self.requests: int = 0
+        self.batches: int = 0
+        self.bytes: int = 0
+        self.kicks: int = 0
+        self.notifications_sent: int = 0
+        self.notifications_suppressed: int = 0
+        self.errors: int = 0
+        self.guest_errors: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """The counters by name."""

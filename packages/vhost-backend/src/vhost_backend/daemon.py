@@ -31,7 +31,7 @@ from .listener import Listener
 from .vring import VringMutex, VringRwLock
 from .worker import VringEpollHandler
 
-log = logging.getLogger("vhost_backend")
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 #: Seconds between attempts of a client to connect: the first, and the longest after doubling.
 RECONNECT_INTERVAL = (0.1, 5.0)

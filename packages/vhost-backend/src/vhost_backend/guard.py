@@ -20,7 +20,7 @@ class MemoryGuard:
     """Watches every snapshot of guest memory for as long as it exists."""
 
     def __init__(self) -> None:
-        self.active = SigbusGuard.available()
+        self.active: bool = SigbusGuard.available()
         if self.active:
             SigbusGuard.install()
 

@@ -30,7 +30,7 @@ class Listener:
         #: Whether the descriptor is the one connection itself.
         self.connected = False
         self._identity: tuple[int, int] | None = None
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket: socket.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._bind(self.path, backlog)
         except BaseException:

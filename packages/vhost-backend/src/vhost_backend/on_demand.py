@@ -17,7 +17,7 @@ from virtqueue import Chain, DeviceQueue, Need
 
 from .ratelimit import RateLimited
 
-log = logging.getLogger("vhost_backend")
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 _PAGE = mmap.PAGESIZE
 

@@ -20,7 +20,7 @@ from typing import Final
 from .device import VirtioDevice
 from .errors import VhostBackendError
 
-log = logging.getLogger("vhost_backend")
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 MAGIC: Final = b"VDEVSTAT"
 FORMAT: Final = 1

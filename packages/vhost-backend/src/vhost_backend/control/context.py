@@ -54,8 +54,8 @@ class Context:
         self.guard = guard
         #: Wakes the connection's thread when it waits for a `Wait` to be ready.
         self.wake = wake
-        self.features = VirtioFeature(0)
-        self.protocol_features = vp.ProtocolFeatures(0)
+        self.features: VirtioFeature = VirtioFeature(0)
+        self.protocol_features: vp.ProtocolFeatures = vp.ProtocolFeatures(0)
         self.session: vp.Session | None = None
         self.channel: vp.BackendChannel | None = None
         self.iotlb: Iotlb | None = None

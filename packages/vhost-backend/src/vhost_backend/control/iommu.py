@@ -23,7 +23,7 @@ from ..vring import VringState
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome, Wait
 
-log = logging.getLogger("vhost_backend")
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 #: Seconds that a ring waits for an IOTLB entry it has asked for.
 MISS_TIMEOUT = 10.0

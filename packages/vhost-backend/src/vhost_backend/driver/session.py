@@ -75,8 +75,8 @@ class DriverVring:
         self._offset = offset
         self.queue = queue
         self.config = config
-        self.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.kick_fd: int = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.call_fd: int = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poller = select.poll()
         self._poller.register(self.call_fd, select.POLLIN)
 
@@ -201,10 +201,10 @@ class DriverSession:
         self.vrings: list[DriverVring] = []
         #: (guest address, bytes) of what rings take up, indirect tables included.
         self.ring_memory: list[tuple[int, int]] = []
-        self.protocol_features = vp.ProtocolFeatures(0)
+        self.protocol_features: vp.ProtocolFeatures = vp.ProtocolFeatures(0)
         self._memory_fd = allocate_memfd(memory_size) if memory_fd is None else memory_fd
         region = Region(GuestAddress(GUEST_BASE), memory_size, UserAddress(USER_BASE))
-        self.memory = GuestMemory.map([(region, self._memory_fd)])
+        self.memory: GuestMemory = GuestMemory.map([(region, self._memory_fd)])
         self._next = GUEST_BASE
         self._end = GUEST_BASE + memory_size
         wanted = VirtioFeature(features) | VirtioFeature.VERSION_1
@@ -251,12 +251,12 @@ class DriverSession:
         frontend = self.frontend
         offered = VirtioFeature(frontend.get_features())
         # For `Migration`, which switches it on: LOG_ALL is the front-end's, not the guest's.
-        self.can_log = bool(offered & VirtioFeature.LOG_ALL)
+        self.can_log: bool = bool(offered & VirtioFeature.LOG_ALL)
         if packed and not offered & VirtioFeature.RING_PACKED:
             raise SessionError("the back-end does not offer packed rings")
         if self._iova and not offered & VirtioFeature.ACCESS_PLATFORM:
             raise SessionError("the back-end does not offer addresses behind an IOMMU")
-        self.features = offered & wanted
+        self.features: VirtioFeature = offered & wanted
         if offered & VirtioFeature.PROTOCOL_FEATURES:
             self.protocol_features = vp.ProtocolFeatures(
                 frontend.get_protocol_features() & self._wanted
