@@ -35,7 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="QEMUs, separated by commas: system, or versions such as 7.2 and 10.0",
     )
     group.addoption("--kills", default=None, help="how often a back-end is killed mid-I/O (4)")
-    group.addoption("--dimms", default=None, help="how many memory slots come and go (200)")
+    group.addoption(
+        "--dimms", default=None, help="how many memory slots come and go (20; at most 250)"
+    )
     group.addoption("--migrations", default=None, help="how often a guest moves in a row (3)")
 
 
@@ -124,4 +126,4 @@ def migrations(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="session")
 def dimms(request: pytest.FixtureRequest) -> int:
     """How many pieces of memory are plugged into a guest."""
-    return int(_option(request.config, "--dimms", "200")[0])
+    return int(_option(request.config, "--dimms", "20")[0])

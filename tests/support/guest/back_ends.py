@@ -28,7 +28,7 @@ POSTCOPY = "postcopy"
 IOMMU = "iommu"
 SLOTS = "slots"
 DEVICES = "devices"  # any device that is written with our package
-_OURS = frozenset({INFLIGHT, LOG, PACKED, POSTCOPY, IOMMU, SLOTS, DEVICES})
+_OURS = frozenset({INFLIGHT, LOG, PACKED, POSTCOPY, SLOTS, DEVICES})
 _ABILITIES: dict[str, frozenset[str]] = {
     "c": _OURS,
     "python": _OURS,
