@@ -29,7 +29,7 @@ from .errors import Refused
 from .listener import Listener
 from .vring import VringMutex
 
-log = logging.getLogger("vhost_backend")
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 #: A connection that waits for requests to end looks this often (seconds) whether its peer has gone.
 HANG_UP_INTERVAL = 0.05

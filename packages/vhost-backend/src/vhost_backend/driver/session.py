@@ -192,7 +192,7 @@ class DriverSession:
         handlers: dict[type[vp.Message], Callable[[vp.Message], bool]] | None = None,
         inflight: bool = False,
     ) -> None:
-        self.frontend = frontend
+        self.frontend: vp.Frontend = frontend
         self.channel: ChannelServer | None = None
         self.missed: list[int] = []
         self._wanted = _USUAL_FEATURES | protocol_features

@@ -59,7 +59,7 @@ class DeviceProcess:
         #: The child's process id; None while there is none.
         self.pid: int | None = None
         #: How often a child was started.
-        self.starts = 0
+        self.starts: int = 0
         self.start()
 
     @property

@@ -66,7 +66,7 @@ class BlockWorkload:
         self._idle = list(range(blocks))
         self._sequence = 0
         #: Requests that have completed, and were right.
-        self.completed = 0
+        self.completed: int = 0
 
     def resume(self, session: DriverSession, **options: Any) -> None:
         """Go on over a new session with the same disk.
