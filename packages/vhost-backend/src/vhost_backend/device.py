@@ -23,7 +23,7 @@ from .counters import QueueCounters
 from .errors import Refused
 from .ratelimit import RateLimited
 
-log = logging.getLogger("vhost_backend")
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 
 class Queue:
@@ -37,8 +37,8 @@ class Queue:
     __slots__ = ("counters", "index", "window")
 
     def __init__(self, index: int, counters: QueueCounters) -> None:
-        self.index = index
-        self.counters = counters
+        self.index: int = index
+        self.counters: QueueCounters = counters
         self.window: memoryview | None = None
 
 
@@ -52,8 +52,8 @@ class Request:
     __slots__ = ("_written", "chain", "status")
 
     def __init__(self, chain: Chain) -> None:
-        self.chain = chain
-        self.status = 0
+        self.chain: Chain = chain
+        self.status: int = 0
         self._written: int | None = None
 
     @property

@@ -42,7 +42,7 @@ from .features import VirtioFeature
 from .on_demand import OnDemand
 from .ratelimit import RateLimited
 
-log = logging.getLogger("vhost_backend")
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 
 class VringState:
@@ -69,13 +69,15 @@ class VringState:
         self.max_size = max_size
         self.engine = engine
         self.status_byte = status_byte
-        self.counters = QueueCounters()
+        self.counters: QueueCounters = QueueCounters()
         self._guest_errors = RateLimited(log)
-        self.on_demand = OnDemand()
+        self.on_demand: OnDemand = OnDemand()
         self.queue: DeviceQueue | None = None
-        self.kick_fd = self.call_fd = self.err_fd = -1
+        self.kick_fd: int = -1
+        self.call_fd: int = -1
+        self.err_fd: int = -1
         #: Borrowed: signalled when something was logged.
-        self.log_fd = -1
+        self.log_fd: int = -1
         #: Called, with the lock held, when guest memory was taken away under the ring.
         self.on_truncated: Callable[[], None] | None = None
         #: Called, with the lock held, after each completion, while somebody waits for one.
@@ -83,14 +85,14 @@ class VringState:
         #: Called, with the lock held, when the IOTLB lacks an entry (see `control.iommu`).
         self.on_miss: Callable[[VringState, Need], None] | None = None
         #: How many queues were built for this ring; a completion of an earlier one is dropped.
-        self.generation = 0
+        self.generation: int = 0
         self._on_drained: Callable[[], None] | None = None
         #: Chains that the next cycle completes.
         self._working = 0
         self._forget()
 
     def _forget(self) -> None:
-        self.size = self.max_size
+        self.size: int = self.max_size
         self.addresses: tuple[int, int, int] | None = None
         self.log_used: int | None = None
         #: This queue's part of the in-flight region, when the front-end keeps one.
@@ -100,12 +102,12 @@ class VringState:
         self.channel: BackendChannel | None = None
         #: Memory that the ring waits for.
         self.need: Need | None = None
-        self.base = 0
-        self.features = VirtioFeature(0)
-        self.big_endian = False
-        self.enabled = False
-        self.started = False
-        self.draining = False
+        self.base: int = 0
+        self.features: VirtioFeature = VirtioFeature(0)
+        self.big_endian: bool = False
+        self.enabled: bool = False
+        self.started: bool = False
+        self.draining: bool = False
         self._homeless = False
 
     # -- configuration: the control plane's side ------------------------------------------------

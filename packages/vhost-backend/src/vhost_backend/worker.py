@@ -19,7 +19,7 @@ from .errors import BackendUsageError
 from .eventfd import WakeFd
 from .vring import Vring
 
-log = logging.getLogger("vhost_backend")
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 #: A ring without a kick descriptor is looked at this often (seconds) while it is idle; twice as
 #: long each time nothing was found, up to the second figure.
@@ -36,7 +36,7 @@ class VringEpollHandler:
         self, backend: VhostUserBackend, vrings: Sequence[Vring], thread_id: int, name: str
     ) -> None:
         self._backend = backend
-        self.vrings = list(vrings)
+        self.vrings: list[Vring] = list(vrings)
         self.thread_id = thread_id
         self._epoll = select.epoll()
         self._wake = WakeFd()

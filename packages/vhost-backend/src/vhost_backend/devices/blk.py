@@ -22,7 +22,7 @@ from ..device import Queue, VirtioDevice
 from ..errors import DeviceError, Refused
 from ..ratelimit import RateLimited
 
-log = logging.getLogger("vhost_backend.blk")
+log: logging.Logger = logging.getLogger("vhost_backend.blk")
 
 SECTOR: Final = 512
 ID_LENGTH: Final = 20
@@ -96,19 +96,19 @@ class BlockDevice(VirtioDevice):
         serial: str = "",
         seg_max: int = 126,
     ) -> None:
-        self.path = os.fspath(path)
+        self.path: str = os.fspath(path)
         self.read_only = read_only
         self.num_queues = num_queues
         self.queue_size = queue_size
         self._fd = -1
         try:
-            self.serial = serial.encode("ascii")
+            self.serial: bytes = serial.encode("ascii")
         except UnicodeEncodeError:
             raise DeviceError(f"serial {serial!r} is not ASCII") from None
         if len(self.serial) > ID_LENGTH:
             raise DeviceError(f"serial {serial!r} is longer than {ID_LENGTH} bytes")
         self._fd, size = _open_image(self.path, read_only)
-        self.capacity = size // SECTOR
+        self.capacity: int = size // SECTOR
         if size % SECTOR:
             log.warning(
                 "%s: %d bytes after the last whole sector are not visible to the guest",
@@ -119,7 +119,7 @@ class BlockDevice(VirtioDevice):
         # Until the driver accepts FLUSH it knows no way to ask for durability (5.2.6.2).
         self._durable_writes = True
         self._faults = RateLimited(log)
-        self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ
+        self.features: int = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ
         self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
         self._config = self._build_config()
 
