@@ -52,6 +52,8 @@ def rigs(engine: str) -> Iterator[type[Rig]]:
     yield Made
     for rig in made:
         rig.close()
+    # A free-threaded 3.13 keeps the class, and what it refers to, for ever.
+    made.clear()
 
 
 @pytest.fixture
