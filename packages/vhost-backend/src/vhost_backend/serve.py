@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -82,8 +83,9 @@ def serve_all(
                     memory_slots=memory_slots,
                 )
                 daemons.append(stack.enter_context(daemon))
+            bell = stack.enter_context(contextlib.closing(_Bell()))
             # Before a socket exists: from then on a signal has something to clean up.
-            stack.enter_context(_signals(daemons))
+            stack.enter_context(_signals(daemons, bell))
             stack.enter_context(_metrics(metrics, daemons))
             listeners = [
                 stack.enter_context(path if isinstance(path, Listener) else Listener(path))
@@ -93,7 +95,7 @@ def serve_all(
                 daemon.start(listener)
             if ready is not None:
                 ready()
-            _wait_for_all(daemons)
+            _wait_for_all(daemons, bell)
             for daemon in daemons:
                 daemon.shutdown()
             for daemon in daemons:
@@ -103,7 +105,36 @@ def serve_all(
             device.close()
 
 
-def _wait_for_all(daemons: Sequence[VhostUserDaemon]) -> None:
+class _Bell:
+    """A pipe that wakes the thread which waits for everything.
+
+    That thread must not wait for a lock: of two signals that come at once the kernel may give one
+    to another thread, and then nothing would make this one run the handlers.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self.writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def ring(self) -> None:
+        """Wake whoever waits."""
+        with contextlib.suppress(BlockingIOError):  # full: it is awake already
+            os.write(self.writer, b"\0")
+
+    def wait(self) -> None:
+        """Until somebody rings, or a signal comes."""
+        poller = select.poll()
+        poller.register(self._reader, select.POLLIN)
+        poller.poll()
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._reader, 4096)
+
+    def close(self) -> None:
+        """Close the pipe."""
+        os.close(self._reader)
+        os.close(self.writer)
+
+
+def _wait_for_all(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> None:
     """Wait until every daemon has ended; the failure of one ends the others."""
     failures: list[BaseException] = []
 
@@ -114,21 +145,23 @@ def _wait_for_all(daemons: Sequence[VhostUserDaemon]) -> None:
             failures.append(error)
             for other in daemons:
                 other.shutdown()
+        finally:
+            bell.ring()
 
-    # The last one is waited for here, so that one device needs no thread more.
-    threads = [threading.Thread(target=wait, args=(daemon,)) for daemon in daemons[:-1]]
+    threads = [threading.Thread(target=wait, args=(daemon,)) for daemon in daemons]
     for thread in threads:
         thread.start()
-    for daemon in daemons[-1:]:
-        wait(daemon)
-    for thread in threads:
-        thread.join()
+    while any(thread.is_alive() for thread in threads):
+        bell.wait()
+        for thread in threads:
+            # One that has rung is about to end.
+            thread.join(0.1)
     if failures:
         raise failures[0]
 
 
 @contextlib.contextmanager
-def _signals(daemons: Sequence[VhostUserDaemon]) -> Iterator[None]:
+def _signals(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> Iterator[None]:
     """SIGTERM and SIGINT end the daemons, SIGUSR1 asks them; the handlers before are put back."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -144,9 +177,12 @@ def _signals(daemons: Sequence[VhostUserDaemon]) -> Iterator[None]:
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, show)
+    # A signal may be given to any thread; the bell makes the main one notice.
+    woken_before = signal.set_wakeup_fd(bell.writer, warn_on_full_buffer=False)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(woken_before)
         for number, handler in before.items():
             signal.signal(number, handler)
 
