@@ -204,8 +204,11 @@ def test_an_address_that_means_nothing_breaks_the_queue_only(engine: str, image:
         bad.kick()
         for _ in range(10):
             assert good.read(0, 512) == bytes(512)
+            session.invalidate(GUEST_BASE, SIZE)
         with pytest.raises(SessionError):
             bad.completions(0.2)
+        # The answers to the other queue's questions do not make this one ask again.
+        assert sum(address >= 1 << 49 for address in session.missed) == 1
         os.close(error)
 
 

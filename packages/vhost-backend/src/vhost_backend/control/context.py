@@ -107,18 +107,30 @@ class Context:
         worker, position = self._places[index]
         worker.unwatch(position)
 
-    def use_memory(self, memory: GuestMemory) -> None:
+    def use_memory(self, memory: GuestMemory, entry: tuple[int, int] | None = None) -> None:
         """Make it the current snapshot, in one swap; queues resolve their rings anew.
 
-        What is not a matter of regions, the IOTLB and the dirty log, is put on here.
+        What is not a matter of regions, the IOTLB and the dirty log, is put on here. `entry` (IOVA
+        and size) says that nothing else has changed than that part of the IOTLB. Then a ring that
+        waits for another entry goes on waiting: were it to ask again at each change, every answer
+        would bring forth more questions.
         """
         memory = memory.with_iotlb(self.iotlb).with_log(self.log)
         self.guard.watch(memory)
         self.memory.replace(memory)
         for index, vring in enumerate(self.vrings):
             with vring.get_mut() as state:
+                need = state.need
                 state.set_memory(memory)
-            self.scan(index)
+                if entry is None:
+                    look = True
+                else:
+                    start, size = entry
+                    look = need is not None and start <= need.address < start + size
+                    if not look:
+                        state.need = need
+            if look:
+                self.scan(index)
         self.backend.update_memory(memory)
 
 

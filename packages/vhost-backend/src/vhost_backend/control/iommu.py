@@ -93,9 +93,10 @@ class Iommu:
                 raise Refused("IOTLB_MSG", f"{message.type.name} is not a front-end's message")
         except GuestMemoryError as error:
             raise Refused("IOTLB_MSG", str(error)) from error
-        context.use_memory(context.memory.current)
-        if message.type is not vp.IotlbType.INVALIDATE:
+        if message.type is vp.IotlbType.UPDATE:
+            context.use_memory(context.memory.current, (message.iova, message.size))
             return Answer(vp.Ack())
+        context.use_memory(context.memory.current, (0, 0))
         self._watch_progress(context.wake)
         return Wait(self._settled, self._acknowledge, "they rest on an invalidated IOTLB entry")
 

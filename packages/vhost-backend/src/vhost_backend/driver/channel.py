@@ -40,11 +40,11 @@ class ChannelServer:
                     self.received.append(received.message)
                     self._arrived.notify_all()
                 handler = self._handlers.get(type(received.message))
-                ok = handler is not None and handler(received.message)
                 try:
+                    ok = handler is not None and handler(received.message)
                     self._channel.acknowledge(received, ok)
                 except (vp.ProtocolError, OSError):
-                    return
+                    return  # the session is being closed
 
     def wait_for(self, kind: type[vp.Message], timeout: float = 5.0) -> vp.Message:
         """The first message of that class, once it is there. Raises `TimeoutError`."""
