@@ -405,4 +405,6 @@ def test_nothing_is_left_behind(image: Path) -> None:
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
     for _ in range(3):
         once()
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    # Threads of tests before this one may have ended meanwhile.
+    assert len(os.listdir("/proc/self/fd")) <= before[0]
+    assert threading.active_count() <= before[1]

@@ -28,10 +28,12 @@ POSTCOPY = "postcopy"
 IOMMU = "iommu"
 SLOTS = "slots"
 DEVICES = "devices"  # any device that is written with our package
-_OURS = frozenset({INFLIGHT, LOG, PACKED, POSTCOPY, SLOTS, DEVICES})
+_OURS = frozenset({INFLIGHT, IOMMU, LOG, PACKED, POSTCOPY, SLOTS, DEVICES})
 _ABILITIES: dict[str, frozenset[str]] = {
     "c": _OURS,
-    "python": _OURS,
+    # One writer of six once made no progress after a move with the Python engine (see
+    # docs/features.md): until that is understood its moves are tried by hand.
+    "python": _OURS - {LOG},
     STORAGE_DAEMON: frozenset({LOG}),
 }
 

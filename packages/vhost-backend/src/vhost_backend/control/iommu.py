@@ -35,6 +35,7 @@ class Iommu:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._faults = RateLimited(log)
+        self._timers: dict[int, threading.Timer] = {}
         self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
             vp.IotlbMsg: self._message,
             vp.SetBackendReqFd: self._set_channel,
@@ -49,6 +50,8 @@ class Iommu:
 
     def disconnect(self) -> None:
         """Forget all entries; hang up."""
+        for timer in self._timers.values():
+            timer.cancel()
         self._context.iotlb = None
         channel, self._context.channel = self._context.channel, None
         if channel is not None:
@@ -130,6 +133,11 @@ class Iommu:
             return
         timer = threading.Timer(MISS_TIMEOUT, self._expire, (state.index, need))
         timer.daemon = True
+        # One for each ring: a ring waits for one entry at a time.
+        before = self._timers.get(state.index)
+        self._timers[state.index] = timer
+        if before is not None:
+            before.cancel()
         timer.start()
 
     def _expire(self, index: int, need: Need) -> None:
