@@ -179,7 +179,7 @@ def provide_suite(suite: str, packages: list[str]) -> Path:
             _install(["debootstrap"])
         partial = root.with_name(f"{root.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        mirror = os.environ.get(MIRROR_VARIABLE, "http://deb.debian.org/debian")
+        mirror = os.environ.get(MIRROR_VARIABLE)  # or debootstrap's own choice
         _run(
             [
                 tool("debootstrap") or "debootstrap",
@@ -187,7 +187,7 @@ def provide_suite(suite: str, packages: list[str]) -> Path:
                 f"--include={','.join(packages)}",
                 suite,
                 str(partial),
-                mirror,
+                *([mirror] if mirror else []),
             ],
             limit=1200,
         )
