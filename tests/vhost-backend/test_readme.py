@@ -7,7 +7,9 @@ from typing import Any
 from vhost_backend import VirtioDevice
 from vhost_backend.testing import attached
 
-README = Path(__file__).parents[2] / "packages" / "vhost-backend" / "README.md"
+# In a checkout the tests lie beside the packages, in an sdist inside of the package.
+_CHECKOUT = Path(__file__).parents[2] / "packages" / "vhost-backend"
+README = (_CHECKOUT if _CHECKOUT.is_dir() else Path(__file__).parents[1]) / "README.md"
 
 
 def test_the_examples() -> None:
