@@ -11,8 +11,10 @@ import pytest
 
 from virtqueue import layout, table
 from virtqueue.c_engine import library
+from virtqueue.counters import Counters
+from virtqueue.file_handler import FileBlock
+from virtqueue.server import ServerBlock
 from virtqueue.transfer import Operation, TransferItem
-from virtqueue.waiting import WaitBlock, WaitResult
 
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "gm_region": table.MemoryRegion,
@@ -21,7 +23,9 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "gm_log": table.MemoryLog,
     "vq_queue": layout.QueueBlock,
     "vq_provision": layout.Provision,
-    "vq_wait": WaitBlock,
+    "vq_counters": Counters,
+    "vq_server": ServerBlock,
+    "vq_file": FileBlock,
     "vq_io": TransferItem,
 }
 FORMATS = {
@@ -89,7 +93,6 @@ PREFIXES: dict[str, type[IntEnum] | type[IntFlag]] = {
     "VQ_MORE_": layout.More,
     "VQ_DONE_": layout.DoneFlags,
     "VQ_SEGMENT_": layout.SegmentFlags,
-    "VQ_WAIT_": WaitResult,
     "VQ_IO_": Operation,
 }
 

@@ -98,7 +98,8 @@ static int64_t move(int fd, const struct vq_io *io, uint64_t moved)
         if (io->operation == VQ_IO_READ)
             done = stream ? readv(fd, vectors, count) : preadv(fd, vectors, count, offset);
         else
-            done = stream ? writev(fd, vectors, count) : pwritev(fd, vectors, count, offset);
+            done = stream ? writev(fd, vectors, count)
+                          : pwritev2(fd, vectors, count, offset, io->flags & VQ_IO_DSYNC ? 2 : 0);
     } while (done < 0 && errno == EINTR);
     return done < 0 ? -errno : done;
 }
@@ -112,6 +113,9 @@ int vq_transfer(int fd, struct vq_io *items, uint32_t count)
         case VQ_IO_COPY_IN:
         case VQ_IO_COPY_OUT:
             io->result = copy(io);
+            break;
+        case VQ_IO_SYNC:
+            io->result = fdatasync(fd) < 0 ? -errno : 0;
             break;
         case VQ_IO_READ:
         case VQ_IO_WRITE: {

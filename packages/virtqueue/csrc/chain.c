@@ -91,6 +91,8 @@ void building_gather(const struct vq_segment *segments, uint32_t readable_count,
     /* The rest begins in segment `number` at `offset`. */
     record->readable = 0;
     record->readable_length = readable - header;
+    if (header < VQ_HEADER_SIZE)
+        record->flags |= VQ_SHORT_HEADER;
     if (external)
         return;
     if (record->readable_length)
@@ -194,6 +196,11 @@ int taking_end(struct engine *engine, const struct taking *taking, enum outcome 
         queue->taken += count;
         queue->in_flight += count;
         pin(taking->table, count);
+        struct vq_counters *counters = pointer(queue->counters);
+        if (counters) {
+            counters->requests += count;
+            counters->batches++;
+        }
     }
     switch (outcome) {
     case TAKEN:

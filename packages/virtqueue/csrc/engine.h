@@ -145,8 +145,11 @@ struct format {
 
 extern const struct format split_format, packed_format;
 
-/* Turn kicks off while we look at the ring; vq_arm turns them on (wait.c). */
+/* Turn kicks off while we look at the ring; vq_arm turns them on (serve.c). */
 void queue_quiet(struct vq_queue *queue);
+
+/* The first half of vq_cycle: complete done[0:count].  How many, or VQ_USAGE. */
+int queue_finish(struct vq_queue *queue);
 
 /* Bus errors survived in this process, ever (guard.c). */
 __attribute__((visibility("hidden")))

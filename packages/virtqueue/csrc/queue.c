@@ -290,9 +290,12 @@ static int complete(struct engine *engine, const struct vq_done *done, uint32_t 
         return claimed;
     }
     const bool in_order = queue->features & VQ_IN_ORDER;
+    uint64_t bytes = 0;
     for (uint32_t i = 0; i < count; i++)
-        if (likely(!(done[i].flags & VQ_DONE_KEEP)))
+        if (likely(!(done[i].flags & VQ_DONE_KEEP))) {
             settle(engine, &done[i]);
+            bytes += done[i].written;
+        }
     /* After the device's writes and the status bytes, before the driver is shown anything. */
     if (unlikely(chains_poisoned(engine, done, count))) {
         broken(engine, VQ_REASON_TRUNCATED, done[0].head);
@@ -310,6 +313,8 @@ static int complete(struct engine *engine, const struct vq_done *done, uint32_t 
         release(engine, used, using);
         queue->completed += using;
     }
+    if (queue->counters)
+        ((struct vq_counters *)pointer(queue->counters))->bytes += bytes;
     return claimed;
 }
 
@@ -338,11 +343,16 @@ int vq_publish(struct vq_queue *queue)
     return result;
 }
 
-int vq_cycle(struct vq_queue *queue)
+int queue_finish(struct vq_queue *queue)
 {
     if (unlikely(queue->count > queue->record_capacity))
         return VQ_USAGE;
-    int result = complete(engine_of(queue), pointer(queue->done), queue->count);
+    return complete(engine_of(queue), pointer(queue->done), queue->count);
+}
+
+int vq_cycle(struct vq_queue *queue)
+{
+    int result = queue_finish(queue);
     return result < 0 ? result : vq_take(queue);
 }
 
@@ -365,6 +375,8 @@ int vq_rewind(struct vq_queue *queue)
         engine->batch[0].head = record->head;
         release(engine, engine->batch, 1);
         queue->taken--;
+        if (queue->counters)
+            ((struct vq_counters *)pointer(queue->counters))->requests--;
         queue->segment_count -= record->segment_count;
     }
     if (count)

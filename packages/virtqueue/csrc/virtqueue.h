@@ -32,6 +32,7 @@
 #define VQ_WRITABLE_CONTIGUOUS 2u
 #define VQ_EXTERNAL 4u
 #define VQ_RESUBMITTED 8u
+#define VQ_SHORT_HEADER 16u
 
 /* vq_segment.flags */
 #define VQ_SEGMENT_WRITABLE 1u
@@ -40,6 +41,7 @@
 #define VQ_DONE_STATUS 1u
 #define VQ_DONE_KEEP 2u
 #define VQ_DONE_WROTE_ALL 4u
+#define VQ_DONE_LEFT 8u
 
 /* vq_queue.features */
 #define VQ_PACKED 1u
@@ -133,6 +135,16 @@ struct vq_provision {
     uint64_t token;
 };
 
+/* What a queue has done, 48 bytes; plain numbers that only whoever owns the queue adds to. */
+struct vq_counters {
+    uint64_t requests; /* chains taken */
+    uint64_t batches;  /* takes that returned any */
+    uint64_t bytes;    /* written into the guest's buffers, as reported to the driver */
+    uint64_t kicks;
+    uint64_t notifications_sent;
+    uint64_t notifications_suppressed;
+};
+
 /* Everything a queue and its engine share. */
 struct vq_queue {
     uint32_t magic;
@@ -172,6 +184,7 @@ struct vq_queue {
     uint64_t detail;
     uint64_t taken;
     uint64_t completed;
+    uint64_t counters; /* host address of struct vq_counters, or 0 */
     uint32_t in_flight;
     uint32_t resubmit;
     uint16_t next_avail;
@@ -283,33 +296,90 @@ VQ_API int vq_guard_unwatch(uint64_t table);
 /* How many bus errors were survived in this process, ever. */
 VQ_API uint32_t vq_guard_events(void);
 
-/* ---- waiting ---- */
+/* ---- serving a queue ---- */
 
-#define VQ_WAIT_READY 1       /* a chain is available */
-#define VQ_WAIT_KICK 2        /* kick_fd was readable */
-#define VQ_WAIT_WAKE 4        /* wake_fd is readable */
-#define VQ_WAIT_INTERRUPTED 8 /* by a signal */
+/*
+ * A handler in C: works on the batch that was just taken (records, segments and done of the queue)
+ * and returns how many requests it leaves to the caller; it marks those VQ_DONE_LEFT.  It touches
+ * nothing of the queue but its arrays, and nothing at all after it returned.
+ */
+typedef int (*vq_handler)(void *context, const struct vq_queue *queue);
 
-/* How one worker waits, 48 bytes. */
-struct vq_wait {
-    uint32_t size;        /* of this structure */
-    uint32_t queue_count;
-    uint64_t queues;      /* host addresses of struct vq_queue: u64[queue_count] */
-    int32_t kick_fd;      /* -1: none */
-    int32_t wake_fd;      /* -1: none */
-    int32_t timeout_ms;   /* -1: for ever */
-    uint32_t drain_kick;  /* kick_fd is an eventfd: take its count */
-    uint32_t spin_ns;     /* how long to look first; adapted by each call */
+/* vq_server.owner: who may touch the queue. */
+#define VQ_OWNER_NOBODY 0u  /* a handler in C works: whoever wants the queue may borrow it */
+#define VQ_OWNER_ENGINE 1u  /* the worker that called vq_serve or vq_turn */
+#define VQ_OWNER_BORROWER 2u
+#define VQ_OWNER_VISITED 3u /* it was borrowed: look at it anew before going on */
+
+/*
+ * One worker that serves one queue, 80 bytes.  call_fd is an eventfd: should a hostile owner hold up
+ * a write to it (by filling a blocking one), reading it lets the write through.
+ */
+struct vq_server {
+    uint32_t size;      /* of this structure */
+    uint32_t owner;     /* VQ_OWNER_*; atomic */
+    uint32_t interrupt; /* come back as soon as possible; atomic, set by others */
+    uint32_t signal;    /* signal the driver at the next occasion, asked for or not */
+    uint64_t queue;     /* host address of struct vq_queue */
+    uint64_t handler;   /* vq_handler, or 0: batches are the caller's */
+    uint64_t context;   /* for the handler */
+    int32_t epoll_fd;   /* what is slept on */
+    int32_t kick_fd;    /* in epoll_fd, edge-triggered, as data.fd; -1: none */
+    int32_t call_fd;    /* an eventfd; -1: none */
+    uint32_t left;      /* out: requests of the batch that the handler left */
+    uint32_t spin_ns;   /* how long to look before sleeping; adapted */
     uint32_t spin_max_ns; /* 0: never look, only sleep */
     uint64_t reserved;
 };
 
 /*
- * Wait until a chain is available, a kick or a wake-up: look at the rings for up to spin_ns with
- * kicks turned off, then ask for kicks and sleep.  Returns VQ_WAIT_* flags, 0 when the time is over,
- * or -1000 - errno.  Blocks: call it without the interpreter's lock.
+ * Complete done[0:count], signal the driver if it wants that, take the next batch.  Returns its
+ * count, or a negative result; 0 also when `interrupt` is set, with nothing taken.  Kicks have not
+ * been asked for: that is vq_serve's part.
  */
-VQ_API int vq_wait(struct vq_wait *wait);
+VQ_API int vq_turn(struct vq_server *server);
+
+/*
+ * vq_turn until there is something for the caller: a batch (of which the handler, if there is one,
+ * has left `left` requests), 0 for an interruption, a signal or another descriptor of epoll_fd, or
+ * a negative result.  Sleeps when there is nothing to do.  Call it without the interpreter's lock.
+ */
+VQ_API int vq_serve(struct vq_server *server);
+
+/* Take the queue from under a handler in C that is at work: 1, or 0 when none is. */
+VQ_API int vq_borrow(struct vq_server *server);
+VQ_API void vq_give_back(struct vq_server *server);
+
+/* A request's header begins with u32 type, u32 unused, u64 position, little-endian. */
+#define VQ_FILE_TYPES 16u
+
+/* vq_file.actions, besides VQ_IO_READ, VQ_IO_WRITE and VQ_IO_SYNC. */
+#define VQ_FILE_LEAVE 255u   /* for the caller */
+#define VQ_FILE_SUCCEED 254u /* nothing to do */
+
+/* vq_file.flags */
+#define VQ_FILE_DURABLE 1u /* a write completes when it is on the disk */
+
+/* A handler's context: requests that read and write a file; 72 bytes. */
+struct vq_file {
+    uint32_t size;  /* of this structure */
+    int32_t fd;
+    uint64_t length; /* of what may be read and written, in bytes */
+    uint32_t shift;  /* a header's position counts units of 1 << shift bytes */
+    uint32_t flags;
+    uint64_t uring;  /* vq_uring_open's, or 0 for system calls on the calling thread */
+    uint64_t items;  /* host address of struct vq_io[capacity] */
+    uint32_t capacity;
+    uint32_t reserved;
+    uint8_t actions[VQ_FILE_TYPES]; /* by type; the types above are left */
+    uint64_t moved;  /* bytes, ever */
+};
+
+/*
+ * The handler.  What is not plain (another type, a length that is no whole number of units, the end
+ * of the file, an error) is left; a request that was left may have been executed in part.
+ */
+VQ_API int vq_file_handle(void *file, const struct vq_queue *queue);
 
 /* ---- moving bytes ---- */
 
@@ -317,7 +387,11 @@ VQ_API int vq_wait(struct vq_wait *wait);
 #define VQ_IO_WRITE 1u    /* device-readable pieces to file */
 #define VQ_IO_COPY_IN 2u  /* buffer to device-writable pieces */
 #define VQ_IO_COPY_OUT 3u /* device-readable pieces to buffer */
+#define VQ_IO_SYNC 4u     /* fdatasync: after the items before it, before those behind it */
 #define VQ_IO_STREAM UINT64_MAX
+
+/* vq_io.flags */
+#define VQ_IO_DSYNC 1u /* WRITE: on the medium when it ends (RWF_DSYNC) */
 
 /* One chain's part of a transfer, 56 bytes. */
 struct vq_io {
@@ -328,7 +402,8 @@ struct vq_io {
     int64_t result;    /* out: bytes moved, or -errno */
     uint32_t segment_count;
     uint32_t operation;
-    uint64_t reserved;
+    uint32_t flags; /* others than those above: -EINVAL */
+    uint32_t tag;   /* the caller's own */
 };
 
 /*

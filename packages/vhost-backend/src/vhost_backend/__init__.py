@@ -19,7 +19,8 @@ from .listener import Listener
 from .observe import QueueReport, report
 from .serve import serve, serve_all
 from .state_transfer import StateError
-from .vring import Vring, VringMutex, VringRwLock, VringState
+from .vring import VringState
+from .vring_locks import Vring, VringMutex, VringRwLock
 from .worker import VringEpollHandler
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from .device import VirtioDevice
 from .device_backend import DeviceBackend
 from .errors import Refused
 from .listener import Listener
-from .vring import VringMutex
+from .vring_locks import VringMutex
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 

@@ -13,7 +13,7 @@ from virtqueue import Chain
 
 from .device import Queue, Request, VirtioDevice
 from .device_backend import BATCH, DeviceBackend
-from .vring import Vring
+from .vring_locks import Vring
 from .worker import VringEpollHandler
 
 
@@ -71,15 +71,15 @@ class AsyncDeviceBackend(DeviceBackend):
             if not batch:
                 return False  # the driver has been asked for kicks
             generation = state.generation
-            view = self._view(state)
+            view = self.view(state)
             requests = []
-            for chain in batch:
+            for position, chain in enumerate(batch):
                 if state.on_demand.has_stand_ins and not state.on_demand.usable(chain):
                     flags = int(self.device.status_byte)
                     state.add_used(chain, flags, self.device.error_status)
                     state.signal_used_queue()
                 else:
-                    requests.append(Request(chain))
+                    requests.append(Request(batch, chain.record, position, chain))
         loop = asyncio.get_running_loop()
         for request in requests:
             task = loop.create_task(self._serve_one(vring, generation, view, request))

@@ -17,7 +17,7 @@ from guest_memory import GuestMemory
 from vhost_protocol import ProtocolFeatures
 
 from .eventfd import WakeFd
-from .vring import Vring
+from .vring_locks import Vring
 
 
 class VhostUserBackend(Protocol):

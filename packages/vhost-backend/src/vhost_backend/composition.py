@@ -14,7 +14,8 @@ from guest_memory import Mapper, MemoryHolder
 from .backend import VhostUserBackend
 from .control import Answer, ControlPlane, Outcome
 from .errors import BackendUsageError, Refused
-from .vring import Vring, VringMutex, VringRwLock, VringState
+from .vring import VringState
+from .vring_locks import Vring, VringMutex, VringRwLock
 from .worker import VringEpollHandler
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -40,6 +41,8 @@ class DaemonBase:
         drain_timeout: float,
         worker_type: type[VringEpollHandler],
         wake: Callable[[], None],
+        busy_poll: float = 0.0,
+        cpus: Sequence[int] = (),
     ) -> None:
         self.name = name
         self.memory: MemoryHolder = memory if memory is not None else MemoryHolder()
@@ -53,7 +56,9 @@ class DaemonBase:
             )
             for index in range(backend.num_queues())
         ]
-        self._workers = _make_workers(name, backend, self.vrings, worker_type)
+        self._workers = _make_workers(
+            name, backend, self.vrings, worker_type, busy_poll, cpus
+        )
         self._control = ControlPlane(
             backend,
             self.vrings,
@@ -108,7 +113,14 @@ def _make_workers(
     backend: VhostUserBackend,
     vrings: Sequence[Vring],
     worker_type: type[VringEpollHandler],
+    busy_poll: float,
+    cpus: Sequence[int],
 ) -> list[VringEpollHandler]:
+    if not 0 <= busy_poll < 1:
+        raise BackendUsageError(f"busy_poll is 0 to 1 s, not {busy_poll}")
+    missing = set(cpus) - os.sched_getaffinity(0)
+    if missing:
+        raise BackendUsageError(f"this process may not run on processors {sorted(missing)}")
     workers = []
     seen = 0
     for thread_id, mask in enumerate(backend.queues_per_thread()):
@@ -117,7 +129,12 @@ def _make_workers(
             raise BackendUsageError("a queue belongs to two workers")
         seen |= mask
         owned = [vring for index, vring in enumerate(vrings) if mask >> index & 1]
-        workers.append(worker_type(backend, owned, thread_id, f"{name}-{thread_id}"))
+        cpu = cpus[thread_id % len(cpus)] if cpus else None
+        workers.append(
+            worker_type(
+                backend, owned, thread_id, f"{name}-{thread_id}", busy_poll=busy_poll, cpu=cpu
+            )
+        )
     if seen != (1 << len(vrings)) - 1:
         raise BackendUsageError("a queue belongs to no worker")
     return workers

@@ -1,38 +1,29 @@
-"""Counters of one queue: plain integers that only the queue's worker adds to."""
+"""Counters of one queue."""
 
 from __future__ import annotations
 
+import ctypes
 
-class QueueCounters:
+from virtqueue import Counters
+
+
+class QueueCounters(Counters):
     """What one queue has done since the device was created; reading them needs no lock.
 
-    requests: chains taken; batches: takes that returned at least one chain; bytes: bytes written
-    into the guest's buffers as reported in the used ring; notifications_sent / _suppressed: call
-    signals given, or not wanted by the driver; kicks: wake-ups by the driver; errors: requests
-    that a handler failed; guest_errors: times the queue was broken by the guest.
+    Those of `virtqueue.Counters` (requests, batches, bytes, kicks, notifications_sent,
+    notifications_suppressed), and: errors: requests that a handler failed; guest_errors: times the
+    queue was broken by the guest.
     """
 
-    __slots__ = (
-        "batches",
-        "bytes",
-        "errors",
-        "guest_errors",
-        "kicks",
-        "notifications_sent",
-        "notifications_suppressed",
-        "requests",
-    )
+    errors: int
+    guest_errors: int
 
-    def __init__(self) -> None:
-        self.requests: int = 0
-        self.batches: int = 0
-        self.bytes: int = 0
-        self.kicks: int = 0
-        self.notifications_sent: int = 0
-        self.notifications_suppressed: int = 0
-        self.errors: int = 0
-        self.guest_errors: int = 0
+    _fields_ = [
+        ("errors", ctypes.c_uint64),
+        ("guest_errors", ctypes.c_uint64),
+    ]
 
     def as_dict(self) -> dict[str, int]:
         """The counters by name."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        names = [name for kind in (Counters, QueueCounters) for name, *_ in kind._fields_]
+        return {name: getattr(self, name) for name in names}

@@ -17,7 +17,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
@@ -28,7 +28,7 @@ from .control import Answer, Wait
 from .errors import BackendUsageError, Refused, VhostBackendError
 from .eventfd import WakeFd
 from .listener import Listener
-from .vring import VringMutex, VringRwLock
+from .vring_locks import VringMutex, VringRwLock
 from .worker import VringEpollHandler
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -50,6 +50,9 @@ class VhostUserDaemon(DaemonBase):
         memory_slots: offer memory slots (CONFIGURE_MEM_SLOTS). The specification forbids postcopy
             migration together with them, so that is offered only when this is False.
         drain_timeout: seconds that requests in flight get when a ring is stopped.
+        busy_poll: the longest time in seconds that a worker looks at its rings before it sleeps;
+            the time is adapted to how long sleeps are. 0: it sleeps at once.
+        cpus: processors for the workers, in turn; none are given to any.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class VhostUserDaemon(DaemonBase):
         vring: type[VringMutex] | type[VringRwLock] = VringMutex,
         memory_slots: bool = True,
         drain_timeout: float = 10.0,
+        busy_poll: float = 0.0,
+        cpus: Sequence[int] = (),
     ) -> None:
         self._stopping = False
         self._wake = WakeFd()
@@ -82,6 +87,8 @@ class VhostUserDaemon(DaemonBase):
             # threads.
             worker_type=getattr(backend, "worker_type", VringEpollHandler),
             wake=self._progress.wake,
+            busy_poll=busy_poll,
+            cpus=cpus,
         )
         for worker in self._workers:
             worker.start()

@@ -14,16 +14,20 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Awaitable, Sequence
+from typing import Any, Final
 
 from guest_memory import GuestMemory
 from vhost_protocol import BackendChannel, ProtocolError
-from virtqueue import DONE, Batch, Chain
+from virtqueue import DONE, RECORD, Batch, Chain, ChainCompleted, CHandler, RecordFlags
 
 from .counters import QueueCounters
 from .errors import Refused
 from .ratelimit import RateLimited
 
 log: logging.Logger = logging.getLogger("vhost_backend")
+
+_HEADER: Final = 16
+_SHORT_HEADER: Final = int(RecordFlags.SHORT_HEADER)
 
 
 class Queue:
@@ -47,24 +51,52 @@ class Request:
 
     `status` is what the status byte will say, for device types that have one; it is not part of
     what `write` fills. A request that has completed raises `virtqueue.UsageError` when used.
+
+    What the record of a batch tells (lengths, the first 16 bytes) comes from there; the `Chain` is
+    made when more is asked for.
     """
 
-    __slots__ = ("_written", "chain", "status")
+    __slots__ = ("_batch", "_chain", "_index", "_position", "_record", "_serial", "_written", "status")
 
-    def __init__(self, chain: Chain) -> None:
-        self.chain: Chain = chain
-        self.status: int = 0
+    def __init__(
+        self, batch: Batch, record: tuple[Any, ...], index: int, chain: Chain | None = None
+    ) -> None:
+        self._batch = batch
+        self._serial = batch.serial
+        self._record = record
+        self._index = index
+        self._chain = chain
+        #: Bytes of the header that `read` has returned.
+        self._position = 0
         self._written: int | None = None
+        self.status: int = 0
+
+    @property
+    def chain(self) -> Chain:
+        """The chain of descriptors that carries the request."""
+        chain = self._chain
+        if chain is None:
+            if self._batch.serial != self._serial:
+                raise ChainCompleted(f"request {self._record[6]} has been completed")
+            chain = self._chain = self._batch[self._index]
+            if self._position:
+                chain.read(self._position)
+        return chain
 
     @property
     def readable_length(self) -> int:
         """Bytes the driver sent."""
+        record = self._record
+        if not record[7] & _SHORT_HEADER:
+            length: int = _HEADER + record[4]
+            return length
         return self.chain.readable_length
 
     @property
     def writable_length(self) -> int:
         """Bytes the driver has room for, a status byte included."""
-        return self.chain.writable_length
+        length: int = self._record[5]
+        return length
 
     @property
     def readable(self) -> list[memoryview]:
@@ -78,6 +110,14 @@ class Request:
 
     def read(self, size: int = -1) -> bytes:
         """The next `size` bytes of what the driver sent; all that is left when negative."""
+        record = self._record
+        if self._chain is None and size >= 0 and self._batch.serial == self._serial:
+            position = self._position
+            end = position + size
+            if end <= _HEADER and not record[7] & _SHORT_HEADER:
+                self._position = end
+                header: bytes = record[0]
+                return header[position:end]
         return self.chain.read(size)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
@@ -87,7 +127,9 @@ class Request:
     @property
     def written(self) -> int:
         """Bytes reported to the driver: what `write` wrote, unless set."""
-        return self.chain.written if self._written is None else self._written
+        if self._written is not None:
+            return self._written
+        return 0 if self._chain is None else self._chain.written
 
     @written.setter
     def written(self, count: int) -> None:
@@ -129,16 +171,26 @@ class VirtioDevice:
         The entries (`virtqueue.DONE`: head, status, flags, written) are filled in beforehand as
         success with everything written; the default calls `handle` for each and records the rest.
         """
-        done = batch.done
-        flags = int(self.status_byte)
-        for position, chain in enumerate(batch):
-            request = Request(chain)
+        done, flags, handle, pack = batch.done, int(self.status_byte), self.handle, DONE.pack_into
+        for position, record in enumerate(RECORD.iter_unpack(batch.records)):
+            request = Request(batch, record, position)
             try:
-                self.handle(queue, request)
-                status, written = request.status, request.written + flags
+                handle(queue, request)
+                status, written = request.status, request._written
+                if written is None:
+                    written = request.written
+                written += flags
             except Exception as error:
                 status, written = self.failed(queue, error), flags
-            DONE.pack_into(done, position * 8, chain.head, status, flags, written)
+            pack(done, 8 * position, record[6], status, flags, written)
+
+    def batch_handler(self, queue: int) -> CHandler | None:
+        """A handler in C for the batches of that queue, or None; asked once for each queue.
+
+        `handle_batch` is then called only when the handler leaves something, and works on the
+        requests that `batch.left` names.
+        """
+        return None
 
     def failed(self, queue: Queue, error: Exception) -> int:
         """Log a handler's exception (rate-limited) and count it; returns `error_status`."""

@@ -13,13 +13,15 @@ from typing import Any
 
 from guest_memory import GuestMemory
 from vhost_protocol import BackendChannel, ProtocolFeatures
-from virtqueue import DONE, Batch
+from virtqueue import DONE, Batch, CHandler
 
 from .backend import VhostUserBackendBase
 from .device import Queue, VirtioDevice
 from .features import RING_FEATURES
+from .queue_worker import QueueWorker
 from .state_transfer import StateTransfer
-from .vring import Vring, VringState
+from .vring import VringState
+from .vring_locks import Vring
 from .worker import VringEpollHandler
 
 #: Hooks that a device of the type has, and no other: see `control.device`.
@@ -41,7 +43,7 @@ class DeviceBackend(VhostUserBackendBase):
     """A device as a back-end. `DeviceBackend.of(device)` picks the kind its `handle` needs."""
 
     #: The kind of worker that serves it.
-    worker_type = VringEpollHandler
+    worker_type: type[VringEpollHandler] = QueueWorker
 
     @staticmethod
     def of(device: VirtioDevice) -> DeviceBackend:
@@ -55,6 +57,8 @@ class DeviceBackend(VhostUserBackendBase):
     def __init__(self, device: VirtioDevice) -> None:
         self.device = device
         self._queues: dict[int, Queue] = {}
+        #: Handlers in C by queue, where the device has them.
+        self._handlers: dict[int, CHandler] = {}
         self._transfer: StateTransfer | None = None
 
     @property
@@ -170,7 +174,10 @@ class DeviceBackend(VhostUserBackendBase):
             # A ring that is stopped, broken or moved meanwhile gets a new generation: then nobody
             # waits for the batch in hand any more.
             generation = state.generation
-            view = self._view(state)
+            view = self.view(state)
+            queue = state.queue
+            assert queue is not None
+            handler = self.batch_handler(state.index) if queue.engine == "c" else None
             state.disable_notification()
         for _ in range(TURN):
             with vring.get_mut() as state:
@@ -181,32 +188,49 @@ class DeviceBackend(VhostUserBackendBase):
                     return False
                 if not batch:
                     return False  # the driver has been asked for kicks
-                assert state.queue is not None
-                view.window = state.queue.window
+                view.window = queue.window
                 unusable = state.on_demand.has_stand_ins and not state.on_demand.usable(batch[0])
             if unusable:
                 self._fail(batch, self.device.error_status)
-            else:
-                self._serve(view, batch)
+            elif handler is None or handler.handle(queue):
+                self.serve_batch(view, batch)
         with vring.get_mut() as state:
             if state.generation == generation:
                 state.cycle(0)
         return True
 
-    def _serve(self, queue: Queue, batch: Batch) -> None:
+    def serve_batch(self, queue: Queue, batch: Batch) -> None:
+        """Have the device work on what is left for it of a batch; no lock is held."""
         try:
             self.device.handle_batch(queue, batch)
         except Exception as error:
-            # It is not known how far the device came: fail the batch rather than lie about it.
-            self._fail(batch, self.device.failed(queue, error))
+            self.fail_batch(queue, batch, error)
+
+    def fail_batch(self, queue: Queue, batch: Batch, error: Exception) -> None:
+        """The device has failed in `handle_batch`; nobody knows how far it came.
+
+        Requests that may not have been served must not look as if they were.
+        """
+        self._fail(batch, self.device.failed(queue, error))
 
     def _fail(self, batch: Batch, status: int) -> None:
-        """Every request of the batch ends with `status`, where it has a status byte."""
+        """Every request that is left ends with `status`, where it has a status byte."""
         flags = int(self.device.status_byte)
-        for position, chain in enumerate(batch):
-            DONE.pack_into(batch.done, position * 8, chain.head, status, flags, flags)
+        for position in batch.left:
+            head = DONE.unpack_from(batch.done, position * 8)[0]
+            DONE.pack_into(batch.done, position * 8, head, status, flags, flags)
 
-    def _view(self, state: VringState) -> Queue:
+    def batch_handler(self, index: int) -> CHandler | None:
+        """The device's handler in C for that queue, made when it is first asked for."""
+        handler = self._handlers.get(index)
+        if handler is None:
+            made = self.device.batch_handler(index)
+            if made is not None:
+                handler = self._handlers[index] = made
+        return handler
+
+    def view(self, state: VringState) -> Queue:
+        """The queue as the device sees it."""
         view = self._queues.get(state.index)
         if view is None:
             view = self._queues[state.index] = Queue(state.index, state.counters)

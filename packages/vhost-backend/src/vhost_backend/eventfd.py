@@ -23,6 +23,14 @@ def adopt(fd: int) -> int:
     return fd
 
 
+def is_eventfd(fd: int) -> bool:
+    """Whether each write to the descriptor is an edge for epoll, so that it need not be read."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+    except OSError:
+        return False
+
+
 def signal(fd: int) -> bool:
     """Add one to an eventfd (or write eight bytes to whatever it is); False if nobody listens.
 

@@ -32,6 +32,11 @@ class OnDemand:
         self._stand_ins: list[tuple[int, int]] = []
 
     @property
+    def lent(self) -> bool:
+        """Whether there is something to `reclaim`."""
+        return self._lent
+
+    @property
     def has_stand_ins(self) -> bool:
         """Whether a request might have to be failed: then chains are taken one at a time."""
         return bool(self._stand_ins)

@@ -28,6 +28,8 @@ def serve(
     mapper: Mapper | None = None,
     memory_slots: bool = True,
     metrics: str | None = None,
+    busy_poll: float = 0.0,
+    cpus: Sequence[int] = (),
     ready: Callable[[], None] | None = None,
 ) -> None:
     """Serve `device` on the Unix socket `path` (or a `Listener`) until SIGTERM or SIGINT.
@@ -37,7 +39,7 @@ def serve(
     connect. On another thread than the main one no signal handlers are installed, and the daemon
     runs until the process ends.
 
-    `engine`, `mapper` and `memory_slots` are `VhostUserDaemon`'s. `metrics` is where to serve the
+    `engine`, `mapper`, `memory_slots`, `busy_poll` and `cpus` are `VhostUserDaemon`'s. `metrics` is where to serve the
     counters to Prometheus: `unix:PATH`, or `HOST:PORT` on loopback.
 
     Raises `ListenError` when the path cannot be listened on.
@@ -48,6 +50,8 @@ def serve(
         mapper=mapper,
         memory_slots=memory_slots,
         metrics=metrics,
+        busy_poll=busy_poll,
+        cpus=cpus,
         ready=ready,
     )
 
@@ -59,6 +63,8 @@ def serve_all(
     mapper: Mapper | None = None,
     memory_slots: bool = True,
     metrics: str | None = None,
+    busy_poll: float = 0.0,
+    cpus: Sequence[int] = (),
     ready: Callable[[], None] | None = None,
 ) -> None:
     """Serve several devices, each on a socket of its own, until SIGTERM or SIGINT.
@@ -81,6 +87,8 @@ def serve_all(
                     engine=engine,
                     mapper=mapper,
                     memory_slots=memory_slots,
+                    busy_poll=busy_poll,
+                    cpus=cpus,
                 )
                 daemons.append(stack.enter_context(daemon))
             bell = stack.enter_context(contextlib.closing(_Bell()))

@@ -1,11 +1,7 @@
-"""Vrings: what the front-end configured for one queue, and the queue made of it.
+"""What the front-end configured for one queue, and the queue made of it.
 
-`VringState` is the state itself and knows no lock. The control thread and a worker share it, so a
-daemon holds each one in a locked flavour, `VringMutex` or `VringRwLock`: both hand the state out
-through `get_ref()` / `get_mut()` and carry its operations for single calls.
-
-The lock guards configuration and engine calls, never a handler: a request that a device works on
-holds no lock, and stopping a ring waits for requests separately (`begin_drain`).
+`VringState` knows no lock. The control thread and a worker share it, so a daemon holds each one in
+a locked flavour (see `vring_locks`).
 
 Ring states (vhost-user specification, "Ring states"): a ring is started or stopped and,
 independently, enabled or disabled. It is *running* here when it is started, enabled, not draining,
@@ -17,10 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Protocol
+from collections.abc import Callable
 
 from guest_memory import DirtyLog, GuestMemory
 from vhost_protocol import BackendChannel, BackendVringCall, ProtocolError
@@ -75,6 +68,7 @@ class VringState:
         self.queue: DeviceQueue | None = None
         self.kick_fd: int = -1
         self.call_fd: int = -1
+        self._call_is_eventfd = True
         self.err_fd: int = -1
         #: Borrowed: signalled when something was logged.
         self.log_fd: int = -1
@@ -148,6 +142,7 @@ class VringState:
         """Take over a call descriptor; -1 for none (the driver polls)."""
         _close(self.call_fd)
         self.call_fd = eventfd.adopt(fd) if fd >= 0 else -1
+        self._call_is_eventfd = fd < 0 or eventfd.is_eventfd(fd)
 
     def set_err(self, fd: int) -> None:
         """Take over the descriptor that a broken ring is reported on; -1 for none."""
@@ -180,6 +175,7 @@ class VringState:
             engine=self.engine,
             inflight=self.inflight,
             log=self.log,
+            counters=self.counters,
         )
         self.started = True
         self.draining = False
@@ -272,6 +268,32 @@ class VringState:
             and self.need is None
         )
 
+    @property
+    def ready(self) -> bool:
+        """Whether a chain waits to be taken."""
+        return self.running and self.queue is not None and self.queue.ready()
+
+    @property
+    def direct(self) -> bool:
+        """Whether the queue can be served from C, with nothing to be seen to here each time:
+        no descriptor to signal beside the call's, no pages to be lent and reclaimed."""
+        return (
+            self.running
+            and self.queue is not None
+            and self.queue.engine == "c"
+            and self.queue.resolved
+            and self.channel is None
+            and self._call_is_eventfd
+            and self.on_progress is None
+            and not self.on_demand.lent
+            and (self.log_fd < 0 or self.log is None or not self.log.enabled)
+        )
+
+    def finish(self, taken: int) -> None:
+        """Complete a batch of `taken` chains that was taken from the queue without `cycle`."""
+        self._working = taken
+        self.cycle(0)
+
     def cycle(self, limit: int) -> Batch | None:
         """Complete the batch before, signal the driver if it wants that, and take the next.
 
@@ -307,8 +329,6 @@ class VringState:
         taken = len(batch)
         if taken:
             self._working = taken
-            self.counters.batches += 1
-            self.counters.requests += taken
         elif self.draining:
             self._check_drained()
         return batch
@@ -329,9 +349,6 @@ class VringState:
                     continue
                 return None
             break
-        if batch:
-            self.counters.batches += 1
-            self.counters.requests += len(batch)
         return batch
 
     def add_used(self, chain: Chain | int, written: int, status: int = 0) -> None:
@@ -373,7 +390,6 @@ class VringState:
 
     def read_kick(self) -> bool:
         """Consume a pending kick; False when the descriptor has no writer any more."""
-        self.counters.kicks += 1
         return eventfd.drain(self.kick_fd)
 
     def break_queue(self, error: QueueBroken) -> None:
@@ -455,187 +471,6 @@ class VringState:
         if self._on_drained and (self.queue is None or not self.queue.in_flight):
             callback, self._on_drained = self._on_drained, None
             callback()
-
-
-class Vring(Protocol):
-    """A vring that threads share: the state behind a lock of its own."""
-
-    def get_ref(self) -> AbstractContextManager[VringState]:
-        """The state for reading; held until the context ends."""
-
-    def get_mut(self) -> AbstractContextManager[VringState]:
-        """The state for reading and changing; held until the context ends."""
-
-
-class _Operations:
-    """Single operations, each under the flavour's lock."""
-
-    def get_ref(self) -> AbstractContextManager[VringState]:
-        raise NotImplementedError
-
-    def get_mut(self) -> AbstractContextManager[VringState]:
-        raise NotImplementedError
-
-    def add_used(self, chain: Chain | int, written: int) -> None:
-        """See `VringState.add_used`."""
-        with self.get_mut() as state:
-            state.add_used(chain, written)
-
-    def signal_used_queue(self) -> None:
-        """See `VringState.signal_used_queue`."""
-        with self.get_mut() as state:
-            state.signal_used_queue()
-
-    def needs_notification(self) -> bool:
-        """See `VringState.needs_notification`."""
-        with self.get_mut() as state:
-            return state.needs_notification()
-
-    def enable_notification(self) -> bool:
-        """See `VringState.enable_notification`."""
-        with self.get_mut() as state:
-            return state.enable_notification()
-
-    def disable_notification(self) -> None:
-        """See `VringState.disable_notification`."""
-        with self.get_mut() as state:
-            state.disable_notification()
-
-    def set_enabled(self, enabled: bool) -> None:
-        """See `VringState.set_enabled`."""
-        with self.get_mut() as state:
-            state.set_enabled(enabled)
-
-    def set_queue_info(self, descriptor: int, driver: int, device: int) -> None:
-        """See `VringState.set_queue_info`."""
-        with self.get_mut() as state:
-            state.set_queue_info(descriptor, driver, device)
-
-    def queue_next_avail(self) -> int:
-        """See `VringState.queue_next_avail`."""
-        with self.get_ref() as state:
-            return state.queue_next_avail()
-
-    def set_queue_next_avail(self, base: int) -> None:
-        """See `VringState.set_queue_next_avail`."""
-        with self.get_mut() as state:
-            state.set_queue_next_avail(base)
-
-    def set_queue_size(self, size: int) -> None:
-        """See `VringState.set_queue_size`."""
-        with self.get_mut() as state:
-            state.set_queue_size(size)
-
-    def set_queue_event_idx(self, enabled: bool) -> None:
-        """See `VringState.set_queue_event_idx`."""
-        with self.get_mut() as state:
-            state.set_queue_event_idx(enabled)
-
-    def set_queue_ready(self, memory: GuestMemory) -> None:
-        """See `VringState.set_queue_ready`."""
-        with self.get_mut() as state:
-            state.set_queue_ready(memory)
-
-    def set_kick(self, fd: int) -> None:
-        """See `VringState.set_kick`."""
-        with self.get_mut() as state:
-            state.set_kick(fd)
-
-    def read_kick(self) -> bool:
-        """See `VringState.read_kick`."""
-        with self.get_mut() as state:
-            return state.read_kick()
-
-    def set_call(self, fd: int) -> None:
-        """See `VringState.set_call`."""
-        with self.get_mut() as state:
-            state.set_call(fd)
-
-    def set_err(self, fd: int) -> None:
-        """See `VringState.set_err`."""
-        with self.get_mut() as state:
-            state.set_err(fd)
-
-
-class VringMutex(_Operations):
-    """A vring behind one lock: the flavour for a ring that one worker serves (the default)."""
-
-    def __init__(self, state: VringState) -> None:
-        self._state = state
-        self._lock = threading.Lock()
-        self._guard = _Guard(self._lock, state)
-
-    def get_ref(self) -> AbstractContextManager[VringState]:
-        """The state; the same lock as `get_mut`."""
-        return self._guard
-
-    def get_mut(self) -> AbstractContextManager[VringState]:
-        """The state, exclusively."""
-        return self._guard
-
-
-class _Guard:
-    """`with` over a lock that yields the state; one object for all uses, so it costs no call."""
-
-    __slots__ = ("_lock", "_state")
-
-    def __init__(self, lock: threading.Lock, state: VringState) -> None:
-        self._lock = lock
-        self._state = state
-
-    def __enter__(self) -> VringState:
-        self._lock.acquire()
-        return self._state
-
-    def __exit__(self, *exc: object) -> None:
-        self._lock.release()
-
-
-class VringRwLock(_Operations):
-    """A vring that many may read at once and one may change.
-
-    Writers go first: once one waits, new readers wait behind it.
-    """
-
-    def __init__(self, state: VringState) -> None:
-        self._state = state
-        self._condition = threading.Condition(threading.Lock())
-        self._readers = 0
-        self._writers_waiting = 0
-        self._writing = False
-
-    @contextlib.contextmanager
-    def get_ref(self) -> Iterator[VringState]:
-        """The state, shared with other readers."""
-        with self._condition:
-            while self._writing or self._writers_waiting:
-                self._condition.wait()
-            self._readers += 1
-        try:
-            yield self._state
-        finally:
-            with self._condition:
-                self._readers -= 1
-                if not self._readers:
-                    self._condition.notify_all()
-
-    @contextlib.contextmanager
-    def get_mut(self) -> Iterator[VringState]:
-        """The state, exclusively."""
-        with self._condition:
-            self._writers_waiting += 1
-            try:
-                while self._writing or self._readers:
-                    self._condition.wait()
-            finally:
-                self._writers_waiting -= 1
-            self._writing = True
-        try:
-            yield self._state
-        finally:
-            with self._condition:
-                self._writing = False
-                self._condition.notify_all()
 
 
 def _close(fd: int) -> None:

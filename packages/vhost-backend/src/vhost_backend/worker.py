@@ -5,19 +5,26 @@ started, so a late kick on a descriptor of a stopped ring finds nobody. It sleep
 descriptors, on listeners that the device registered, and on a wake-up of its own. `scan` asks it to
 look at a queue without a kick: after a start or enable, and after anything that may have made it
 look away.
+
+Kick eventfds are watched edge-triggered: every kick is an edge, so their count need not be read,
+which costs a system call and could make the worker wait if the front-end has made the descriptor
+blocking. What else a kick descriptor may be is watched level-triggered and read.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import select
 import threading
+import time
 from collections.abc import Sequence
 
+from . import eventfd
 from .backend import VhostUserBackend
 from .errors import BackendUsageError
 from .eventfd import WakeFd
-from .vring import Vring
+from .vring_locks import Vring
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -25,19 +32,34 @@ log: logging.Logger = logging.getLogger("vhost_backend")
 #: long each time nothing was found, up to the second figure.
 POLL_INTERVAL = (0.00005, 0.002)
 
+#: The first time (seconds) to look at rings before sleeping, when busy polling begins again.
+FIRST_LOOK = 0.000004
+
 
 class VringEpollHandler:
     """One worker thread over some of a daemon's vrings.
 
-    `vrings` are its queues in the order of the mask's bits; `thread_id` is its number.
+    `vrings` are its queues in the order of the mask's bits; `thread_id` is its number. `busy_poll`
+    is the longest time in seconds to look at the rings before sleeping: the time is adapted, up
+    when a longer look would have spared a sleep, down to nothing when the queues are idle. `cpu` is
+    the processor to run on.
     """
 
     def __init__(
-        self, backend: VhostUserBackend, vrings: Sequence[Vring], thread_id: int, name: str
+        self,
+        backend: VhostUserBackend,
+        vrings: Sequence[Vring],
+        thread_id: int,
+        name: str,
+        *,
+        busy_poll: float = 0.0,
+        cpu: int | None = None,
     ) -> None:
         self._backend = backend
         self.vrings: list[Vring] = list(vrings)
         self.thread_id = thread_id
+        self._busy_poll = self._look = busy_poll
+        self._cpu = cpu
         self._epoll = select.epoll()
         self._wake = WakeFd()
         self._exit = backend.exit_event(thread_id)
@@ -46,6 +68,8 @@ class VringEpollHandler:
         self._lock = threading.Lock()
         self._watched: dict[int, int] = {}
         self._kick_of: dict[int, int] = {}
+        #: Kick descriptors that need no reading.
+        self._edges: set[int] = set()
         self._scan: set[int] = set()
         self._polled: set[int] = set()
         self._stopping = False
@@ -64,7 +88,7 @@ class VringEpollHandler:
     def stop(self, timeout: float | None = None) -> bool:
         """End the thread and wait for it; False when it did not end within `timeout` seconds."""
         self._stopping = True
-        self._wake.wake()
+        self.wake()
         if self._thread.ident is not None:
             self._thread.join(timeout)
         if self._thread.is_alive():
@@ -72,6 +96,10 @@ class VringEpollHandler:
         self._epoll.close()
         self._wake.close()
         return True
+
+    def wake(self) -> None:
+        """Have the thread look around, from any thread."""
+        self._wake.wake()
 
     # -- called by the control plane ------------------------------------------------------------
 
@@ -85,11 +113,15 @@ class VringEpollHandler:
             if kick_fd < 0:
                 self._polled.add(queue)
             else:
-                self._epoll.register(kick_fd, select.EPOLLIN)
+                edge = eventfd.is_eventfd(kick_fd)
+                events = select.EPOLLIN | (select.EPOLLET if edge else 0)
+                self._epoll.register(kick_fd, events)
                 self._watched[kick_fd] = queue
                 self._kick_of[queue] = kick_fd
+                if edge:
+                    self._edges.add(kick_fd)
             self._scan.add(queue)
-        self._wake.wake()
+        self.wake()
 
     def unwatch(self, queue: int) -> None:
         """Stop watching; call it before the kick descriptor is closed."""
@@ -101,7 +133,7 @@ class VringEpollHandler:
         """Have the worker look at the queue though nobody kicked."""
         with self._lock:
             self._scan.add(queue)
-        self._wake.wake()
+        self.wake()
 
     # -- called by devices ----------------------------------------------------------------------
 
@@ -116,6 +148,7 @@ class VringEpollHandler:
         with self._lock:
             self._epoll.register(fd, events)
             self._watched[fd] = data
+        self.wake()
 
     def unregister_listener(self, fd: int) -> None:
         """Undo `register_listener`; call it before the descriptor is closed."""
@@ -132,9 +165,12 @@ class VringEpollHandler:
         fd = self._kick_of.pop(queue, -1)
         if fd >= 0:
             del self._watched[fd]
+            self._edges.discard(fd)
             self._epoll.unregister(fd)
 
     def _run(self) -> None:
+        if self._cpu is not None:
+            os.sched_setaffinity(0, {self._cpu})
         timeout: float | None = None
         while not self._stopping:
             timeout = self._round(timeout)
@@ -145,7 +181,7 @@ class VringEpollHandler:
         Returns how long the next round may wait.
         """
         ready: set[int] = self._again
-        for fd, events in self._epoll.poll(timeout):
+        for fd, events in self._wait(timeout, ready):
             if fd == self._wake.fd:
                 self._wake.clear()
                 continue
@@ -157,7 +193,8 @@ class VringEpollHandler:
                 continue
             if target < len(self.vrings):
                 with self.vrings[target].get_mut() as state:
-                    alive = state.read_kick()
+                    state.counters.kicks += 1
+                    alive = fd in self._edges or state.read_kick()
                 if not alive:
                     self._dead_kick(target, fd)
                 ready.add(target)
@@ -181,6 +218,32 @@ class VringEpollHandler:
         interval = self._interval
         self._interval = min(interval * 2, POLL_INTERVAL[1]) if polled else POLL_INTERVAL[0]
         return interval
+
+    def _wait(self, timeout: float | None, ready: set[int]) -> list[tuple[int, int]]:
+        """What epoll has; before a sleep without end, rings are looked at for a while.
+
+        Those that were found to have chains are added to `ready`.
+        """
+        if timeout is not None or not self._busy_poll:
+            return self._epoll.poll(timeout)
+        end = time.monotonic() + self._look
+        while True:
+            events = self._epoll.poll(0)
+            for queue, vring in enumerate(self.vrings):
+                with vring.get_ref() as state:
+                    if state.ready:
+                        ready.add(queue)
+            if events or ready:
+                return events
+            if time.monotonic() >= end:
+                break
+        start = time.monotonic()
+        events = self._epoll.poll()
+        if time.monotonic() - start < self._busy_poll:
+            self._look = min(max(2 * self._look, FIRST_LOOK), self._busy_poll)
+        else:
+            self._look = self._look / 2 if self._look > FIRST_LOOK else 0.0
+        return events
 
     def _handle(self, target: int, events: int) -> bool:
         try:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from ._version import __version__
 from .batch import DONE_FIELDS, RECORD_FIELDS, Batch, Chain, Segment
+from .c_handler import CHandler
 from .config import RingConfig, RingLayout, ring_layout
+from .counters import Counters
 from .device_queue import DeviceQueue, DirtyLog, RingState
 from .driver_queue import DriverQueue
 from .engines import available_engines, default_engine
@@ -20,12 +22,13 @@ from .errors import (
     UsageError,
     VirtqueueError,
 )
+from .file_handler import FileAction, FileHandler
 from .guard import SigbusGuard
 from .inflight import InflightRegion, inflight_size
 from .layout import DONE, RECORD, SEGMENT, DoneFlags, Reason, RecordFlags, SegmentFlags
+from .server import Server
 from .table import Memory
 from .transfer import Operation, Transfer
-from .waiting import Waiter, WaitResult
 
 __all__ = [
     "DONE",
@@ -34,13 +37,17 @@ __all__ = [
     "RECORD_FIELDS",
     "SEGMENT",
     "Batch",
+    "CHandler",
     "Chain",
     "ChainCompleted",
+    "Counters",
     "DeviceQueue",
     "DirtyLog",
     "DoneFlags",
     "DriverQueue",
     "EngineUnavailable",
+    "FileAction",
+    "FileHandler",
     "InflightRegion",
     "Memory",
     "Need",
@@ -53,12 +60,11 @@ __all__ = [
     "RingState",
     "Segment",
     "SegmentFlags",
+    "Server",
     "SigbusGuard",
     "Transfer",
     "UsageError",
     "VirtqueueError",
-    "WaitResult",
-    "Waiter",
     "__version__",
     "available_engines",
     "default_engine",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from .access import Shadow
 from .errors import ChainCompleted
 from .layout import (
+    DONE,
     DONE_SIZE,
     RECORD,
     RECORD_SIZE,
     SEGMENT,
     SEGMENT_SIZE,
+    DoneFlags,
     RecordFlags,
     SegmentFlags,
 )
@@ -59,8 +61,10 @@ class Segment(NamedTuple):
 _HEADER: Final = 16
 _READABLE_CONTIGUOUS: Final = int(RecordFlags.READABLE_CONTIGUOUS)
 _WRITABLE_CONTIGUOUS: Final = int(RecordFlags.WRITABLE_CONTIGUOUS)
+_SHORT_HEADER: Final = int(RecordFlags.SHORT_HEADER)
 _RESUBMITTED: Final = int(RecordFlags.RESUBMITTED)
 _WRITABLE: Final = int(SegmentFlags.WRITABLE)
+_LEFT: Final = int(DoneFlags.LEFT)
 
 
 class Chain:
@@ -85,19 +89,20 @@ class Chain:
 
     def __init__(self, batch: Batch, record: tuple[Any, ...], index: int) -> None:
         self._batch: Batch | None = batch
-        self._record: tuple[Any, ...] = record
+        self.record: tuple[Any, ...] = record
+        """The fields of its `RECORD`."""
         self._memory: Memory | None = batch._memory
         self.index: int = index
         """Place in the batch it came from."""
 
     def __repr__(self) -> str:
-        state = "completed" if self._memory is None else f"{self._record[5]} writable"
-        return f"<Chain {self._record[6]} {state}>"
+        state = "completed" if self._memory is None else f"{self.record[5]} writable"
+        return f"<Chain {self.record[6]} {state}>"
 
     def _check(self) -> Memory:
         memory = self._memory
         if memory is None:
-            raise ChainCompleted(f"chain {self._record[6]} has been completed")
+            raise ChainCompleted(f"chain {self.record[6]} has been completed")
         return memory
 
     def _close(self) -> None:
@@ -114,7 +119,7 @@ class Chain:
         if segments is None:
             batch = self._batch
             assert batch is not None
-            count, start = self._record[8], self._record[9] * SEGMENT_SIZE
+            count, start = self.record[8], self.record[9] * SEGMENT_SIZE
             pieces = batch._segments[start : start + count * SEGMENT_SIZE]
             segments = self._segments = tuple(
                 [
@@ -125,13 +130,13 @@ class Chain:
         return segments
 
     def _sum(self) -> int:
-        """Readable bytes when there is nothing behind the header: the record does not tell."""
+        """Readable bytes of a header that is not full: the record does not tell."""
         segments, batch = self._segments, self._batch
         if segments is not None or batch is None:
             return sum([s.length for s in segments or () if not s.writable])
         total = 0
-        start = self._record[9] * SEGMENT_SIZE
-        for offset in range(start, start + self._record[8] * SEGMENT_SIZE, SEGMENT_SIZE):
+        start = self.record[9] * SEGMENT_SIZE
+        for offset in range(start, start + self.record[8] * SEGMENT_SIZE, SEGMENT_SIZE):
             _, _, length, kind, _ = SEGMENT.unpack_from(batch._segments, offset)
             if kind & _WRITABLE:
                 break
@@ -169,13 +174,13 @@ class Chain:
     @property
     def head(self) -> int:
         """Names the chain until it is completed: head descriptor (split) or buffer id (packed)."""
-        head: int = self._record[6]
+        head: int = self.record[6]
         return head
 
     @property
     def header(self) -> bytes:
         """A copy of the first 16 device-readable bytes, zero padded."""
-        header: bytes = self._record[0]
+        header: bytes = self.record[0]
         return header
 
     @property
@@ -183,11 +188,10 @@ class Chain:
         """Bytes the driver sends, the header included."""
         total = self._total
         if total is None:
-            rest = self._record[4]
-            if rest:
-                total = _HEADER + rest
+            if not self.record[7] & _SHORT_HEADER:
+                total = _HEADER + self.record[4]
             elif self._memory is None and self._segments is None:
-                raise ChainCompleted(f"chain {self._record[6]} has been completed")
+                raise ChainCompleted(f"chain {self.record[6]} has been completed")
             else:
                 total = self._sum()
             self._total = total
@@ -196,13 +200,13 @@ class Chain:
     @property
     def writable_length(self) -> int:
         """Bytes the driver has room for."""
-        length: int = self._record[5]
+        length: int = self.record[5]
         return length
 
     @property
     def resubmitted(self) -> bool:
         """Whether a back-end before us may have executed the request already."""
-        return bool(self._record[7] & _RESUBMITTED)
+        return bool(self.record[7] & _RESUBMITTED)
 
     @property
     def completed(self) -> bool:
@@ -259,7 +263,7 @@ class Chain:
         Fewer when the chain ends before.
         """
         memory = self._check()
-        record, position = self._record, self._position
+        record, position = self.record, self._position
         left = self.readable_length - position
         if count < 0 or count > left:
             count = left
@@ -278,7 +282,7 @@ class Chain:
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append to the device-writable bytes; returns how many there was room for."""
         memory = self._check()
-        record, written = self._record, self._written
+        record, written = self.record, self._written
         source = memoryview(data).cast("B")
         end = written + len(source)
         window = memory.window
@@ -328,14 +332,15 @@ class Batch:
     """
 
     __slots__ = (
-        "_built",
+        "built",
         "_count",
         "_done_views",
         "_gone",
+        "_left",
         "_memory",
         "_record_views",
         "_segments",
-        "_serial",
+        "serial",
         "done",
         "more",
         "notify",
@@ -351,6 +356,8 @@ class Batch:
     """The driver wants to be signalled for what this cycle completed."""
     more: bool
     """More chains are known to be available."""
+    built: dict[int, Chain]
+    """The chains that were asked for as objects, by position."""
     stalled: bool
     """A chain waits until others are completed: take again after that, no kick will come."""
 
@@ -359,16 +366,25 @@ class Batch:
         self._record_views = [records[: n * RECORD_SIZE] for n in range(capacity + 1)]
         self._done_views = [done[: n * DONE_SIZE] for n in range(capacity + 1)]
         self._segments = segments
-        self._built: dict[int, Chain] = {}
+        self.built = {}
         self._gone: set[int] = set()
         self._count = 0
-        self._serial = 0
+        self._left = 0
+        self.serial = 0
         self._memory: Memory | None = None
         self.records = self._record_views[0]
         self.done = self._done_views[0]
         self.notify = False
         self.more = False
         self.stalled = False
+
+    @property
+    def left(self) -> Sequence[int]:
+        """Positions of the requests that are the caller's: all but those a handler in C served."""
+        if self._left == self._count:
+            return range(self._count)
+        entries = DONE.iter_unpack(self.done)
+        return [position for position, entry in enumerate(entries) if entry[2] & _LEFT]
 
     def __len__(self) -> int:
         return self._count
@@ -381,25 +397,25 @@ class Batch:
             index += self._count
         if not 0 <= index < self._count:
             raise IndexError(f"the batch has {self._count} chains")
-        chain = self._built.get(index)
+        chain = self.built.get(index)
         if chain is not None:
             return chain
         if index in self._gone or self._memory is None:
             raise ChainCompleted(f"chain {index} of the batch has been completed")
         record = RECORD.unpack_from(self.records, index * RECORD_SIZE)
-        chain = self._built[index] = Chain(self, record, index)
+        chain = self.built[index] = Chain(self, record, index)
         return chain
 
     def __iter__(self) -> Iterator[Chain]:
-        serial, built = self._serial, self._built
+        serial, built = self.serial, self.built
         if built or self._gone or self._memory is None:
             for index in range(self._count):
-                if serial != self._serial:
+                if serial != self.serial:
                     raise ChainCompleted("the batch ended with the next take")
                 yield self[index]
             return
         for index, record in enumerate(RECORD.iter_unpack(self.records)):
-            if serial != self._serial:
+            if serial != self.serial:
                 raise ChainCompleted("the batch ended with the next take")
             chain = built.get(index)
             if chain is None:

@@ -72,7 +72,11 @@ class Library:
                 functions.vq_guard_watch.restype = ctypes.c_int
                 functions.vq_guard_unwatch.restype = ctypes.c_int
                 functions.vq_guard_events.restype = ctypes.c_uint32
-                functions.vq_wait.restype = ctypes.c_int
+                functions.vq_turn.restype = ctypes.c_int
+                functions.vq_serve.restype = ctypes.c_int
+                functions.vq_borrow.restype = ctypes.c_int
+                functions.vq_give_back.restype = None
+                functions.vq_file_handle.restype = ctypes.c_int
                 functions.vq_transfer.restype = ctypes.c_int
         except (OSError, AttributeError) as error:
             raise ImportError(f"{path} cannot be loaded: {error}") from error
@@ -107,7 +111,7 @@ class CEngine:
         loaded = library()
         self._block = block
         self.address: int = ctypes.addressof(block)
-        """Host address of the block, as `Waiter` wants it."""
+        """Host address of the block."""
         self._release_gil = release_gil
         argument = ctypes.c_void_p(self.address)
         result = loaded.held.vq_create(argument)

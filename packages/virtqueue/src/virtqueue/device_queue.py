@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from . import access
 from .batch import Batch, Chain
 from .config import RingConfig, ring_parts
+from .counters import Counters
 from .engines import make_engine
 from .errors import ChainCompleted, Need, QueueBroken, UsageError
 from .inflight import InflightRegion
@@ -67,6 +68,7 @@ class DeviceQueue:
     returns.  ``inflight`` is this queue's part of the in-flight region: chains that a back-end
     before us took and did not complete are taken first, and the region decides the position
     instead of ``base``.  ``log`` is the dirty log.  ``state`` restores a saved position.
+    ``counters`` are added to by what the queue does.
 
     Raises `UsageError` for settings that cannot be, `EngineUnavailable`.  A ring outside of
     guest memory shows at the first take.
@@ -83,6 +85,7 @@ class DeviceQueue:
         inflight: InflightRegion | None = None,
         log: DirtyLog | None = None,
         state: RingState | None = None,
+        counters: Counters | None = None,
     ) -> None:
         # Addresses are the driver's: a wrong one shows at a take, as a broken queue.
         config.check_shape()
@@ -125,6 +128,9 @@ class DeviceQueue:
         block.table = memory.table_address
         if inflight is not None:
             block.inflight, block.inflight_size = inflight.address, inflight.size
+        self._counters = counters
+        if counters is not None:
+            block.counters = ctypes.addressof(counters)
         self._block = block
         self._used_known = config.packed or state is not None
         self._set_position(base, state)
@@ -264,7 +270,7 @@ class DeviceQueue:
         An empty batch that is not ``stalled`` has asked the driver for kicks, passed a full
         barrier and looked again.  Raises `QueueBroken` and `Need`.
         """
-        if self._batch._built:
+        if self._batch.built:
             self._leave_batch(completing=False)
         if limit is not None or self._unresolved is not None:
             self._prepare(limit)
@@ -281,7 +287,7 @@ class DeviceQueue:
         and `Need`, whose ``notify`` says the same: what was completed has been published.
         """
         notify = False
-        if self._batch._built:
+        if self._batch.built:
             self._leave_batch(completing=True)
         if self._staged_count:
             notify = self.publish()
@@ -333,7 +339,7 @@ class DeviceQueue:
         notify = block.notify != 0
         if count <= 0:
             block.count = batch._count = 0
-            batch._serial += 1
+            batch.serial += 1
             batch.records = batch._record_views[0]
             batch.done = batch._done_views[0]
             if batch._gone:
@@ -354,8 +360,8 @@ class DeviceQueue:
                 batch.more = False
                 batch.stalled = bool(block.more & More.STALLED)
                 return batch
-        batch._count = count
-        batch._serial += 1
+        batch._count = batch._left = count
+        batch.serial += 1
         batch._memory = self._memory
         batch.records = batch._record_views[count]
         batch.done = batch._done_views[count]
@@ -380,7 +386,7 @@ class DeviceQueue:
         finally:
             block.limit = self._limit
         for index in range(left, left + count):
-            chain = batch._built.pop(index, None)
+            chain = batch.built.pop(index, None)
             if chain is not None:
                 chain._close()
         batch._count = left
@@ -416,7 +422,7 @@ class DeviceQueue:
                 heads = [entry[0] for entry in DONE.iter_unpack(batch.done)]
                 if head in heads:
                     index = heads.index(head)
-                    known = batch._built.get(index)
+                    known = batch.built.get(index)
         flags = self._status_flag
         if known is not None:
             room = known.writable_length
@@ -467,10 +473,52 @@ class DeviceQueue:
             for shadow in chain._shadows or ():
                 shadow.flush(end)
 
+    # For `Server`, which makes the engine's calls itself.
+
+    def leave_batch(self) -> bool:
+        """Before the engine completes the batch: what became of its chains as objects.
+
+        Publishes what was staged; true when the driver wants to be signalled for that.
+        """
+        if self._batch.built:
+            self._leave_batch(completing=True)
+        return bool(self._staged_count) and self.publish()
+
+    def begin(self, count: int, left: int) -> Batch:
+        """The batch of ``count`` chains that the engine took, ``left`` of them for the caller."""
+        batch = self._batch
+        batch._count = count
+        batch._left = left
+        batch.serial += 1
+        batch._memory = self._memory
+        batch.records = batch._record_views[count]
+        batch.done = batch._done_views[count]
+        batch.notify = False
+        batch.more = self._block.more != 0
+        if batch._gone:
+            batch._gone = set()
+        if self._former:
+            self._drop_former()
+        return batch
+
+    @property
+    def current(self) -> Batch:
+        """The one object that all takes of this queue return."""
+        return self._batch
+
+    def note_left(self, left: int) -> None:
+        """A handler in C has worked on the batch and left this many requests."""
+        self._batch._left = left
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the ring was found in memory; a take looks again, or says what is wrong."""
+        return self._unresolved is None
+
     def _leave_batch(self, completing: bool) -> None:
         """Before the batch is overwritten: its chains are completed, or go on by themselves."""
         batch = self._batch
-        built, batch._built = batch._built, {}
+        built, batch.built = batch.built, {}
         done = batch.done
         for index, chain in built.items():
             if chain._memory is None:
@@ -680,10 +728,10 @@ class DeviceQueue:
         self._closed = True
         self.stop()
         self._engine.close()
-        for chain in (*self._chains.values(), *self._batch._built.values()):
+        for chain in (*self._chains.values(), *self._batch.built.values()):
             chain._close()
         self._chains.clear()
-        self._batch._built = {}
+        self._batch.built = {}
         self._batch._count = 0
         self._batch._memory = None
         self._take = self._cycle = _closed_call

@@ -51,6 +51,8 @@ class RecordFlags(IntFlag):
     """Some piece lies outside the window: offsets mean nothing, use the `Chain`."""
     RESUBMITTED = 8
     """Taken again after a restart: the request may have been executed before."""
+    SHORT_HEADER = 16
+    """There are fewer than 16 readable bytes; those missing are zero in the header."""
 
 
 class SegmentFlags(IntFlag):
@@ -69,6 +71,8 @@ class DoneFlags(IntFlag):
     WROTE_ALL = 4
     """Any writable byte may have been written: log them all, whatever ``written`` says.
     Implied when a status other than 0 is written."""
+    LEFT = 8
+    """A handler in C left this request to its caller."""
 
 
 class Features(IntFlag):
@@ -192,6 +196,7 @@ class QueueBlock(ctypes.Structure):
     detail: int
     taken: int
     completed: int
+    counters: int
     in_flight: int
     resubmit: int
     next_avail: int
@@ -247,6 +252,7 @@ class QueueBlock(ctypes.Structure):
         # Counters and position; the engine writes, the queue reads.
         ("taken", ctypes.c_uint64),  # chains, ever
         ("completed", ctypes.c_uint64),  # chains, ever
+        ("counters", ctypes.c_uint64),  # host address of `Counters`, or 0
         ("in_flight", ctypes.c_uint32),  # chains taken and not completed
         ("resubmit", ctypes.c_uint32),  # chains of the in-flight region still to be taken again
         ("next_avail", ctypes.c_uint16),  # split: free-running; packed: slot

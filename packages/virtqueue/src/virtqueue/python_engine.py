@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from . import access, barrier
+from .counters import Counters
 from .dirty import Log
 from .errors import UsageError
 from .layout import (
@@ -53,6 +54,7 @@ _WROTE_ALL: Final = int(DoneFlags.WROTE_ALL)
 _SEGMENT_WRITABLE: Final = int(SegmentFlags.WRITABLE)
 _READABLE_CONTIGUOUS: Final = int(RecordFlags.READABLE_CONTIGUOUS)
 _WRITABLE_CONTIGUOUS: Final = int(RecordFlags.WRITABLE_CONTIGUOUS)
+_SHORT_HEADER: Final = int(RecordFlags.SHORT_HEADER)
 _EXTERNAL: Final = int(RecordFlags.EXTERNAL)
 _RESUBMITTED: Final = int(RecordFlags.RESUBMITTED)
 
@@ -137,6 +139,9 @@ class RingEngine:
         self._staged = _buffer(block.staged, DONE_SIZE * block.staged_capacity)
         self._provisions: Any = (Provision * block.provision_capacity).from_address(
             block.provisions
+        )
+        self._counters: Counters | None = (
+            Counters.from_address(block.counters) if block.counters else None
         )
         self._memory = memory
         self._table = Table.of(memory)
@@ -281,6 +286,9 @@ class RingEngine:
             block.count = count
             if count:
                 _add_pins(self._table.address, count)
+                if self._counters is not None:
+                    self._counters.requests += count
+                    self._counters.batches += 1
         return count
 
     def publish(self) -> int:
@@ -314,6 +322,8 @@ class RingEngine:
                 self._ordered.pop()
             self._release([taken])
             block.taken -= 1
+            if self._counters is not None:
+                self._counters.requests -= 1
             block.segment_count -= RECORD.unpack_from(
                 self._records, RECORD_SIZE * (block.count - 1)
             )[8]
@@ -459,6 +469,8 @@ class RingEngine:
         def offset(host: int) -> int:
             return host - base if base <= host < end else 0
 
+        if len(header) < HEADER_SIZE:
+            flags |= _SHORT_HEADER
         if len(payload) <= 1:
             flags |= _READABLE_CONTIGUOUS
         if payload:
@@ -547,6 +559,8 @@ class RingEngine:
             return self._drop(chains)
         self._release(ready)
         block.completed += len(ready)
+        if self._counters is not None:
+            self._counters.bytes += sum([taken.written for taken in chains])
         return len(chains)
 
     @staticmethod

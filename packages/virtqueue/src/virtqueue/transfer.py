@@ -37,7 +37,8 @@ class TransferItem(ctypes.Structure):
     result: int
     segment_count: int
     operation: int
-    reserved: int
+    flags: int
+    tag: int
 
     _fields_ = [
         ("segments", ctypes.c_uint64),
@@ -47,7 +48,8 @@ class TransferItem(ctypes.Structure):
         ("result", ctypes.c_int64),
         ("segment_count", ctypes.c_uint32),
         ("operation", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("tag", ctypes.c_uint32),
     ]
 
 

@@ -47,6 +47,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--serial", default="", metavar="S", help="serial number, 20 ASCII bytes at most"
     )
     parser.add_argument(
+        "--busy-poll",
+        type=_microseconds,
+        default=0.0,
+        metavar="US",
+        help="look at the rings for up to US microseconds before sleeping (default 0); costs a "
+        "processor for each queue while there is work, and saves wake-ups",
+    )
+    parser.add_argument(
+        "--cpus",
+        type=_cpus,
+        default=(),
+        metavar="LIST",
+        help="processors for the queues' threads, in turn, such as 2,3",
+    )
+    parser.add_argument(
         "--no-mem-slots",
         action="store_true",
         help="offer postcopy migration instead of memory slots; the protocol forbids both",
@@ -85,6 +100,8 @@ def run(options: argparse.Namespace) -> int:
         mapper=mapper,
         memory_slots=not options.no_mem_slots,
         metrics=options.metrics,
+        busy_poll=options.busy_poll,
+        cpus=options.cpus,
         ready=announce,
     )
     return 0
@@ -122,6 +139,20 @@ def _queues(text: str) -> int:
     if not 1 <= number <= MAX_QUEUES:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_QUEUES}")
     return number
+
+
+def _microseconds(text: str) -> float:
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= number < 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 999999")
+    return number / 1e6
+
+
+def _cpus(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of processor numbers")
+    return tuple(int(part) for part in parts)
 
 
 def _fd(text: str) -> int:

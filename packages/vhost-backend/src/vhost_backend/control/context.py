@@ -12,7 +12,7 @@ from ..backend import VhostUserBackend
 from ..errors import BackendUsageError, Refused
 from ..features import VirtioFeature
 from ..guard import MemoryGuard
-from ..vring import Vring
+from ..vring_locks import Vring
 from ..worker import VringEpollHandler
 from .outcome import Outcome
 

@@ -10,7 +10,7 @@ from guest_memory import Mapper, MemoryHolder
 from ..backend import VhostUserBackend
 from ..errors import Refused
 from ..guard import MemoryGuard
-from ..vring import Vring
+from ..vring_locks import Vring
 from ..worker import VringEpollHandler
 from .context import Context, Section
 from .device import Device

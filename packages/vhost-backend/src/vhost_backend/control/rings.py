@@ -9,7 +9,8 @@ from virtqueue import UsageError
 
 from ..errors import Refused
 from ..features import VirtioFeature
-from ..vring import Vring, VringState
+from ..vring import VringState
+from ..vring_locks import Vring
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome, Wait
 

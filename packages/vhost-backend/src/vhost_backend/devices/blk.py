@@ -1,8 +1,9 @@
 """virtio-blk over a file or block device.
 
 Requests (virtio 1.3, 5.2.6): a header {le32 type, le32 reserved, le64 sector}, data, and a status
-byte last. A sector is 512 bytes. Reads and writes go straight between guest memory and the file
-with `preadv`/`pwritev`; nothing is copied on the way.
+byte last. A sector is 512 bytes. Reads and writes go straight between guest memory and the file;
+nothing is copied on the way. Plain ones are done in C, a batch at a time; Python does what is rare
+or wrong, and everything where there is no C engine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import stat
 import struct
 from typing import Final
 
-from virtqueue import DONE, RECORD, Batch, Chain
+from virtqueue import DONE, Batch, Chain, CHandler, FileAction, FileHandler
 
 from ..device import Queue, VirtioDevice
 from ..errors import DeviceError, Refused
@@ -55,8 +56,6 @@ _RANGE: Final = struct.Struct("<QII")
 # write zeroes (sectors, segments, may unmap), secure erase (sectors, segments, alignment).
 _CONFIG: Final = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3xIII")
 
-_WRITABLE_CONTIGUOUS: Final = 2
-_READABLE_CONTIGUOUS: Final = 1
 _UNMAP: Final = 1
 # One request may discard or zero this much, so that no request keeps its queue for long.
 _MAX_RANGE_SECTORS: Final = (1 << 31) // SECTOR
@@ -85,6 +84,8 @@ class BlockDevice(VirtioDevice):
     device_id = 2
     status_byte = True
     error_status = S_IOERR
+    #: Request types that are never done in C: a subclass's, which overrides `request`.
+    python_types: frozenset[int] = frozenset()
 
     def __init__(
         self,
@@ -118,6 +119,7 @@ class BlockDevice(VirtioDevice):
         self.seg_max = seg_max
         # Until the driver accepts FLUSH it knows no way to ask for durability (5.2.6.2).
         self._durable_writes = True
+        self._handlers: list[FileHandler] = []
         self._faults = RateLimited(log)
         self.features: int = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ
         self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
@@ -161,6 +163,8 @@ class BlockDevice(VirtioDevice):
     def acked_features(self, features: int) -> None:
         """Without FLUSH every write has to be durable when it completes."""
         self._durable_writes = not features & F_FLUSH
+        for handler in self._handlers:
+            handler.durable = self._durable_writes
 
     def get_config(self, offset: int, size: int) -> bytes:
         """`struct virtio_blk_config`, little-endian; bytes behind it read as zero."""
@@ -172,60 +176,88 @@ class BlockDevice(VirtioDevice):
 
     # -- requests -------------------------------------------------------------------------------
 
-    def handle_batch(self, queue: Queue, batch: Batch) -> None:
-        """Work on a batch in the order it was taken; each entry of `batch.done` says how it went.
+    def batch_handler(self, queue: int) -> CHandler | None:
+        """Plain reads, writes and flushes are done in C, where there is the C engine.
 
-        A request that is in one piece in the flat window is served from its record alone; the
-        `Chain` object is only built for the others.
+        Not the types in `python_types`, and none where a subclass has a `handle_batch` of its own.
         """
-        window = queue.window
-        done = batch.done
-        fd = self._fd
-        capacity = self.capacity * SECTOR
-        for position, (
-            header, readable, writable, _status, readable_length, writable_length,
-            head, flags, _segments, _first,
-        ) in enumerate(RECORD.iter_unpack(batch.records)):  # fmt: skip
-            kind, sector = _HEADER.unpack(header)
-            offset = sector * SECTOR
-            status = S_OK
-            written = 1
+        if type(self).handle_batch is not BlockDevice.handle_batch:
+            return None
+        actions = {T_IN: FileAction.READ, T_FLUSH: FileAction.SYNC}
+        if not self.read_only:
+            actions[T_OUT] = FileAction.WRITE
+        for kind in self.python_types:
+            actions.pop(kind, None)
+        handler = FileHandler(
+            self._fd,
+            self.capacity * SECTOR,
+            actions,
+            unit=SECTOR,
+            durable=self._durable_writes,
+        )
+        self._handlers.append(handler)
+        return handler
+
+    def handle_batch(self, queue: Queue, batch: Batch) -> None:
+        """Work on the requests that are left, in the order they were taken.
+
+        Each entry of `batch.done` says how its request went.
+        """
+        for position in batch.left:
+            chain = batch[position]
             try:
-                if kind == T_IN:
-                    length = writable_length - 1
-                    written = writable_length
-                    if length % SECTOR or offset + length > capacity:
-                        status = S_IOERR
-                    elif flags & _WRITABLE_CONTIGUOUS and window is not None:
-                        if os.preadv(fd, [window[writable : writable + length]], offset) != length:
-                            status = self._read(batch[position], offset, length)
-                    else:
-                        status = self._read(batch[position], offset, length)
-                elif kind == T_OUT:
-                    length = readable_length
-                    if length % SECTOR or offset + length > capacity or self.read_only:
-                        status = S_IOERR
-                    elif (
-                        flags & _READABLE_CONTIGUOUS
-                        and window is not None
-                        and not self._durable_writes
-                    ):
-                        if os.pwritev(fd, [window[readable : readable + length]], offset) != length:
-                            status = self._write(batch[position], offset, length)
-                    else:
-                        status = self._write(batch[position], offset, length)
-                else:
-                    status, written = self._other(kind, batch[position])
+                status, written = self._request(chain)
             except OSError as error:
-                self._faults.warning("%s: request type %d: %s", self.path, kind, error)
-                status = S_IOERR
+                self._faults.warning("%s: %s", self.path, error)
+                status, written = S_IOERR, 1
             if status:
                 queue.counters.errors += 1
-                written = 1 if kind != T_IN else written
-            DONE.pack_into(done, position * 8, head, status, 1, written)
+            DONE.pack_into(batch.done, position * DONE.size, chain.head, status, 1, written)
+
+    def _request(self, chain: Chain) -> tuple[int, int]:
+        if chain.readable_length < _HEADER.size:
+            return S_IOERR, 1
+        kind, sector = _HEADER.unpack(chain.header)
+        return self.request(kind, sector * SECTOR, chain)
+
+    def request(self, kind: int, offset: int, chain: Chain) -> tuple[int, int]:
+        """One request of any type: its status, and bytes written into the chain, status included.
+
+        `offset` is what the header says, in bytes, unchecked; the header lies before the data in
+        `chain`. A subclass takes over a type by overriding this and naming the type in
+        `python_types`. An `OSError` is logged and becomes S_IOERR.
+        """
+        if kind == T_IN:
+            length = chain.writable_length - 1
+            if not self._inside(offset, length):
+                return S_IOERR, 1
+            status = self._read(chain, offset, length)
+            return status, 1 if status else length + 1
+        if kind == T_OUT:
+            length = chain.readable_length - _HEADER.size
+            if self.read_only or not self._inside(offset, length):
+                return S_IOERR, 1
+            return self._write(chain, offset, length), 1
+        if kind == T_FLUSH:
+            os.fdatasync(self._fd)
+            return S_OK, 1
+        if kind == T_GET_ID:
+            if chain.writable_length - 1 < ID_LENGTH:
+                return S_IOERR, 1
+            chain.write(self.serial.ljust(ID_LENGTH, b"\0"))
+            return S_OK, ID_LENGTH + 1
+        if kind in (T_DISCARD, T_WRITE_ZEROES):
+            if self.read_only:
+                return S_IOERR, 1
+            return self._ranges(kind, chain.read()[_HEADER.size :]), 1
+        return S_UNSUPP, 1
+
+    def _inside(self, offset: int, length: int) -> bool:
+        """Whether that is whole sectors of the disk."""
+        return not length % SECTOR and offset + length <= self.capacity * SECTOR
 
     def _read(self, chain: Chain, offset: int, length: int) -> int:
-        """Any shape, and what a short read left: the file may have been truncated under us."""
+        """Any shape, also in short steps: the file may have been truncated under us."""
         for view in _data(chain.writable, length):
             position = 0
             while position < len(view):
@@ -248,22 +280,6 @@ class BlockDevice(VirtioDevice):
                 position += count
                 offset += count
         return S_OK
-
-    def _other(self, kind: int, chain: Chain) -> tuple[int, int]:
-        """Everything that is not a read or write: (status, bytes written into the chain)."""
-        if kind == T_FLUSH:
-            os.fdatasync(self._fd)
-            return S_OK, 1
-        if kind == T_GET_ID:
-            if chain.writable_length - 1 < ID_LENGTH:
-                return S_IOERR, 1
-            chain.write(self.serial.ljust(ID_LENGTH, b"\0"))
-            return S_OK, ID_LENGTH + 1
-        if kind in (T_DISCARD, T_WRITE_ZEROES):
-            if self.read_only:
-                return S_IOERR, 1
-            return self._ranges(kind, chain.read()[_HEADER.size :]), 1
-        return S_UNSUPP, 1
 
     def _ranges(self, kind: int, payload: bytes) -> int:
         """DISCARD and WRITE_ZEROES: {le64 sector, le32 num_sectors, le32 flags} each (5.2.6)."""

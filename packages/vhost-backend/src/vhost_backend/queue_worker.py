@@ -1,0 +1,149 @@
+"""A worker that serves one queue from C.
+
+Most workers have one queue (`VirtioDevice.queues_per_thread`). Such a worker claims its ring and
+lets C look, sleep, take, complete and signal; Python has only the batch to work on, or not even
+that where the device has a handler in C. Whatever does not fit (a message or a descriptor beside
+the ring, another engine, an error of the ring) is left to the long way, `VringEpollHandler`'s round
+with `DeviceBackend.handle_event`; and when others want the ring, they have it (`VringMutex`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from virtqueue import Server
+
+from .backend import VhostUserBackend
+from .vring import VringState
+from .vring_locks import Vring, VringMutex
+from .worker import VringEpollHandler
+
+if TYPE_CHECKING:
+    from .device_backend import DeviceBackend
+
+log: logging.Logger = logging.getLogger("vhost_backend")
+
+
+class QueueWorker(VringEpollHandler):
+    """One worker thread of a `DeviceBackend`."""
+
+    def __init__(
+        self,
+        backend: VhostUserBackend,
+        vrings: Sequence[Vring],
+        thread_id: int,
+        name: str,
+        *,
+        busy_poll: float = 0.0,
+        cpu: int | None = None,
+    ) -> None:
+        super().__init__(backend, vrings, thread_id, name, busy_poll=busy_poll, cpu=cpu)
+        self._device = cast("DeviceBackend", backend)
+        self._server: Server | None = None
+        self._only: VringMutex | None = None
+        if len(vrings) == 1 and isinstance(vrings[0], VringMutex) and self._exit is None:
+            self._only = vrings[0]
+            self._only.wake = self._wake.wake
+
+    def wake(self) -> None:
+        """Have the thread look around, also out of a busy queue."""
+        server = self._server
+        if server is not None:
+            server.interrupt()
+        super().wake()
+
+    def _round(self, timeout: float | None) -> float | None:
+        if self._only is not None and self._serve(self._only):
+            assert self._server is not None
+            # Before looking: who asks from here on is noticed in the next round.
+            self._server.clear_interrupt()
+            timeout = 0
+        return super()._round(timeout)
+
+    def _serve(self, vring: VringMutex) -> bool:
+        """Serve the queue from C until there is something else to do; False when it cannot be."""
+        kick_fd = self._kick_of.get(0, -1)
+        if kick_fd not in self._edges or len(self._watched) > 1 or self._stopping:
+            return False
+        state = vring.claim()
+        try:
+            server = self._adopt(state, kick_fd)
+            if server is None:
+                return False
+            vring.server = server
+            if not self._stopping:  # who asked before there was a server could not interrupt it
+                self._turns(vring, state, server)
+        except Exception:
+            # The queue may be in any state: the long way finds out.
+            log.exception("queue %d cannot be served", state.index)
+            self._again.add(0)
+        finally:
+            vring.server = None
+            vring.release()
+        return True
+
+    def _adopt(self, state: VringState, kick_fd: int) -> Server | None:
+        """The server for the ring's present queue, or None when it has to go the long way."""
+        queue = state.queue
+        if queue is None or not state.direct:
+            return None
+        server = self._server
+        if server is None or server.queue is not queue:
+            handler = self._device.batch_handler(state.index)
+            server = Server(queue, self._epoll.fileno(), handler=handler, spin_max=self._busy_poll)
+            self._server = server
+        server.resume(kick_fd, state.call_fd)
+        return server
+
+    def _turns(self, vring: VringMutex, state: VringState, server: Server) -> None:
+        visits, generation = vring.visits, state.generation
+        device = self._device
+        view = device.view(state)
+        view.window = server.queue.window
+        handle_batch = device.device.handle_batch
+        turn, serve, release, reclaim = server.turn, server.serve, vring.release, vring.reclaim
+        if server.handled:
+            # With a handler in C a batch comes to Python only now and then.
+            turn = serve
+        count = serve()
+        while True:
+            if vring.visits != visits:
+                break
+            if count > 0:
+                batch = server.batch(count)
+                release()
+                try:
+                    handle_batch(view, batch)
+                except Exception as error:
+                    device.fail_batch(view, batch, error)
+                reclaim()
+                if vring.visits != visits:
+                    self._finish(vring, state, generation, count)
+                    return
+                # One request at a time means that the next is still to come: complete and sleep
+                # in one call. Otherwise keep the interpreter's lock for the next batch.
+                count = serve() if count == 1 else turn() or serve()
+            else:
+                if count < 0:
+                    # The same call says what it is when it is made the long way.
+                    self._again.add(0)
+                return
+        # Somebody has been here while C was at work, or waits.
+        release()
+        vring.claim()
+        if count > 0 and state.generation == generation:
+            batch = server.batch(count)
+            if not server.handled or server.left:
+                release()
+                device.serve_batch(view, batch)
+                reclaim()
+            self._finish(vring, state, generation, count)
+
+    def _finish(self, vring: VringMutex, state: VringState, generation: int, count: int) -> None:
+        """Complete the batch the long way, if it still counts after others were here."""
+        vring.release()
+        vring.claim()
+        if state.generation == generation:
+            state.finish(count)

@@ -1,0 +1,201 @@
+/*
+ * One worker's life with one queue: look at the ring, sleep, take, have a handler work, complete,
+ * signal.
+ *
+ * Who may touch the queue.  The worker's caller holds a lock of its own for as long as it is in
+ * here, and others who want the queue set `interrupt` and wake the epoll descriptor: then the worker
+ * comes back soon.  Only a handler in C may take long (it may wait for a disk), so while it works the
+ * queue belongs to nobody, and whoever wants it may borrow it.  The handler works on the arrays of
+ * its batch and on guest memory that the caller keeps mapped, never on the ring or the engine; when
+ * it is done and finds that the queue was borrowed, the batch goes back to the caller, who looks
+ * whether it still counts.
+ *
+ * Looking at the ring costs a processor and saves the driver's kick and our wake-up.  How long is
+ * adapted: a sleep that a little more looking would have spared doubles the time, a long one halves
+ * it.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sys/epoll.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "engine.h"
+
+#define FIRST_SPIN_NS 4000u
+#define LOOKS_PER_CLOCK 32u
+#define EVENTS 4
+
+static uint64_t now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
+
+static inline void relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static inline bool interrupted(const struct vq_server *server)
+{
+    /* Partner: whoever sets it wakes epoll_fd afterwards, so a sleep that misses it here ends. */
+    return __atomic_load_n(&server->interrupt, __ATOMIC_ACQUIRE);
+}
+
+static inline bool change_owner(struct vq_server *server, uint32_t from, uint32_t to)
+{
+    return __atomic_compare_exchange_n(&server->owner, &from, to, false, __ATOMIC_ACQ_REL,
+                                       __ATOMIC_RELAXED);
+}
+
+/*
+ * Add one to the call eventfd.  A full one, which cannot be added to, is a signal that is pending.
+ * Whoever handed it over can have filled it and made it blocking, which holds us up: who wants the
+ * queue back then reads it (see vq_server).
+ */
+static void signal_driver(struct vq_server *server)
+{
+    const struct vq_queue *queue = pointer(server->queue);
+    struct vq_counters *counters = pointer(queue->counters);
+    const uint64_t one = 1;
+    server->signal = 0;
+    if (server->call_fd < 0)
+        return;
+    if (counters)
+        counters->notifications_sent++;
+    /* Whatever else it answers is noticed elsewhere: there is nobody here to be told. */
+    ssize_t ignored = write(server->call_fd, &one, sizeof(one));
+    (void)ignored;
+}
+
+int vq_turn(struct vq_server *server)
+{
+    struct vq_queue *queue = pointer(server->queue);
+    queue->notify = 0;
+    if (queue->count) {
+        const int finished = queue_finish(queue);
+        if (unlikely(finished < 0))
+            return finished;
+        queue->count = 0;
+        if (queue->notify)
+            server->signal = 1;
+        else if (queue->counters)
+            ((struct vq_counters *)pointer(queue->counters))->notifications_suppressed++;
+    }
+    if (server->signal)
+        signal_driver(server);
+    if (unlikely(interrupted(server)))
+        return 0;
+    return vq_take(queue);
+}
+
+/* Look until a chain is there, somebody interrupts, or `spin_ns` have passed. */
+static bool spin(const struct vq_server *server)
+{
+    struct vq_queue *queue = pointer(server->queue);
+    const uint64_t end = now() + server->spin_ns;
+    do {
+        for (uint32_t i = 0; i < LOOKS_PER_CLOCK; i++) {
+            if (vq_ready(queue) > 0 || interrupted(server))
+                return true;
+            relax();
+        }
+    } while (now() < end);
+    return false;
+}
+
+static void adapt(struct vq_server *server, uint64_t slept)
+{
+    if (slept < server->spin_max_ns) {
+        server->spin_ns = server->spin_ns ? server->spin_ns * 2 : FIRST_SPIN_NS;
+        if (server->spin_ns > server->spin_max_ns)
+            server->spin_ns = server->spin_max_ns;
+    } else {
+        server->spin_ns = server->spin_ns > FIRST_SPIN_NS ? server->spin_ns / 2 : 0;
+    }
+}
+
+/* Sleep until a kick (true), or until something else wants the caller. */
+static bool sleep_for_kick(struct vq_server *server)
+{
+    const struct vq_queue *queue = pointer(server->queue);
+    struct epoll_event events[EVENTS];
+    const uint64_t start = server->spin_max_ns ? now() : 0;
+    const int count = epoll_wait(server->epoll_fd, events, EVENTS, -1);
+    if (server->spin_max_ns)
+        adapt(server, now() - start);
+    bool kicked = false, other = count <= 0;
+    for (int i = 0; i < count; i++) {
+        if (events[i].data.fd == server->kick_fd)
+            kicked = true;
+        else
+            other = true;
+    }
+    if (kicked && queue->counters)
+        ((struct vq_counters *)pointer(queue->counters))->kicks++;
+    return !other;
+}
+
+/* Nothing is available: wait until something is.  False when the caller is wanted. */
+static bool wait_for_chains(struct vq_server *server)
+{
+    struct vq_queue *queue = pointer(server->queue);
+    if (server->spin_ns > server->spin_max_ns)
+        server->spin_ns = server->spin_max_ns;
+    if (server->spin_ns) {
+        queue_quiet(queue);
+        if (spin(server))
+            return true;
+    }
+    /* Asks for kicks, passes a full barrier and looks again. */
+    if (vq_arm(queue) > 0)
+        return true;
+    if (!sleep_for_kick(server))
+        return false;
+    vq_disarm(queue);
+    return true;
+}
+
+int vq_serve(struct vq_server *server)
+{
+    if (server->size != sizeof(*server))
+        return VQ_ABI_ERROR;
+    struct vq_queue *queue = pointer(server->queue);
+    const vq_handler handler = (vq_handler)(uintptr_t)server->handler;
+    server->left = 0;
+    for (;;) {
+        const int count = vq_turn(server);
+        if (unlikely(count < 0))
+            return count;
+        if (!count) {
+            if (interrupted(server) || !wait_for_chains(server))
+                return 0;
+            continue;
+        }
+        if (!handler)
+            return count;
+        __atomic_store_n(&server->owner, VQ_OWNER_NOBODY, __ATOMIC_RELEASE);
+        const int left = handler(pointer(server->context), queue);
+        if (unlikely(!change_owner(server, VQ_OWNER_NOBODY, VQ_OWNER_ENGINE)) || left) {
+            server->left = (uint32_t)left;
+            return count;
+        }
+    }
+}
+
+int vq_borrow(struct vq_server *server)
+{
+    return change_owner(server, VQ_OWNER_NOBODY, VQ_OWNER_BORROWER) ||
+           change_owner(server, VQ_OWNER_VISITED, VQ_OWNER_BORROWER);
+}
+
+void vq_give_back(struct vq_server *server)
+{
+    __atomic_store_n(&server->owner, VQ_OWNER_VISITED, __ATOMIC_RELEASE);
+}

@@ -1,0 +1,35 @@
+"""Handlers in C: functions that work on a batch without Python."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Final
+
+from .device_queue import DeviceQueue
+
+_PROTOTYPE: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class CHandler:
+    """A function in C that works on batches: ``vq_handler`` in ``virtqueue.h``.
+
+    ``function`` is its host address and ``context`` the first argument it is given; the second is
+    the queue's block (`virtqueue.h`'s ``struct vq_queue``: records, segments, done, count). It
+    returns how many requests it leaves to Python, after marking each ``DoneFlags.LEFT``. It is
+    called without the GIL, must not keep anything of the queue, and must not touch the ring. Who
+    makes the object keeps function and context alive for as long as it is used.
+    """
+
+    def __init__(self, function: int, context: int = 0) -> None:
+        self.function: int = function
+        self.context: int = context
+        self._call: Any = _PROTOTYPE(function)
+
+    def handle(self, queue: DeviceQueue) -> int:
+        """Work on the batch that was taken from ``queue`` last; how many requests are left.
+
+        `Batch.left` names them.
+        """
+        left: int = self._call(self.context, queue.block_address)
+        queue.note_left(left)
+        return left

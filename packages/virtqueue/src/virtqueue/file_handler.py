@@ -1,0 +1,129 @@
+"""Requests that read and write a file, done in C a batch at a time."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Final
+
+from .c_engine import library
+from .c_handler import CHandler
+from .errors import EngineUnavailable, UsageError
+from .transfer import TransferItem
+
+TYPES: Final = 16
+"""Request types that can be given an action are smaller."""
+
+
+class FileAction(IntEnum):
+    """What a request of some type does."""
+
+    READ = 0
+    """Fill the writable bytes (all but a status byte) from the file."""
+    WRITE = 1
+    """Write the readable bytes after the header to the file."""
+    SYNC = 4
+    """Have everything written so far on the disk."""
+    SUCCEED = 254
+    """Nothing: it succeeds."""
+    LEAVE = 255
+    """Leave it to Python."""
+
+
+class FileBlock(ctypes.Structure):
+    """``struct vq_file`` (72 bytes)."""
+
+    size: int
+    fd: int
+    length: int
+    shift: int
+    flags: int
+    uring: int
+    items: int
+    capacity: int
+    reserved: int
+    actions: ctypes.Array[ctypes.c_uint8]
+    moved: int
+
+    _fields_ = [
+        ("size", ctypes.c_uint32),
+        ("fd", ctypes.c_int32),
+        ("length", ctypes.c_uint64),
+        ("shift", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("uring", ctypes.c_uint64),
+        ("items", ctypes.c_uint64),
+        ("capacity", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("actions", ctypes.c_uint8 * TYPES),
+        ("moved", ctypes.c_uint64),
+    ]
+
+
+_DURABLE: Final = 1
+
+
+class FileHandler(CHandler):
+    """A handler for queues whose requests begin with ``{le32 type, le32 unused, le64 position}``.
+
+    ``fd`` is the file, which stays the caller's and open; ``length`` what of it may be read and
+    written, in bytes; a position counts units of ``unit`` bytes, a power of two, and requests move
+    whole units. ``actions`` says what each type means; types that are not in it are left. With
+    ``durable`` a write completes when it is on the disk. One worker uses a handler at a time.
+
+    A request that is not plain is left to the caller as well: an unknown type, a length that is no
+    whole number of units, the end of the file, an error of the file. It may have been done in part.
+
+    Raises `EngineUnavailable` without the C engine, `UsageError`.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        length: int,
+        actions: Mapping[int, FileAction],
+        *,
+        unit: int = 512,
+        durable: bool = False,
+        capacity: int = 128,
+    ) -> None:
+        if unit < 1 or unit & (unit - 1):
+            raise UsageError(f"a unit of {unit} bytes is no power of two")
+        if any(not 0 <= kind < TYPES for kind in actions):
+            raise UsageError(f"request types with an action are 0 to {TYPES - 1}: {set(actions)}")
+        try:
+            loaded = library()
+        except ImportError as error:
+            raise EngineUnavailable(f"no handlers in C: {error}") from error
+        self._items: ctypes.Array[TransferItem] = (TransferItem * capacity)()
+        block = self._block = FileBlock(
+            size=ctypes.sizeof(FileBlock),
+            fd=fd,
+            length=length,
+            shift=unit.bit_length() - 1,
+            items=ctypes.addressof(self._items),
+            capacity=capacity,
+        )
+        block.actions = (ctypes.c_uint8 * TYPES)(
+            *(actions.get(kind, FileAction.LEAVE) for kind in range(TYPES))
+        )
+        self.durable = durable
+        function = ctypes.cast(loaded.released.vq_file_handle, ctypes.c_void_p).value
+        assert function is not None
+        super().__init__(function, ctypes.addressof(block))
+
+    @property
+    def durable(self) -> bool:
+        """Whether a write completes only when it is on the disk."""
+        return bool(self._block.flags & _DURABLE)
+
+    @durable.setter
+    def durable(self, durable: bool) -> None:
+        self._block.flags = _DURABLE if durable else 0
+
+    @property
+    def moved(self) -> int:
+        """Bytes read and written, ever."""
+        moved: int = self._block.moved
+        return moved

@@ -1,0 +1,178 @@
+"""Serving one queue from C: sleep, take, have a handler work, complete, signal."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+from typing import Final
+
+from .batch import Batch
+from .c_engine import library
+from .c_handler import CHandler
+from .device_queue import DeviceQueue
+from .errors import EngineUnavailable, UsageError
+
+
+class ServerBlock(ctypes.Structure):
+    """``struct vq_server`` (80 bytes)."""
+
+    size: int
+    owner: int
+    interrupt: int
+    signal: int
+    queue: int
+    handler: int
+    context: int
+    epoll_fd: int
+    kick_fd: int
+    call_fd: int
+    left: int
+    spin_ns: int
+    spin_max_ns: int
+    reserved: int
+
+    _fields_ = [
+        ("size", ctypes.c_uint32),
+        ("owner", ctypes.c_uint32),
+        ("interrupt", ctypes.c_uint32),
+        ("signal", ctypes.c_uint32),
+        ("queue", ctypes.c_uint64),
+        ("handler", ctypes.c_uint64),
+        ("context", ctypes.c_uint64),
+        ("epoll_fd", ctypes.c_int32),
+        ("kick_fd", ctypes.c_int32),
+        ("call_fd", ctypes.c_int32),
+        ("left", ctypes.c_uint32),
+        ("spin_ns", ctypes.c_uint32),
+        ("spin_max_ns", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint64),
+    ]
+
+
+_ENGINE: Final = 1
+
+
+class Server:
+    """One worker that serves one queue which the C engine drives.
+
+    ``epoll_fd`` is what it sleeps on; ``kick_fd`` is registered there, edge-triggered (so that
+    nothing has to be read from it) and with its own number as data, and anything else that is
+    registered there ends a sleep. ``call_fd`` is an eventfd that is signalled when the driver wants that; -1 for none.
+    ``handler`` works on batches in C; without one they are the caller's. ``spin_max`` is the longest
+    time in seconds to look at the ring before sleeping, adapted to how long sleeps are; 0 never
+    looks.
+
+    The caller holds a lock of its own around all calls but `interrupt`, `borrow` and `give_back`,
+    which are for others: they set `interrupt` and wake ``epoll_fd`` to have the lock soon, and may
+    `borrow` the queue without the lock while a handler in C works.
+
+    Raises `EngineUnavailable` for a queue that another engine drives, `UsageError`.
+    """
+
+    def __init__(
+        self,
+        queue: DeviceQueue,
+        epoll_fd: int,
+        kick_fd: int = -1,
+        call_fd: int = -1,
+        *,
+        handler: CHandler | None = None,
+        spin_max: float = 0.0,
+    ) -> None:
+        if not 0 <= spin_max < 1:
+            raise UsageError(f"a worker looks for 0 to 1 s before it sleeps, not {spin_max}")
+        if queue.engine != "c":
+            raise EngineUnavailable(f"a queue is served from C when C drives it, not {queue.engine}")
+        loaded = library()
+        self.queue: DeviceQueue = queue
+        self._batch = queue.current
+        #: Kept so that what a handler in C works on stays mapped, and its context alive.
+        self._memory = queue.memory
+        self._handler = handler
+        block = self._block = ServerBlock(
+            size=ctypes.sizeof(ServerBlock),
+            owner=_ENGINE,
+            queue=queue.block_address,
+            handler=0 if handler is None else handler.function,
+            context=0 if handler is None else handler.context,
+            epoll_fd=epoll_fd,
+            kick_fd=kick_fd,
+            call_fd=call_fd,
+            spin_ns=round(spin_max * 1e9),
+            spin_max_ns=round(spin_max * 1e9),
+        )
+        argument = ctypes.c_void_p(ctypes.addressof(block))
+        self._serve = partial(loaded.released.vq_serve, argument)
+        self._held_turn = partial(loaded.held.vq_turn, argument)
+        self._released_turn = partial(loaded.released.vq_turn, argument)
+        self._turn = self._held_turn
+        self._borrow = partial(loaded.held.vq_borrow, argument)
+        self.give_back: partial[None] = partial(loaded.held.vq_give_back, argument)
+        """End what `borrow` began."""
+
+    def resume(self, kick_fd: int, call_fd: int) -> None:
+        """Before serving (on), with the lock: adopt what may have changed meanwhile."""
+        block, queue = self._block, self.queue
+        block.owner = _ENGINE
+        block.kick_fd = kick_fd
+        block.call_fd = call_fd
+        self._memory = queue.memory
+        bounded = getattr(self._memory, "bounded", True)
+        self._turn = self._held_turn if bounded else self._released_turn
+
+    def turn(self) -> int:
+        """Complete the batch, signal the driver if it wants that, take the next; its size.
+
+        0 when there is none, negative when something has to be seen to that `DeviceQueue.cycle`
+        shows: what was completed has been published and signalled.
+        """
+        if self._batch.built or self.queue._staged_count:
+            self._leave()
+        return self._turn()
+
+    def serve(self) -> int:
+        """`turn` again and again, asleep in between, until there is a batch for the caller.
+
+        With a handler that is one of which some requests are `left`, or during which the queue was
+        borrowed. 0: `interrupt`, or another descriptor than the kick's. The GIL is released.
+        """
+        if self._batch.built or self.queue._staged_count:
+            self._leave()
+        return self._serve()
+
+    def _leave(self) -> None:
+        if self.queue.leave_batch():
+            self._block.signal = 1
+
+    def batch(self, count: int) -> Batch:
+        """The batch that `turn` or `serve` said is there."""
+        return self.queue.begin(count, count if self._handler is None else self._block.left)
+
+    @property
+    def handled(self) -> bool:
+        """Whether a handler in C works on the batches."""
+        return self._handler is not None
+
+    @property
+    def left(self) -> int:
+        """How many requests of the batch the handler left."""
+        left: int = self._block.left
+        return left
+
+    def interrupt(self) -> None:
+        """From any thread: have `serve` and `turn` return soon. Wake the epoll descriptor next."""
+        self._block.interrupt = 1
+
+    def clear_interrupt(self) -> None:
+        """Before looking at what the epoll descriptor has: a later `interrupt` counts again."""
+        self._block.interrupt = 0
+
+    def borrow(self) -> bool:
+        """From any thread: take the queue while a handler in C works. False when none does."""
+        return bool(self._borrow())
+
+    @property
+    def spin(self) -> float:
+        """How long the next wait looks before it sleeps, in seconds."""
+        nanoseconds: int = self._block.spin_ns
+        return nanoseconds / 1e9
