@@ -79,7 +79,9 @@ class AsyncDeviceBackend(DeviceBackend):
                     state.add_used(chain, flags, self.device.error_status)
                     state.signal_used_queue()
                 else:
-                    requests.append(Request(batch, chain.record, position, chain))
+                    request = Request(batch, chain.record, position)
+                    requests.append(request)
+                    _ = request.chain  # it outlives the batch
         loop = asyncio.get_running_loop()
         for request in requests:
             task = loop.create_task(self._serve_one(vring, generation, view, request))

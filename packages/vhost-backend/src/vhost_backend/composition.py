@@ -56,9 +56,7 @@ class DaemonBase:
             )
             for index in range(backend.num_queues())
         ]
-        self._workers = _make_workers(
-            name, backend, self.vrings, worker_type, busy_poll, cpus
-        )
+        self._workers = _make_workers(name, backend, self.vrings, worker_type, busy_poll, cpus)
         self._control = ControlPlane(
             backend,
             self.vrings,

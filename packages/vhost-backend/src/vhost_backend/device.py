@@ -49,27 +49,28 @@ class Queue:
 class Request:
     """One request: the driver's bytes to read, and room for the device's answer.
 
-    `status` is what the status byte will say, for device types that have one; it is not part of
-    what `write` fills. A request that has completed raises `virtqueue.UsageError` when used.
+    The status byte is not part of what `write` fills. A request that has completed raises
+    `virtqueue.UsageError` when used.
 
     What the record of a batch tells (lengths, the first 16 bytes) comes from there; the `Chain` is
     made when more is asked for.
     """
 
-    __slots__ = ("_batch", "_chain", "_index", "_position", "_record", "_serial", "_written", "status")
+    #: What the status byte will say, for device types that have one.
+    status: int = 0
+    #: Bytes reported to the driver: what `write` wrote, unless set.
+    written: int = 0
 
-    def __init__(
-        self, batch: Batch, record: tuple[Any, ...], index: int, chain: Chain | None = None
-    ) -> None:
+    # Class-level defaults, so that making a request stores four attributes only.
+    _chain: Chain | None = None
+    #: Bytes of the header that `read` has returned.
+    _position: int = 0
+
+    def __init__(self, batch: Batch, record: tuple[Any, ...], index: int) -> None:
         self._batch = batch
         self._serial = batch.serial
         self._record = record
         self._index = index
-        self._chain = chain
-        #: Bytes of the header that `read` has returned.
-        self._position = 0
-        self._written: int | None = None
-        self.status: int = 0
 
     @property
     def chain(self) -> Chain:
@@ -122,18 +123,9 @@ class Request:
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append to the answer; returns how many bytes there was room for."""
-        return self.chain.write(data)
-
-    @property
-    def written(self) -> int:
-        """Bytes reported to the driver: what `write` wrote, unless set."""
-        if self._written is not None:
-            return self._written
-        return 0 if self._chain is None else self._chain.written
-
-    @written.setter
-    def written(self, count: int) -> None:
-        self._written = count
+        count = self.chain.write(data)
+        self.written += count
+        return count
 
 
 class VirtioDevice:
@@ -176,10 +168,7 @@ class VirtioDevice:
             request = Request(batch, record, position)
             try:
                 handle(queue, request)
-                status, written = request.status, request._written
-                if written is None:
-                    written = request.written
-                written += flags
+                status, written = request.status, request.written + flags
             except Exception as error:
                 status, written = self.failed(queue, error), flags
             pack(done, 8 * position, record[6], status, flags, written)

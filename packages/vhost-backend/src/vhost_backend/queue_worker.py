@@ -69,12 +69,12 @@ class QueueWorker(VringEpollHandler):
             return False
         state = vring.claim()
         try:
-            server = self._adopt(state, kick_fd)
+            server = self._adopt(state)
             if server is None:
                 return False
             vring.server = server
             if not self._stopping:  # who asked before there was a server could not interrupt it
-                self._turns(vring, state, server)
+                self._turns(vring, state, server, kick_fd)
         except Exception:
             # The queue may be in any state: the long way finds out.
             log.exception("queue %d cannot be served", state.index)
@@ -84,7 +84,7 @@ class QueueWorker(VringEpollHandler):
             vring.release()
         return True
 
-    def _adopt(self, state: VringState, kick_fd: int) -> Server | None:
+    def _adopt(self, state: VringState) -> Server | None:
         """The server for the ring's present queue, or None when it has to go the long way."""
         queue = state.queue
         if queue is None or not state.direct:
@@ -94,16 +94,17 @@ class QueueWorker(VringEpollHandler):
             handler = self._device.batch_handler(state.index)
             server = Server(queue, self._epoll.fileno(), handler=handler, spin_max=self._busy_poll)
             self._server = server
-        server.resume(kick_fd, state.call_fd)
         return server
 
-    def _turns(self, vring: VringMutex, state: VringState, server: Server) -> None:
+    def _turns(self, vring: VringMutex, state: VringState, server: Server, kick_fd: int) -> None:
+        batch = server.resume(kick_fd, state.call_fd)
         visits, generation = vring.visits, state.generation
         device = self._device
         view = device.view(state)
         view.window = server.queue.window
         handle_batch = device.device.handle_batch
-        turn, serve, release, reclaim = server.turn, server.serve, vring.release, vring.reclaim
+        turn, serve, begin = server.turn, server.serve, server.batch
+        release, reclaim = vring.release, vring.reclaim
         if server.handled:
             # With a handler in C a batch comes to Python only now and then.
             turn = serve
@@ -112,7 +113,7 @@ class QueueWorker(VringEpollHandler):
             if vring.visits != visits:
                 break
             if count > 0:
-                batch = server.batch(count)
+                begin(count)
                 release()
                 try:
                     handle_batch(view, batch)
@@ -122,6 +123,8 @@ class QueueWorker(VringEpollHandler):
                 if vring.visits != visits:
                     self._finish(vring, state, generation, count)
                     return
+                if batch.built:
+                    server.leave()
                 # One request at a time means that the next is still to come: complete and sleep
                 # in one call. Otherwise keep the interpreter's lock for the next batch.
                 count = serve() if count == 1 else turn() or serve()
@@ -134,7 +137,7 @@ class QueueWorker(VringEpollHandler):
         release()
         vring.claim()
         if count > 0 and state.generation == generation:
-            batch = server.batch(count)
+            begin(count)
             if not server.handled or server.left:
                 release()
                 device.serve_batch(view, batch)

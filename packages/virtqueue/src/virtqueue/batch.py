@@ -16,6 +16,8 @@ from .layout import (
     SEGMENT,
     SEGMENT_SIZE,
     DoneFlags,
+    More,
+    QueueBlock,
     RecordFlags,
     SegmentFlags,
 )
@@ -64,6 +66,7 @@ _WRITABLE_CONTIGUOUS: Final = int(RecordFlags.WRITABLE_CONTIGUOUS)
 _SHORT_HEADER: Final = int(RecordFlags.SHORT_HEADER)
 _RESUBMITTED: Final = int(RecordFlags.RESUBMITTED)
 _WRITABLE: Final = int(SegmentFlags.WRITABLE)
+_STALLED: Final = int(More.STALLED)
 _LEFT: Final = int(DoneFlags.LEFT)
 
 
@@ -332,7 +335,7 @@ class Batch:
     """
 
     __slots__ = (
-        "built",
+        "_block",
         "_count",
         "_done_views",
         "_gone",
@@ -340,12 +343,11 @@ class Batch:
         "_memory",
         "_record_views",
         "_segments",
-        "serial",
+        "built",
         "done",
-        "more",
         "notify",
         "records",
-        "stalled",
+        "serial",
     )
 
     records: memoryview
@@ -354,14 +356,13 @@ class Batch:
     """``len(batch) * 8`` bytes, writable."""
     notify: bool
     """The driver wants to be signalled for what this cycle completed."""
-    more: bool
-    """More chains are known to be available."""
     built: dict[int, Chain]
     """The chains that were asked for as objects, by position."""
-    stalled: bool
-    """A chain waits until others are completed: take again after that, no kick will come."""
 
-    def __init__(self, records: memoryview, done: memoryview, segments: memoryview) -> None:
+    def __init__(
+        self, block: QueueBlock, records: memoryview, done: memoryview, segments: memoryview
+    ) -> None:
+        self._block = block
         capacity = len(done) // DONE_SIZE
         self._record_views = [records[: n * RECORD_SIZE] for n in range(capacity + 1)]
         self._done_views = [done[: n * DONE_SIZE] for n in range(capacity + 1)]
@@ -375,8 +376,16 @@ class Batch:
         self.records = self._record_views[0]
         self.done = self._done_views[0]
         self.notify = False
-        self.more = False
-        self.stalled = False
+
+    @property
+    def more(self) -> bool:
+        """More chains are known to be available."""
+        return self._count != 0 and self._block.more != 0
+
+    @property
+    def stalled(self) -> bool:
+        """A chain waits until others are completed: take again after that, no kick will come."""
+        return not self._count and bool(self._block.more & _STALLED)
 
     @property
     def left(self) -> Sequence[int]:

@@ -21,7 +21,6 @@ from .layout import (
     RECORD_SIZE,
     SEGMENT_SIZE,
     DoneFlags,
-    More,
     Provision,
     QueueBlock,
     Reason,
@@ -135,6 +134,7 @@ class DeviceQueue:
         self._used_known = config.packed or state is not None
         self._set_position(base, state)
         self._batch = Batch(
+            block,
             memoryview(self._records).cast("B"),
             memoryview(self._done).cast("B"),
             memoryview(self._segments).cast("B"),
@@ -357,8 +357,6 @@ class DeviceQueue:
                     self._fail(count, notify)
             if not count:
                 batch.notify = notify
-                batch.more = False
-                batch.stalled = bool(block.more & More.STALLED)
                 return batch
         batch._count = batch._left = count
         batch.serial += 1
@@ -366,8 +364,6 @@ class DeviceQueue:
         batch.records = batch._record_views[count]
         batch.done = batch._done_views[count]
         batch.notify = notify
-        batch.more = block.more != 0
-        batch.stalled = False
         if batch._gone:
             batch._gone = set()
         if self._former:
@@ -392,7 +388,6 @@ class DeviceQueue:
         batch._count = left
         batch.records = batch._record_views[left]
         batch.done = batch._done_views[left]
-        batch.more = True
 
     # Completing.
 
@@ -490,21 +485,20 @@ class DeviceQueue:
         batch._count = count
         batch._left = left
         batch.serial += 1
-        batch._memory = self._memory
         batch.records = batch._record_views[count]
         batch.done = batch._done_views[count]
-        batch.notify = False
-        batch.more = self._block.more != 0
         if batch._gone:
             batch._gone = set()
+        return batch
+
+    def adopt(self) -> Batch:
+        """Before a server goes on, after others may have changed the queue: the batch it uses."""
+        batch = self._batch
+        batch._memory = self._memory
+        batch.notify = False
         if self._former:
             self._drop_former()
         return batch
-
-    @property
-    def current(self) -> Batch:
-        """The one object that all takes of this queue return."""
-        return self._batch
 
     def note_left(self, left: int) -> None:
         """A handler in C has worked on the batch and left this many requests."""

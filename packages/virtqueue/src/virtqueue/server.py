@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -82,10 +83,11 @@ class Server:
         if not 0 <= spin_max < 1:
             raise UsageError(f"a worker looks for 0 to 1 s before it sleeps, not {spin_max}")
         if queue.engine != "c":
-            raise EngineUnavailable(f"a queue is served from C when C drives it, not {queue.engine}")
+            raise EngineUnavailable(
+                f"a queue is served from C when C drives it, not {queue.engine}"
+            )
         loaded = library()
         self.queue: DeviceQueue = queue
-        self._batch = queue.current
         #: Kept so that what a handler in C works on stays mapped, and its context alive.
         self._memory = queue.memory
         self._handler = handler
@@ -102,45 +104,42 @@ class Server:
             spin_max_ns=round(spin_max * 1e9),
         )
         argument = ctypes.c_void_p(ctypes.addressof(block))
-        self._serve = partial(loaded.released.vq_serve, argument)
+        self.serve: Callable[[], int] = partial(loaded.released.vq_serve, argument)
+        """`turn` again and again, asleep in between, until there is a batch for the caller.
+
+        With a handler that is one of which some requests are `left`, or during which the queue was
+        borrowed. 0: `interrupt`, or another descriptor than the kick's. The GIL is released.
+        """
         self._held_turn = partial(loaded.held.vq_turn, argument)
         self._released_turn = partial(loaded.released.vq_turn, argument)
-        self._turn = self._held_turn
+        self.turn: Callable[[], int] = self._held_turn
+        """Complete the batch, signal the driver if it wants that, take the next; its size.
+
+        0 when there is none, negative when something has to be seen to that `DeviceQueue.cycle`
+        shows: what was completed has been published and signalled. The GIL is kept where memory
+        cannot make a thread wait.
+        """
         self._borrow = partial(loaded.held.vq_borrow, argument)
         self.give_back: partial[None] = partial(loaded.held.vq_give_back, argument)
         """End what `borrow` began."""
 
-    def resume(self, kick_fd: int, call_fd: int) -> None:
-        """Before serving (on), with the lock: adopt what may have changed meanwhile."""
+    def resume(self, kick_fd: int, call_fd: int) -> Batch:
+        """Before serving (on), with the lock: adopt what may have changed meanwhile.
+
+        Returns the object that every `batch` will be.
+        """
         block, queue = self._block, self.queue
         block.owner = _ENGINE
         block.kick_fd = kick_fd
         block.call_fd = call_fd
         self._memory = queue.memory
         bounded = getattr(self._memory, "bounded", True)
-        self._turn = self._held_turn if bounded else self._released_turn
+        self.turn = self._held_turn if bounded else self._released_turn
+        return queue.adopt()
 
-    def turn(self) -> int:
-        """Complete the batch, signal the driver if it wants that, take the next; its size.
-
-        0 when there is none, negative when something has to be seen to that `DeviceQueue.cycle`
-        shows: what was completed has been published and signalled.
-        """
-        if self._batch.built or self.queue._staged_count:
-            self._leave()
-        return self._turn()
-
-    def serve(self) -> int:
-        """`turn` again and again, asleep in between, until there is a batch for the caller.
-
-        With a handler that is one of which some requests are `left`, or during which the queue was
-        borrowed. 0: `interrupt`, or another descriptor than the kick's. The GIL is released.
-        """
-        if self._batch.built or self.queue._staged_count:
-            self._leave()
-        return self._serve()
-
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Before `turn` or `serve`, when chains of the batch were used as objects
+        (`Batch.built`) or completed one by one: what becomes of them."""
         if self.queue.leave_batch():
             self._block.signal = 1
 
