@@ -78,7 +78,7 @@ class Requests(Null):
 
     def handle(self, queue: Queue, request: Request) -> None:
         """Read the header; claim that all was written."""
-        kind, sector = struct.unpack("<I4xQ", request.read(16))
+        kind, sector = struct.unpack("<I4xQ", request.header)
         if kind == T_IN:
             request.written = request.writable_length - 1
         elif kind not in (T_OUT, T_FLUSH) or sector > CAPACITY:

@@ -64,7 +64,7 @@ static void signal_driver(struct vq_server *server)
     const struct vq_queue *queue = pointer(server->queue);
     struct vq_counters *counters = pointer(queue->counters);
     const uint64_t one = 1;
-    server->signal = 0;
+    __atomic_store_n(&server->signal, 0, __ATOMIC_RELAXED); /* before: a later wish is another one */
     if (server->call_fd < 0)
         return;
     if (counters)
@@ -84,11 +84,11 @@ int vq_turn(struct vq_server *server)
             return finished;
         queue->count = 0;
         if (queue->notify)
-            server->signal = 1;
+            __atomic_store_n(&server->signal, 1, __ATOMIC_RELAXED);
         else if (queue->counters)
             ((struct vq_counters *)pointer(queue->counters))->notifications_suppressed++;
     }
-    if (server->signal)
+    if (__atomic_load_n(&server->signal, __ATOMIC_RELAXED))
         signal_driver(server);
     if (unlikely(interrupted(server)))
         return 0;

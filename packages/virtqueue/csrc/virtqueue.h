@@ -319,7 +319,7 @@ struct vq_server {
     uint32_t size;      /* of this structure */
     uint32_t owner;     /* VQ_OWNER_*; atomic */
     uint32_t interrupt; /* come back as soon as possible; atomic, set by others */
-    uint32_t signal;    /* signal the driver at the next occasion, asked for or not */
+    uint32_t signal;    /* signal the driver at the next turn, asked for or not; atomic */
     uint64_t queue;     /* host address of struct vq_queue */
     uint64_t handler;   /* vq_handler, or 0: batches are the caller's */
     uint64_t context;   /* for the handler */

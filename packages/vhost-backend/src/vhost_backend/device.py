@@ -27,6 +27,7 @@ from .ratelimit import RateLimited
 log: logging.Logger = logging.getLogger("vhost_backend")
 
 _HEADER: Final = 16
+_unpack: Final = RECORD.unpack
 _SHORT_HEADER: Final = int(RecordFlags.SHORT_HEADER)
 
 
@@ -56,21 +57,32 @@ class Request:
     made when more is asked for.
     """
 
-    #: What the status byte will say, for device types that have one.
-    status: int = 0
-    #: Bytes reported to the driver: what `write` wrote, unless set.
-    written: int = 0
+    __slots__ = (
+        "_batch",
+        "_chain",
+        "_index",
+        "_position",
+        "_record",
+        "_serial",
+        "status",
+        "written",
+    )
 
-    # Class-level defaults, so that making a request stores four attributes only.
-    _chain: Chain | None = None
-    #: Bytes of the header that `read` has returned.
-    _position: int = 0
+    status: int
+    """What the status byte will say, for device types that have one."""
+    written: int
+    """Bytes reported to the driver: what `write` wrote, unless set."""
 
     def __init__(self, batch: Batch, record: tuple[Any, ...], index: int) -> None:
         self._batch = batch
         self._serial = batch.serial
         self._record = record
         self._index = index
+        self._chain: Chain | None = None
+        #: Bytes of the header that `read` has returned.
+        self._position = 0
+        self.status = 0
+        self.written = 0
 
     @property
     def chain(self) -> Chain:
@@ -83,6 +95,12 @@ class Request:
             if self._position:
                 chain.read(self._position)
         return chain
+
+    @property
+    def header(self) -> bytes:
+        """The first 16 bytes the driver sent, zero padded; `read` begins with them, too."""
+        header: bytes = self._record[0]
+        return header
 
     @property
     def readable_length(self) -> int:
@@ -111,13 +129,12 @@ class Request:
 
     def read(self, size: int = -1) -> bytes:
         """The next `size` bytes of what the driver sent; all that is left when negative."""
-        record = self._record
         if self._chain is None and size >= 0 and self._batch.serial == self._serial:
             position = self._position
             end = position + size
-            if end <= _HEADER and not record[7] & _SHORT_HEADER:
+            if end <= _HEADER and not self._record[7] & _SHORT_HEADER:
                 self._position = end
-                header: bytes = record[0]
+                header: bytes = self._record[0]
                 return header[position:end]
         return self.chain.read(size)
 
@@ -163,8 +180,13 @@ class VirtioDevice:
         The entries (`virtqueue.DONE`: head, status, flags, written) are filled in beforehand as
         success with everything written; the default calls `handle` for each and records the rest.
         """
-        done, flags, handle, pack = batch.done, int(self.status_byte), self.handle, DONE.pack_into
-        for position, record in enumerate(RECORD.iter_unpack(batch.records)):
+        done, handle, pack = batch.done, self.handle, DONE.pack_into
+        flags = 1 if self.status_byte else 0
+        packed = batch.records
+        # One request is what a driver that waits for each brings: an iterator would be dear.
+        records = (_unpack(packed),) if len(packed) == RECORD.size else RECORD.iter_unpack(packed)
+        position = 0
+        for record in records:
             request = Request(batch, record, position)
             try:
                 handle(queue, request)
@@ -172,6 +194,7 @@ class VirtioDevice:
             except Exception as error:
                 status, written = self.failed(queue, error), flags
             pack(done, 8 * position, record[6], status, flags, written)
+            position += 1
 
     def batch_handler(self, queue: int) -> CHandler | None:
         """A handler in C for the batches of that queue, or None; asked once for each queue.

@@ -103,7 +103,7 @@ class QueueWorker(VringEpollHandler):
         view = device.view(state)
         view.window = server.queue.window
         handle_batch = device.device.handle_batch
-        turn, serve, begin = server.turn, server.serve, server.batch
+        turn, serve, begin = server.turn, server.serve, server.begin
         release, reclaim = vring.release, vring.reclaim
         if server.handled:
             # With a handler in C a batch comes to Python only now and then.
@@ -125,9 +125,8 @@ class QueueWorker(VringEpollHandler):
                     return
                 if batch.built:
                     server.leave()
-                # One request at a time means that the next is still to come: complete and sleep
-                # in one call. Otherwise keep the interpreter's lock for the next batch.
-                count = serve() if count == 1 else turn() or serve()
+                # Often the next batch is there already: no need to let go of the interpreter.
+                count = turn() or serve()
             else:
                 if count < 0:
                     # The same call says what it is when it is made the long way.

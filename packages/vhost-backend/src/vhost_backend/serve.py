@@ -39,8 +39,8 @@ def serve(
     connect. On another thread than the main one no signal handlers are installed, and the daemon
     runs until the process ends.
 
-    `engine`, `mapper`, `memory_slots`, `busy_poll` and `cpus` are `VhostUserDaemon`'s. `metrics` is where to serve the
-    counters to Prometheus: `unix:PATH`, or `HOST:PORT` on loopback.
+    `engine`, `mapper`, `memory_slots`, `busy_poll` and `cpus` are `VhostUserDaemon`'s. `metrics` is
+    where to serve the counters to Prometheus: `unix:PATH`, or `HOST:PORT` on loopback.
 
     Raises `ListenError` when the path cannot be listened on.
     """

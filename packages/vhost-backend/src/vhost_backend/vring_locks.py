@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Final, Protocol
@@ -23,8 +24,8 @@ from .vring import VringState
 #: Seconds between two looks at a worker that was called back. It comes at once, unless a handler in
 #: C has just begun: then the queue can be borrowed at the next look.
 CALL_BACK_INTERVAL: Final = 0.0005
-#: Looks after which it is taken to be held up by its call descriptor.
-CALL_BACK_PATIENCE: Final = 40
+#: Seconds after which the worker is taken to be held up by its call descriptor.
+CALL_BACK_PATIENCE: Final = 1.0
 
 
 class Vring(Protocol):
@@ -179,7 +180,7 @@ class VringMutex(_Operations):
 
     def _call_back(self) -> None:
         """The worker has it: in C, asleep or at work, or for a moment in Python."""
-        patience = CALL_BACK_PATIENCE
+        patience = time.monotonic() + CALL_BACK_PATIENCE
         while True:
             server, wake = self.server, self.wake
             if server is not None and wake is not None:
@@ -190,11 +191,12 @@ class VringMutex(_Operations):
                     return
             if self._lock.acquire(timeout=CALL_BACK_INTERVAL):
                 return
-            patience -= 1
-            if patience < 0 and server is not None and self._state.call_fd >= 0:
+            if server is not None and time.monotonic() > patience:
                 # A hostile front-end may have filled the call eventfd and made it blocking, so that
-                # the worker cannot signal: reading it lets the worker go.
+                # the worker waits to signal: reading it lets the worker go. What was read is made
+                # good, should it have been somebody's signal after all.
                 eventfd.drain(self._state.call_fd)
+                server.signal()
 
     def _leave(self) -> None:
         server, self._visit.borrowed = self._visit.borrowed, None

@@ -479,11 +479,12 @@ class DeviceQueue:
             self._leave_batch(completing=True)
         return bool(self._staged_count) and self.publish()
 
-    def begin(self, count: int, left: int) -> Batch:
-        """The batch of ``count`` chains that the engine took, ``left`` of them for the caller."""
+    def begin(self, count: int, left: int | None = None) -> Batch:
+        """The batch of ``count`` chains that the engine took; ``left`` of them, or all, are for the
+        caller."""
         batch = self._batch
         batch._count = count
-        batch._left = left
+        batch._left = count if left is None else left
         batch.serial += 1
         batch.records = batch._record_views[count]
         batch.done = batch._done_views[count]

@@ -58,10 +58,10 @@ class Server:
 
     ``epoll_fd`` is what it sleeps on; ``kick_fd`` is registered there, edge-triggered (so that
     nothing has to be read from it) and with its own number as data, and anything else that is
-    registered there ends a sleep. ``call_fd`` is an eventfd that is signalled when the driver wants that; -1 for none.
-    ``handler`` works on batches in C; without one they are the caller's. ``spin_max`` is the longest
-    time in seconds to look at the ring before sleeping, adapted to how long sleeps are; 0 never
-    looks.
+    registered there ends a sleep. ``call_fd`` is an eventfd that is signalled when the driver wants
+    that; -1 for none. ``handler`` works on batches in C; without one they are the caller's.
+    ``spin_max`` is the longest time in seconds to look at the ring before sleeping, adapted to how
+    long sleeps are; 0 never looks.
 
     The caller holds a lock of its own around all calls but `interrupt`, `borrow` and `give_back`,
     which are for others: they set `interrupt` and wake ``epoll_fd`` to have the lock soon, and may
@@ -119,6 +119,10 @@ class Server:
         shows: what was completed has been published and signalled. The GIL is kept where memory
         cannot make a thread wait.
         """
+        self.begin: Callable[[int], Batch] = (
+            queue.begin if handler is None else lambda count: queue.begin(count, block.left)
+        )
+        """The batch of as many chains that `turn` or `serve` said is there."""
         self._borrow = partial(loaded.held.vq_borrow, argument)
         self.give_back: partial[None] = partial(loaded.held.vq_give_back, argument)
         """End what `borrow` began."""
@@ -141,11 +145,7 @@ class Server:
         """Before `turn` or `serve`, when chains of the batch were used as objects
         (`Batch.built`) or completed one by one: what becomes of them."""
         if self.queue.leave_batch():
-            self._block.signal = 1
-
-    def batch(self, count: int) -> Batch:
-        """The batch that `turn` or `serve` said is there."""
-        return self.queue.begin(count, count if self._handler is None else self._block.left)
+            self.signal()
 
     @property
     def handled(self) -> bool:
@@ -161,6 +161,10 @@ class Server:
     def interrupt(self) -> None:
         """From any thread: have `serve` and `turn` return soon. Wake the epoll descriptor next."""
         self._block.interrupt = 1
+
+    def signal(self) -> None:
+        """From any thread: have the driver signalled at the next turn, whether it wants it or not."""
+        self._block.signal = 1
 
     def clear_interrupt(self) -> None:
         """Before looking at what the epoll descriptor has: a later `interrupt` counts again."""
