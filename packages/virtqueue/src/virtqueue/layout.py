@@ -254,7 +254,7 @@ class QueueBlock(ctypes.Structure):
         ("signalled_used", ctypes.c_uint16),  # split: used index at the last signal
         ("avail_wrap", ctypes.c_uint8),  # packed
         ("used_wrap", ctypes.c_uint8),  # packed
-        ("signalled_valid", ctypes.c_uint8),
+        ("signalled_valid", ctypes.c_uint8),  # the driver has been told since the queue began
         ("armed", ctypes.c_uint8),  # the driver has been asked to kick
         ("stopped", ctypes.c_uint8),  # set by the queue: completions only release
         ("reserved", ctypes.c_uint8 * 5),

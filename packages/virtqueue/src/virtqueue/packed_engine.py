@@ -205,6 +205,10 @@ class PackedEngine(RingEngine):
             return False
         if mode != EVENT_DESCRIPTOR or not self._event_idx:
             return True
+        if not block.signalled_valid:
+            # Nothing is known of what was signalled before a restart: tell the driver once.
+            block.signalled_valid = 1
+            return True
         offset = event & 0x7FFF
         if event >> 15 & 1 != block.used_wrap:
             offset -= self._size

@@ -186,6 +186,10 @@ class Rings:
             state.set_queue_ready(context.memory.current)
         except UsageError as error:
             raise Refused("SET_VRING_KICK", str(error)) from None
+        # A back-end before us may have died between showing the driver what it completed and
+        # signalling it. The driver may wait for that and for nothing else; one time too many is
+        # harmless.
+        state.signal_call()
 
     def _get_base(self, message: vp.GetVringBase, fds: Descriptors) -> Outcome:
         context = self._context
