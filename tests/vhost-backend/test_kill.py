@@ -40,7 +40,7 @@ def test_no_request_is_lost_or_repeated(tmp_path: Path, engine: str, packed: boo
 def test_what_was_completed_and_never_signalled_is_announced(
     tmp_path: Path, engine: str, packed: bool
 ) -> None:
-    """A back-end may die between the used ring and the signal; the driver may wait for just that."""
+    """A back-end may die between used ring and signal, and the driver wait for just that."""
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(1 << 20))
     with (

@@ -23,6 +23,7 @@ from .layout import (
     More,
     Provision,
     QueueBlock,
+    QueueFlags,
     Reason,
     Result,
 )
@@ -125,6 +126,9 @@ class DeviceQueue:
         block.table = memory.table_address
         if inflight is not None:
             block.inflight, block.inflight_size = inflight.address, inflight.size
+            block.inflight_poison = inflight.poison
+            if not inflight.direct:
+                block.flags |= QueueFlags.INFLIGHT_UNGUARDED
         self._block = block
         self._used_known = config.packed or state is not None
         self._set_position(base, state)

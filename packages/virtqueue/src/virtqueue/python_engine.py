@@ -19,6 +19,7 @@ from typing import Any, Final
 from . import access, barrier
 from .dirty import Log
 from .errors import UsageError
+from .inflight import region_poison
 from .layout import (
     ABI,
     DONE,
@@ -142,6 +143,7 @@ class RingEngine:
         self._table = Table.of(memory)
         self._log: Log | None = None
         self._ring_poison: list[Any] = []
+        self._inflight_poison: Any = region_poison(block)
         self._taken: dict[int, Taken] = {}
         # In the order they were taken; only kept where it decides the order of completion.
         self._ordered: deque[Taken] = deque()
@@ -309,7 +311,10 @@ class RingEngine:
                 return Result.USAGE
         for _ in range(count):
             taken = self._taken[self._batch.pop()]
-            self._retreat(taken)
+            try:
+                self._retreat(taken)
+            except Broken as error:
+                self._break(error)
             if self._in_order:
                 self._ordered.pop()
             self._release([taken])
@@ -335,10 +340,20 @@ class RingEngine:
         for word in self._ring_poison:
             if word.value:
                 raise Broken(Reason.TRUNCATED)
+        self._check_records()
+
+    def _check_records(self) -> None:
+        """Whether the in-flight region and the dirty log are still there.
+
+        Zeroes in place of the records would look like a region that was never used.
+        """
+        if self._inflight_poison.value or (self._log is not None and self._log.poison.value):
+            raise Broken(Reason.TRUNCATED)
 
     def _break(self, error: Broken) -> None:
         block = self._block
-        block.reason = error.reason
+        truncated = error.reason is Reason.INFLIGHT and self._inflight_poison.value
+        block.reason = Reason.TRUNCATED if truncated else error.reason
         block.detail = error.detail & 0xFFFF_FFFF_FFFF_FFFF
 
     def _take_one(self, position: int) -> None:
@@ -535,6 +550,7 @@ class RingEngine:
                         raise Broken(Reason.TRUNCATED, taken.head)
             for taken in chains:
                 self._finish(taken)
+            self._check_records()
             ready = chains
             if self._in_order:
                 ready = []
