@@ -7,10 +7,16 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "engine.h"
+
+#ifndef RWF_NOWAIT
+#define RWF_NOWAIT 8
+#endif
 
 #define FIRST_SPIN_NS 4000u
 #define LOOKS_PER_CLOCK 32u
@@ -65,6 +71,22 @@ static void adapt(struct vq_wait *wait, uint64_t slept)
     }
 }
 
+/* Take an eventfd's count, and never wait for one: whoever shares the file can take the count first,
+ * and make it blocking. */
+static void drain(int fd)
+{
+    uint64_t count;
+    struct iovec into = {&count, sizeof(count)};
+    /* The call of libraries older than this flag: position -1 is that of no file that can be sought. */
+    const long position = -1, high = 0;
+    if (syscall(SYS_preadv2, fd, &into, 1L, position, high, (long)RWF_NOWAIT) >= 0 ||
+        errno != EOPNOTSUPP)
+        return;
+    /* Linux before 5.8. */
+    if (read(fd, &count, sizeof(count)) < 0)
+        return;
+}
+
 int vq_wait(struct vq_wait *wait)
 {
     const uint64_t *queues = pointer(wait->queues);
@@ -98,9 +120,8 @@ int vq_wait(struct vq_wait *wait)
     int result = 0;
     if (polled[0].revents) {
         /* An eventfd's count is taken; what else it may be (epoll, a pipe) is the caller's. */
-        uint64_t count;
-        if (wait->drain_kick && read(wait->kick_fd, &count, sizeof(count)) < 0)
-            count = 0;
+        if (wait->drain_kick)
+            drain(wait->kick_fd);
         result |= VQ_WAIT_KICK;
     }
     if (polled[1].revents)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import vhost_protocol as vp
 from virtqueue import UsageError
 
+from .. import eventfd
 from ..errors import Refused
 from ..features import VirtioFeature
 from ..vring import Vring, VringState
@@ -139,6 +140,8 @@ class Rings:
     def _set_kick(self, message: vp.SetVringKick, fds: Descriptors) -> Outcome:
         context = self._context
         vring = context.vring("SET_VRING_KICK", message.index)
+        if fds and not eventfd.can_kick(fds[0].fileno()):
+            raise Refused("SET_VRING_KICK", "not an eventfd, a pipe or a socket")
         with vring.get_ref() as state:
             self._check_startable("SET_VRING_KICK", state)
         worker, position = context.place(message.index)
