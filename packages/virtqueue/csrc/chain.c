@@ -192,6 +192,7 @@ int taking_end(struct engine *engine, const struct taking *taking, enum outcome 
     engine->slots_out += taking->slots;
     if (count) {
         queue->taken += count;
+        queue->bytes += taking->readable;
         queue->in_flight += count;
         pin(taking->table, count);
     }

@@ -84,6 +84,7 @@ static const struct vq_layout_entry layout[] = {
     FIELD(vq_queue, detail),
     FIELD(vq_queue, taken),
     FIELD(vq_queue, completed),
+    FIELD(vq_queue, bytes),
     FIELD(vq_queue, in_flight),
     FIELD(vq_queue, resubmit),
     FIELD(vq_queue, next_avail),

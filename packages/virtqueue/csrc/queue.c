@@ -211,6 +211,7 @@ static inline void settle(struct engine *engine, const struct vq_done *done)
     if (done->flags & VQ_DONE_STATUS)
         store8(pointer(chain->status), done->status);
     chain->written = done->written;
+    engine->queue->bytes += done->written;
     if (unlikely(engine->log != NULL))
         chain_log(engine, chain, done);
 }

@@ -176,6 +176,7 @@ struct vq_queue {
     uint64_t detail;
     uint64_t taken;
     uint64_t completed;
+    uint64_t bytes;
     uint32_t in_flight;
     uint32_t resubmit;
     uint16_t next_avail;

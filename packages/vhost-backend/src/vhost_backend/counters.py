@@ -6,8 +6,9 @@ from __future__ import annotations
 class QueueCounters:
     """What one queue has done since the device was created; reading them needs no lock.
 
-    requests: chains taken; batches: takes that returned at least one chain; bytes: bytes written
-    into the guest's buffers as reported in the used ring; notifications_sent / _suppressed: call
+    requests: chains taken; batches: takes that returned at least one chain; bytes: readable
+    bytes of requests taken and bytes written by completions, of rings that were stopped (`report`
+    adds those of the present ones); notifications_sent / _suppressed: call
     signals given, or not wanted by the driver; kicks: wake-ups by the driver; errors: requests
     that a handler failed; guest_errors: times the queue was broken by the guest.
     """

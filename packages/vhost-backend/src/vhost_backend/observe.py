@@ -24,13 +24,16 @@ def report(daemons: Iterable[VhostUserDaemon]) -> list[QueueReport]:
     for daemon in daemons:
         for index, vring in enumerate(daemon.vrings):
             with vring.get_ref() as state:
+                counters = state.counters.as_dict()
+                if state.queue is not None:
+                    counters["bytes"] += state.queue.bytes
                 reports.append(
                     QueueReport(
                         daemon.name,
                         index,
                         state.running,
                         state.in_flight,
-                        state.counters.as_dict(),
+                        counters,
                     )
                 )
     return reports

@@ -223,6 +223,7 @@ class VringState:
         self._on_drained = None
         if self.queue is not None:
             self.base = self.queue.base
+            self.counters.bytes += self.queue.bytes
             self.queue.close()
             self.queue = None
         self.started = False
@@ -390,6 +391,7 @@ class VringState:
             return
         if self.queue is not None:
             self.base = self.queue.base
+            self.counters.bytes += self.queue.bytes
             self.queue.close()
             self.queue = None
         self.generation += 1

@@ -673,6 +673,14 @@ class DeviceQueue:
         """Chains returned to the driver, ever."""
         return self._block.completed
 
+    @property
+    def bytes(self) -> int:
+        """Bytes, ever: readable ones of chains taken, and those written by their completions.
+
+        A chain that is given back and taken again counts again.
+        """
+        return self._block.bytes
+
     def stop(self) -> None:
         """Touch the ring no more: takes are empty, completions only release what they hold."""
         self._block.stopped = 1

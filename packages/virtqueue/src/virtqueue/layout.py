@@ -200,6 +200,7 @@ class QueueBlock(ctypes.Structure):
     detail: int
     taken: int
     completed: int
+    bytes: int
     in_flight: int
     resubmit: int
     next_avail: int
@@ -257,6 +258,8 @@ class QueueBlock(ctypes.Structure):
         # Counters and position; the engine writes, the queue reads.
         ("taken", ctypes.c_uint64),  # chains, ever
         ("completed", ctypes.c_uint64),  # chains, ever
+        # readable ones of chains taken, and those written by their completions, ever
+        ("bytes", ctypes.c_uint64),
         ("in_flight", ctypes.c_uint32),  # chains taken and not completed
         ("resubmit", ctypes.c_uint32),  # chains of the in-flight region still to be taken again
         ("next_avail", ctypes.c_uint16),  # split: free-running; packed: slot

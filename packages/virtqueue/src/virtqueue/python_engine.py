@@ -378,6 +378,7 @@ class RingEngine:
         block = self._block
         block.segment_count = first + len(pieces)
         block.taken += 1
+        block.bytes += sum(piece.length for piece, writable in pieces if not writable)
         block.in_flight = len(self._taken)
 
     def _resolve(
@@ -550,6 +551,7 @@ class RingEngine:
                         raise Broken(Reason.TRUNCATED, taken.head)
             for taken in chains:
                 self._finish(taken)
+                block.bytes += taken.written
             self._check_records()
             ready = chains
             if self._in_order:
