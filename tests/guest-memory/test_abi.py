@@ -62,7 +62,7 @@ LAYOUTS: dict[type[ctypes.Structure], tuple[int, dict[str, tuple[int, int]]]] = 
             "bitmap_size": (24, 8),
             "enabled": (32, 4),
             "reserved": (36, 4),
-            "reserved2": (40, 8),
+            "poison": (40, 8),
         },
     ),
 }

@@ -19,8 +19,10 @@ from guest_memory import (
     InvalidRegion,
     OutOfBounds,
     Poisoned,
+    SharedMapping,
     UsageError,
     abi,
+    allocate_memfd,
 )
 
 
@@ -205,3 +207,48 @@ def test_a_bitmap_that_shrinks() -> None:
             mark(log, 0x1000 << 15, 1)
         assert (caught.value.address, caught.value.length) == (0x1000 << 15, 1)
         assert os.pread(fd, 1, 0) == b"\3"
+        assert log.mapping.poisoned
+        assert ctypes.c_uint32.from_address(log.struct.poison).value == 1
+        log.close()
+        assert log.struct.poison == 0
+
+
+def test_a_bitmap_whose_missing_pages_a_guard_has_replaced() -> None:
+    """Bits that are set in a guard's pages reach nobody."""
+    with memfd(0x3000) as fd, DirtyLog(fd, 0x3000, guarded=True) as log:
+        assert log.mapping.direct
+        mark(log, 0, 1)
+        ctypes.c_uint32.from_address(log.struct.poison).value = 1  # what the guard does
+        with pytest.raises(Poisoned):
+            mark(log, 0, 1)
+
+
+def test_who_may_touch_a_mapping_directly() -> None:
+    sealed = allocate_memfd(0x1000)
+    with memfd(0x1000) as unsealed:
+        for fd, guarded, direct in (
+            (unsealed, False, False),
+            (unsealed, True, True),
+            (sealed, False, True),
+        ):
+            mapping = SharedMapping(fd, 0x1000, guarded=guarded)
+            assert (mapping.sealed, mapping.direct) == (fd == sealed, direct)
+    os.close(sealed)
+
+
+def test_a_mapping_is_announced_before_it_goes() -> None:
+    with memfd(0x3000) as fd:
+        mapping = SharedMapping(fd, 100, 0x1FF8)
+    base, length = mapping.pages
+    assert (base, length) == (mapping.address - 0xFF8, 0x2000)
+    assert ctypes.c_uint32.from_address(mapping.poison_address).value == 0
+    gone: list[int] = []
+    mapping.before_unmapping(lambda: gone.append(ctypes.c_uint8.from_address(base).value))
+    view = mapping.view
+    mapping.close()
+    assert not gone, "a view holds it"
+    del view
+    assert gone == [0]
+    assert not mapping.poisoned
+    with pytest.raises(UsageError):
+        mapping.poison_address  # noqa: B018

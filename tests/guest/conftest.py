@@ -67,7 +67,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what a back-end does not claim to be able to do."""
+    """Leave out what a back-end does not claim to be able to do; give many kills their time."""
     chosen: list[pytest.Item] = []
     others: list[pytest.Item] = []
     for item in items:
@@ -76,6 +76,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kind = spec.params.get("kind") if spec is not None else None
         fits = kind is None or all(able(kind, ability) for ability in needs)
         (chosen if fits else others).append(item)
+        if "kills" in getattr(item, "fixturenames", ()):
+            times = int(_option(config, "--kills", "4")[0])
+            item.add_marker(pytest.mark.timeout(120 + 45 * times))
     items[:] = chosen
     if others:
         config.hook.pytest_deselected(items=others)

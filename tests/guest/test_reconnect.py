@@ -19,8 +19,6 @@ from tests.support.guest import (
     VerifyingWriters,
 )
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture
 def bed(
@@ -38,6 +36,7 @@ def bed(
         assert bed.complaints() == []
 
 
+@pytest.mark.timeout(300)
 def test_idle_back_end_is_killed_and_restarted(bed: Bed) -> None:
     disk = bed["main"]
     for turn in range(2):

@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,15 +15,19 @@ import pytest
 import vhost_protocol as vp
 from guest_memory import GuestMemory
 from vhost_backend import (
+    BackendUsageError,
     BlockDevice,
     DeviceBackend,
     Request,
     VhostBackendError,
+    VhostUserBackendBase,
     VhostUserDaemon,
     VirtioDevice,
     VirtioFeature,
+    Vring,
 )
 from vhost_backend import Queue as DeviceQueueView
+from vhost_backend.daemon import RECONNECT_INTERVAL
 from vhost_backend.driver import BlockDriver, DriverSession, SessionError
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import attached, served
@@ -261,6 +265,8 @@ def test_a_new_call_descriptor_is_signalled_at_once() -> None:
 
 def test_a_full_call_descriptor_does_not_block_the_worker() -> None:
     with attached(Echo()) as session:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(session.vrings[0].call_fd)  # of the ring's start
         os.eventfd_write(session.vrings[0].call_fd, (1 << 64) - 2)
         for number in range(3):
             assert exchange(session, bytes([number]) * 8) == bytes([number]) * 8
@@ -491,3 +497,148 @@ def test_a_client_that_may_not_reconnect_says_why_it_ended(tmp_path: Path) -> No
         daemon.start_client(tmp_path / "nobody", reconnect=False)
         with pytest.raises(VhostBackendError, match="No such file"):
             daemon.wait()
+
+
+def test_a_client_backs_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From nobody, from one who is too busy to listen, and from one who hangs up at once."""
+    path = str(tmp_path / "front-end.sock")
+    waits: list[float] = []
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        daemon = stack.enter_context(VhostUserDaemon("test", DeviceBackend(Echo())))
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):  # it is shut down in the end
+                while True:
+                    listener.accept()[0].close()
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            if len(waits) == 3:
+                listener.bind(path)
+                listener.listen(0)
+                with contextlib.suppress(BlockingIOError):
+                    while True:  # until its queue is full
+                        other = stack.enter_context(socket.socket(socket.AF_UNIX))
+                        other.setblocking(False)
+                        other.connect(path)
+            elif len(waits) == 6:
+                threading.Thread(target=hang_up).start()
+            elif len(waits) == 10:
+                daemon.shutdown()
+
+        monkeypatch.setattr(daemon, "_sleep", sleep)
+        daemon.start_client(path)
+        daemon.wait()
+        listener.shutdown(socket.SHUT_RDWR)
+    low, high = RECONNECT_INTERVAL
+    assert waits[0] == low
+    assert waits[-1] == high
+    assert all(b == min(2 * a, high) for a, b in zip(waits, waits[1:], strict=False))
+
+
+def test_reset_owner_disables_the_rings_and_no_more() -> None:
+    """Deprecated: "It is recommended that back-ends either ignore it or use it to disable"."""
+    with attached(Echo()) as session:
+        assert exchange(session, b"before") == b"before"
+        session.frontend.reset_owner()
+        source, target = session.allocate(4), session.allocate(4)
+        session.memory.write(source, b"late")
+        vring = session.vrings[0]
+        vring.submit([(source, 4)], [(target, 4)])
+        vring.kick()
+        with pytest.raises(SessionError, match="nothing completed"):
+            vring.completions(0.2)
+        session.frontend.set_owner()
+        session.frontend.set_vring_enable(0, True)
+        assert len(vring.completions(5.0)) == 1
+        assert session.memory.read(target, 4) == b"late"
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        vp.ProtocolFeatures.INBAND_NOTIFICATIONS,
+        vp.ProtocolFeatures.INBAND_NOTIFICATIONS | vp.ProtocolFeatures.REPLY_ACK,
+        vp.ProtocolFeatures.INBAND_NOTIFICATIONS | vp.ProtocolFeatures.BACKEND_REQ,
+    ],
+)
+def test_notifications_as_messages_without_what_they_need_close_the_connection(
+    wanted: vp.ProtocolFeatures,
+) -> None:
+    """ "the back-end must close the connection", once it is asked for them without the rest."""
+
+    def header(code: int, size: int = 0) -> bytes:
+        return struct.pack("<III", code, 1, size)
+
+    with served(Echo()) as path:
+        with socket.socket(socket.AF_UNIX) as frontend:
+            frontend.settimeout(5)
+            frontend.connect(path)
+            for code in (1, 15):  # GET_FEATURES, GET_PROTOCOL_FEATURES
+                frontend.sendall(header(code))
+                (offered,) = struct.unpack("<12xQ", frontend.recv(20, socket.MSG_WAITALL))
+            assert int(wanted) & ~offered == 0
+            frontend.sendall(header(16, 8) + struct.pack("<Q", int(wanted)))
+            assert frontend.recv(1) == b""
+        with DriverSession.connect(path) as session:
+            assert exchange(session, b"next") == b"next"
+
+
+class Listening(VhostUserBackendBase):
+    """A back-end with a descriptor of its own."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, int]] = []
+        self.told = threading.Event()
+
+    def num_queues(self) -> int:
+        return 3
+
+    def queues_per_thread(self) -> list[int]:
+        return [0b011, 0b100]
+
+    def handle_event(
+        self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
+    ) -> bool:
+        self.seen.append((device_event, event_set, thread_id))
+        self.told.set()
+        return False
+
+
+def test_a_devices_own_descriptors() -> None:
+    """`register_listener` and `unregister_listener`, before and after there is a front-end."""
+    backend = Listening()
+    reader, writer = os.pipe()
+    ours, theirs = socket.socketpair()
+    with VhostUserDaemon("test", backend) as daemon:
+        first, second = daemon.get_epoll_handlers()
+        assert (first.thread_id, second.thread_id) == (0, 1)
+        assert [len(handler.vrings) for handler in (first, second)] == [2, 1]
+        for data in (0, 1, 2):  # queues, and one more that is not to be mistaken for one
+            with pytest.raises(BackendUsageError):
+                first.register_listener(reader, select.EPOLLIN, data)
+        with pytest.raises(BackendUsageError):
+            first.unregister_listener(reader)
+        second.register_listener(reader, select.EPOLLIN | select.EPOLLET, 7)
+        with pytest.raises(OSError):
+            second.register_listener(reader, select.EPOLLIN, 8)
+        os.write(writer, b"a")
+        assert backend.told.wait(5)
+        assert backend.seen == [(7, select.EPOLLIN, 1)]
+        daemon.start_connection(ours)
+        with vp.Frontend(theirs, timeout=5) as frontend:
+            frontend.get_features()
+            backend.told.clear()
+            os.write(writer, b"b")
+            assert backend.told.wait(5)
+        second.unregister_listener(reader)
+        backend.told.clear()
+        os.write(writer, b"c")
+        first.register_listener(reader, select.EPOLLIN | select.EPOLLET, 9)
+        assert backend.told.wait(5)
+        assert backend.seen[-1] == (9, select.EPOLLIN, 0)
+        assert len(backend.seen) == 3
+        first.unregister_listener(reader)
+    os.close(reader)
+    os.close(writer)

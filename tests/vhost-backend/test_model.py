@@ -7,6 +7,7 @@ that waited must be served as soon as the ring runs again.
 
 import os
 import socket
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -62,6 +63,7 @@ class ControlMachine(RuleBasedStateMachine):
             vp.ProtocolFeatures.REPLY_ACK
             | vp.ProtocolFeatures.MQ
             | vp.ProtocolFeatures.RESET_DEVICE
+            | vp.ProtocolFeatures.STATUS
         )
         frontend.set_owner()
         frontend.set_features(self.features)
@@ -71,6 +73,8 @@ class ControlMachine(RuleBasedStateMachine):
         self.packed = packed
         self.event_idx = event_idx
         self.shared = False
+        self.owned = True
+        self.status = 0
         self._new_ring()
 
     def _new_ring(self) -> None:
@@ -190,14 +194,38 @@ class ControlMachine(RuleBasedStateMachine):
         self.shared = present
 
     @rule()
-    def reset(self) -> None:
+    def reset_device(self) -> None:
+        self.reset(self.frontend.reset_device)
+
+    def reset(self, how: Callable[[], None]) -> None:
         if self.running:
             self._settle()
-        self.frontend.reset_device()
+        how()
         if self.ring is not None:
             self.ring.close()
         self._new_ring()
         self.told_base = None  # where the old ring stood; the new one begins elsewhere
+
+    @rule()
+    def own(self) -> None:
+        self.expect(not self.owned, self.frontend.set_owner)
+        self.owned = True
+
+    @rule()
+    def disown(self) -> None:
+        """Deprecated: the rings are disabled, and nothing else happens."""
+        self.frontend.reset_owner()
+        self.owned = self.enabled = False
+
+    @rule(status=st.sampled_from([1, 3, 15, 0]))
+    def set_status(self, status: int) -> None:
+        """Zero is a reset, when the status was another."""
+        if not status and self.status:
+            self.reset(lambda: self.frontend.set_status(0))
+        else:
+            self.frontend.set_status(status)
+        self.status = status
+        assert self.frontend.get_status() == status
 
     @rule()
     def bad_request(self) -> None:

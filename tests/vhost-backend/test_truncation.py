@@ -102,3 +102,100 @@ def test_the_daemon_survives_without_the_library(how: str, what: str, packed: st
     done = run(HIDE + SCRIPT, how, what, packed, engine="")
     assert done.startswith("no completion")
     assert done.endswith("survived False\n")
+
+
+# What the front-end shares besides its memory: the dirty log, and the records of what is in flight.
+
+RECORDS = """
+import os, sys, threading
+import vhost_protocol as vp
+from vhost_backend import Queue, Request, VirtioDevice, VirtioFeature
+from vhost_backend.driver import DriverSession, SessionError
+from vhost_backend.testing import served
+from virtqueue import QueueBroken, SigbusGuard
+
+what, when, packed, engine = sys.argv[1], sys.argv[2], sys.argv[3] == "packed", sys.argv[4]
+taken, go_on = threading.Event(), threading.Event()
+
+class Slow(VirtioDevice):
+    def handle(self, queue, request):
+        request.write(request.read())
+        taken.set()
+        assert go_on.wait(10)
+
+def request(session):
+    ring = session.vrings[0]
+    a, b = session.allocate(4096), session.allocate(4096)
+    ring.submit([(a, 4096)], [(b, 4096)])
+    ring.kick()
+    return ring
+
+SIZE = 1 << 20
+features = vp.ProtocolFeatures.INFLIGHT_SHMFD | vp.ProtocolFeatures.LOG_SHMFD
+with served(Slow(), engine=engine or None) as path, served(Slow()) as other:
+    bystander = DriverSession.connect(other, memory_size=SIZE)
+    session = DriverSession.connect(
+        path, memory_size=SIZE, packed=packed, protocol_features=features
+    )
+    fd = os.memfd_create("records")  # not sealed
+    os.ftruncate(fd, SIZE)
+    if what == "log":
+        session.frontend.set_log_base(SIZE, 0, fd)
+        session.frontend.set_features(int(session.features | VirtioFeature.LOG_ALL))
+    else:
+        base = session.stop_ring(0)
+        session.frontend.set_inflight_fd(1 << 16, 64, 1, 128, fd)
+        session.start_ring(0, base)
+    go_on.set()
+    assert len(request(session).completions()) == 1
+    taken.clear()
+    if when == "during":
+        # A request is being worked on, and others wait.
+        go_on.clear()
+        ring = request(session)
+        assert taken.wait(10)
+        for _ in range(5):
+            request(session)
+        os.ftruncate(fd, 0)
+        go_on.set()
+    else:
+        os.ftruncate(fd, 0)
+        ring = request(session)
+    # The connection ends, after what was completed before anybody touched what is missing.
+    try:
+        for _ in range(7):
+            ring.completions(2.0)
+            session.frontend.get_features()
+    except (SessionError, QueueBroken, vp.ProtocolError):
+        print("over")
+    session.close()
+    # Another connection goes on, and so does the same socket.
+    assert len(request(bystander).completions()) == 1
+    bystander.close()
+    with DriverSession.connect(path, packed=packed, inflight=True) as again:
+        assert len(request(again).completions()) == 1
+    os.close(fd)
+print("survived", SigbusGuard.available())
+"""
+
+
+@pytest.mark.parametrize("packed", ["split", "packed"])
+@pytest.mark.parametrize("when", ["idle", "during"])
+@pytest.mark.parametrize("what", ["log", "inflight"])
+def test_truncated_records_end_one_connection(
+    engine: str, what: str, when: str, packed: str
+) -> None:
+    done = run(RECORDS, what, when, packed, engine, engine="")
+    assert done.splitlines()[0] == "over"
+    assert done.splitlines()[-1].startswith("survived")
+
+
+@pytest.mark.parametrize("packed", ["split", "packed"])
+@pytest.mark.parametrize("when", ["idle", "during"])
+@pytest.mark.parametrize("what", ["log", "inflight"])
+def test_truncated_records_end_one_connection_without_the_library(
+    what: str, when: str, packed: str
+) -> None:
+    done = run(HIDE + RECORDS, what, when, packed, "", engine="")
+    assert done.splitlines()[0] == "over"
+    assert done.splitlines()[-1] == "survived False"

@@ -79,6 +79,142 @@ def test_a_chain_in_lost_memory_is_not_published(engine: str, packed: bool) -> N
     )
 
 
+RECORDS = """
+from guest_memory import DirtyLog, SharedMapping
+from virtqueue import InflightRegion, inflight_size
+
+def watched(mapping):
+    SigbusGuard.watch_range(*mapping.pages, mapping.page_size, mapping.poison_address)
+    return mapping
+
+def records(size, engine, packed, what):
+    \"""A ring over memory that stays, whose log or in-flight region may go.\"""
+    fd = os.memfd_create("records")
+    os.ftruncate(fd, 1 << 18)
+    rig = Rig(size=size, engine=engine, packed=packed, device=False)
+    if what == "log":
+        rig.log = DirtyLog(fd, 1 << 18, enabled=True, guarded=True)
+        watched(rig.log.mapping)
+        rig.device = rig.new_device(log=rig.log)
+    else:
+        mapping = watched(SharedMapping(fd, inflight_size(size, packed), guarded=True))
+        rig.inflight = InflightRegion(
+            mapping.address, mapping.size, mapping, poison=mapping.poison_address
+        )
+        rig.device = rig.new_device()
+    rig.records = fd
+    return rig
+
+def serve(rig):
+    for chain in rig.device.take():
+        chain.write(b"good")
+        rig.device.complete(chain)
+    rig.device.publish()
+    return len(rig.driver.collect())
+"""
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("engine", ["c", "python"])
+@pytest.mark.parametrize("what", ["log", "inflight"])
+@pytest.mark.parametrize("size", [8, 1024])
+def test_records_that_are_truncated_break_the_queue(
+    what: str, engine: str, packed: bool, size: int
+) -> None:
+    check(
+        RECORDS
+        + f"""
+SigbusGuard.install()
+rig = records({size}, {engine!r}, {packed}, {what!r})
+rig.offer_many(2)
+assert serve(rig) == 2
+rig.offer_many(2)
+batch = rig.device.take()
+assert len(batch) == 2
+os.ftruncate(rig.records, 0)
+for chain in list(batch):
+    chain.write(b"lost")
+    rig.device.complete(chain)
+rig.device.publish()
+rig.offer_many(1)
+try:
+    rig.device.take()
+except QueueBroken as error:
+    assert error.reason is Reason.TRUNCATED, error
+else:
+    raise AssertionError("nothing noticed")
+assert rig.device.in_flight == 0
+if {what!r} == "log":
+    assert rig.driver.collect() == []  # its pages were not marked
+print("fine")
+"""
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("engine", ["c", "python"])
+def test_a_region_that_is_gone_is_not_taken_for_a_new_one(engine: str, packed: bool) -> None:
+    check(
+        RECORDS
+        + f"""
+SigbusGuard.install()
+rig = records(16, {engine!r}, {packed}, "inflight")
+rig.offer_many(2)
+rig.device.take()
+os.ftruncate(rig.records, 0)
+try:
+    rig.new_device().take()
+except QueueBroken as error:
+    assert error.reason is Reason.TRUNCATED, error
+else:
+    raise AssertionError("nothing noticed")
+print("fine")
+"""
+    )
+
+
+def test_ranges_that_are_none_are_refused() -> None:
+    check(
+        """
+        from virtqueue import UsageError
+        word = ctypes.c_uint32()
+        poison = ctypes.addressof(word)
+        for wrong in ((0, 1, 4096, poison), (4096, 0, 4096, poison), (4096, 1, 100, poison),
+                      (4096, 1, 0, poison), (4096, 1, 4096, 0)):
+            try:
+                SigbusGuard.watch_range(*wrong)
+            except UsageError:
+                continue
+            raise AssertionError(wrong)
+        SigbusGuard.unwatch_range(4096, 1)  # of nothing: harmless
+        print("fine")
+        """
+    )
+
+
+def test_an_unwatched_range_is_not_mended() -> None:
+    done = run(
+        """
+        from guest_memory import SharedMapping
+        SigbusGuard.install()
+        fd = os.memfd_create("records")
+        os.ftruncate(fd, 8192)
+        mapping = SharedMapping(fd, 8192)
+        watched = (*mapping.pages, mapping.page_size, mapping.poison_address)
+        SigbusGuard.watch_range(*watched)
+        SigbusGuard.watch_range(*watched)
+        SigbusGuard.unwatch_range(*mapping.pages)
+        os.ftruncate(fd, 0)
+        ctypes.c_uint8.from_address(mapping.address).value
+        assert mapping.poisoned
+        SigbusGuard.unwatch_range(*mapping.pages)
+        print("before", flush=True)
+        ctypes.c_uint8.from_address(mapping.address + 4096).value
+        """
+    )
+    assert (done.returncode, done.stdout) == (-7, "before\n")
+
+
 @pytest.mark.parametrize("engine", ["c", "python"])
 def test_a_lost_ring_breaks_the_queue(engine: str) -> None:
     check(

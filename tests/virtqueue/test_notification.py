@@ -44,6 +44,20 @@ def test_2_7_7_2_with_event_idx_only_a_passed_event_signals(make_rig: Any, packe
     assert not serve(rig)
 
 
+def test_after_a_restart_the_driver_is_told_once_whatever_its_event(
+    make_rig: Any, packed: bool
+) -> None:
+    """Nobody knows whether the device before came to signal what it had published."""
+    rig: Rig = make_rig(size=16, packed=packed, event_idx=True, inflight=True)
+    assert serve(rig)
+    rig.driver.collect()
+    assert not rig.driver.enable_notification()
+    assert serve(rig)  # and the device dies before it signals
+    rig.device = rig.new_device()
+    assert serve(rig)
+    assert not serve(rig)
+
+
 @pytest.mark.parametrize("event_idx", [False, True])
 def test_2_7_10_the_driver_kicks_a_device_that_found_nothing(
     make_rig: Any, packed: bool, event_idx: bool

@@ -17,8 +17,18 @@ from typing import Any
 import pytest
 from virtqueue_rig import GUEST, USER, Rig
 
-from guest_memory import GuestAddress, GuestMemory, Region, UserAddress
-from virtqueue import DriverQueue, QueueBroken, Reason, UsageError, access, barrier
+from guest_memory import GuestAddress, GuestMemory, Region, SharedMapping, UserAddress
+from virtqueue import (
+    DriverQueue,
+    EngineUnavailable,
+    InflightRegion,
+    QueueBroken,
+    Reason,
+    UsageError,
+    access,
+    barrier,
+    inflight_size,
+)
 
 SIZE = 1 << 20
 
@@ -320,3 +330,102 @@ def test_a_truncated_log_breaks_the_queue(make_python_rig: Any, packed: bool) ->
     assert rig.device.broken.reason is Reason.TRUNCATED
     log.close()
     os.close(fd)
+
+
+# In-flight regions of files that their owner may shorten.
+
+
+@pytest.fixture
+def unsealed_region() -> Iterator[Any]:
+    fds: list[int] = []
+
+    def make(size: int, packed: bool) -> tuple[int, InflightRegion]:
+        fd = os.memfd_create("inflight")
+        fds.append(fd)
+        os.ftruncate(fd, 1 << 20)
+        mapping = SharedMapping(fd, inflight_size(size, packed), 4096 - 64)
+        assert not mapping.direct
+        return fd, InflightRegion(
+            mapping.address,
+            mapping.size,
+            mapping,
+            poison=mapping.poison_address,
+            direct=mapping.direct,
+        )
+
+    yield make
+    for fd in fds:
+        os.close(fd)
+
+
+def test_records_are_kept_through_the_kernel(
+    make_python_rig: Any, packed: bool, unsealed_region: Any
+) -> None:
+    """They are the bytes that an engine stores which touches the memory itself."""
+    direct = make_python_rig(size=16, packed=packed, inflight=True)
+    kernel = make_python_rig(size=16, packed=packed, device=False)
+    fd, kernel.inflight = unsealed_region(16, packed)
+    kernel.device = kernel.new_device()
+
+    def same() -> None:
+        there = os.pread(fd, kernel.inflight.size, 4096 - 64)
+        assert there == bytes(direct.inflight_bytes)
+
+    for rig in (direct, kernel):
+        ids = rig.offer_many(7)
+        rig.device.take(6)
+        rig.device.rewind(1)
+    same()
+    for rig in (direct, kernel):
+        for index in (4, 0, 2):
+            rig.device.complete(ids[index])
+        rig.device.publish()
+    same()
+    for rig in (direct, kernel):
+        rig.device = rig.new_device()
+        batch = rig.device.take()
+        assert [chain.head for chain in batch] == [ids[index] for index in (1, 3, 5, 6)]
+        assert [chain.resubmitted for chain in batch] == [True, True, False, False]
+        for chain in list(batch):
+            rig.device.complete(chain)
+        rig.device.publish()
+        assert len(rig.driver.collect()) == 7
+    same()
+
+
+def test_only_the_python_engine_takes_records_that_may_vanish(
+    make_python_rig: Any, packed: bool, unsealed_region: Any
+) -> None:
+    rig = make_python_rig(size=16, packed=packed, device=False)
+    _, rig.inflight = unsealed_region(16, packed)
+    with pytest.raises(EngineUnavailable):
+        rig.new_device(engine="c")
+    assert rig.new_device(engine="python").engine == "python"
+
+
+@pytest.mark.parametrize("when", ["before", "take", "rewind", "publish", "recover"])
+def test_truncated_records_break_the_queue(
+    make_python_rig: Any, packed: bool, unsealed_region: Any, when: str
+) -> None:
+    rig = make_python_rig(size=16, packed=packed, device=False)
+    fd, rig.inflight = unsealed_region(16, packed)
+    if when == "before":
+        os.ftruncate(fd, 0)
+    device = rig.new_device()
+    rig.offer_many(4)
+    if when == "take":
+        os.ftruncate(fd, 0)
+    if when in ("rewind", "publish", "recover"):
+        device.take(2)
+        os.ftruncate(fd, 0)
+    if when == "rewind":
+        device.rewind(1)
+    if when == "publish":
+        device.complete(0)
+        device.publish()
+        assert rig.driver.collect() == []
+    if when == "recover":
+        device = rig.new_device()
+    with pytest.raises(QueueBroken) as caught:
+        device.take()
+    assert caught.value.reason is Reason.TRUNCATED

@@ -200,6 +200,7 @@ int taking_end(struct engine *engine, const struct taking *taking, enum outcome 
         if (counters) {
             counters->requests += count;
             counters->batches++;
+            counters->bytes += taking->readable;
         }
     }
     switch (outcome) {

@@ -29,6 +29,7 @@ struct taking {
     uint32_t segment_count; /* their pieces */
     uint32_t room;          /* added to engine->room */
     uint32_t slots;         /* added to engine->slots_out */
+    uint64_t readable;      /* bytes, for the counters */
 };
 
 static inline struct taking taking_start(const struct engine *engine)
@@ -199,6 +200,7 @@ static ALWAYS_INLINE enum outcome building_finish(struct engine *engine, struct 
         return STALLED;
 
     struct chain *chain = &taking->chains[head];
+    taking->readable += building.readable;
     chain->table = taking->table;
     chain->regions = building.regions;
     chain->writable_length = writable;

@@ -117,13 +117,23 @@ static inline enum outcome fault(struct engine *engine, enum vq_reason reason, u
     return FAULT;
 }
 
+/* Whether the front-end has truncated what we keep records in: its dirty log or the in-flight region.
+ * What is missing there cannot be made good. */
+static inline bool records_poisoned(const struct engine *engine)
+{
+    const uint64_t log = engine->log ? engine->log->poison : 0;
+    const uint64_t inflight = engine->queue->inflight_poison;
+    return (log && load32(pointer(log))) || (inflight && load32(pointer(inflight)));
+}
+
 /*
  * The queue is broken for good.  Truncated memory reads as zeros, so when the ring was truncated
  * that explains whatever looks wrong in it.
  */
 static inline int broken(struct engine *engine, uint32_t reason, uint64_t detail)
 {
-    if (memory_poisoned(engine->memory.table) & engine->ring_regions)
+    if ((memory_poisoned(engine->memory.table) & engine->ring_regions) ||
+        records_poisoned(engine))
         reason = VQ_REASON_TRUNCATED;
     engine->queue->reason = reason;
     engine->queue->detail = detail;

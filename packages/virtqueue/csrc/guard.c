@@ -1,9 +1,9 @@
 /*
- * Surviving truncated guest memory.
+ * Surviving truncated guest memory, and truncated files of the front-end's that we keep records in.
  *
- * A front-end that shortens the file behind a region makes every touch of the lost pages a SIGBUS.
+ * A front-end that shortens the file behind a mapping makes every touch of the lost pages a SIGBUS.
  * A handler that jumps out of the fault cannot unwind an interpreter, so this one mends instead: it
- * maps a zero page over the faulting page, sets the region's poison word, and returns.  Whatever
+ * maps a zero page over the faulting page, sets the mapping's poison word, and returns.  Whatever
  * touched the page reads zeros; engines look at the word before they publish a completion.
  *
  * The handler only loads atomics, calls mmap as a system call, and stores two words.  It takes no
@@ -55,7 +55,7 @@ static void *raw_mmap(uint64_t address, uint64_t length)
     return (void *)syscall(SYS_mmap, address, length, PROT_READ | PROT_WRITE, flags, -1, 0);
 }
 
-/* Mend the page at `address` if it lies in a watched region. */
+/* Mend the page at `address` if it lies in a watched mapping. */
 static bool mend(uint64_t address)
 {
     for (struct block *block = &first_block; block;
@@ -154,10 +154,41 @@ static struct watched *free_entry(void)
     }
 }
 
-static bool can_watch(const struct gm_region *region)
+static bool can_watch(uint64_t start, uint64_t size, uint64_t page, uint64_t poison)
 {
-    const uint64_t page = region->page_size;
-    return region->host_address && region->poison && page && !(page & (page - 1)) && region->size;
+    return start && poison && page && !(page & (page - 1)) && size;
+}
+
+static bool can_watch_region(const struct gm_region *region)
+{
+    return can_watch(region->host_address, region->size, region->page_size, region->poison);
+}
+
+/* Under the lock. */
+static int watch(uint64_t start, uint64_t size, uint64_t page, uint64_t poison)
+{
+    struct watched *entry = find_entry(start, size);
+    if (entry) {
+        entry->uses++;
+        return 0;
+    }
+    entry = free_entry();
+    if (!entry)
+        return VQ_NO_MEMORY;
+    entry->size = size;
+    entry->poison = poison;
+    entry->page_size = page;
+    entry->uses = 1;
+    __atomic_store_n(&entry->start, start, __ATOMIC_RELEASE);
+    return 0;
+}
+
+/* Under the lock. */
+static void unwatch(uint64_t start, uint64_t size)
+{
+    struct watched *entry = find_entry(start, size);
+    if (entry && --entry->uses == 0)
+        __atomic_store_n(&entry->start, 0, __ATOMIC_RELEASE);
 }
 
 static const struct gm_table *checked(uint64_t address)
@@ -176,12 +207,9 @@ int vq_guard_unwatch(uint64_t table_address)
         return VQ_ABI_ERROR;
     const struct gm_region *regions = pointer(table->regions);
     lock();
-    for (uint32_t i = 0; i < table->region_count; i++) {
-        struct watched *entry =
-            can_watch(&regions[i]) ? find_entry(regions[i].host_address, regions[i].size) : NULL;
-        if (entry && --entry->uses == 0)
-            __atomic_store_n(&entry->start, 0, __ATOMIC_RELEASE);
-    }
+    for (uint32_t i = 0; i < table->region_count; i++)
+        if (can_watch_region(&regions[i]))
+            unwatch(regions[i].host_address, regions[i].size);
     unlock();
     return 0;
 }
@@ -194,27 +222,30 @@ int vq_guard_watch(uint64_t table_address)
     const struct gm_region *regions = pointer(table->regions);
     int result = 0;
     lock();
-    for (uint32_t i = 0; i < table->region_count && !result; i++) {
-        if (!can_watch(&regions[i]))
-            continue;
-        struct watched *entry = find_entry(regions[i].host_address, regions[i].size);
-        if (entry) {
-            entry->uses++;
-            continue;
-        }
-        entry = free_entry();
-        if (!entry) {
-            result = VQ_NO_MEMORY;
-            break;
-        }
-        entry->size = regions[i].size;
-        entry->poison = regions[i].poison;
-        entry->page_size = regions[i].page_size;
-        entry->uses = 1;
-        __atomic_store_n(&entry->start, regions[i].host_address, __ATOMIC_RELEASE);
-    }
+    for (uint32_t i = 0; i < table->region_count && !result; i++)
+        if (can_watch_region(&regions[i]))
+            result = watch(regions[i].host_address, regions[i].size, regions[i].page_size,
+                           regions[i].poison);
     unlock();
     return result;
+}
+
+int vq_guard_watch_range(uint64_t start, uint64_t size, uint64_t page_size, uint64_t poison)
+{
+    if (!can_watch(start, size, page_size, poison))
+        return VQ_USAGE;
+    lock();
+    int result = watch(start, size, page_size, poison);
+    unlock();
+    return result;
+}
+
+int vq_guard_unwatch_range(uint64_t start, uint64_t size)
+{
+    lock();
+    unwatch(start, size);
+    unlock();
+    return 0;
 }
 
 uint32_t vq_guard_events(void) { return __atomic_load_n(&guard_events, __ATOMIC_ACQUIRE); }

@@ -70,7 +70,7 @@ struct gm_log {
     uint64_t bitmap_size; /* bytes */
     uint32_t enabled;     /* buffer writes are logged */
     uint32_t reserved;
-    uint64_t reserved2;
+    uint64_t poison; /* host address of a u32: not 0 after a page was found missing; or 0 */
 };
 
 #endif

@@ -60,6 +60,7 @@ static const struct vq_layout_entry layout[] = {
     FIELD(vq_queue, log_used),
     FIELD(vq_queue, inflight),
     FIELD(vq_queue, inflight_size),
+    FIELD(vq_queue, inflight_poison),
     FIELD(vq_queue, records),
     FIELD(vq_queue, segments),
     FIELD(vq_queue, done),
@@ -177,7 +178,7 @@ static const struct vq_layout_entry layout[] = {
     FIELD(gm_log, bitmap_size),
     FIELD(gm_log, enabled),
     FIELD(gm_log, reserved),
-    FIELD(gm_log, reserved2),
+    FIELD(gm_log, poison),
     {NULL, 0, 0},
 };
 

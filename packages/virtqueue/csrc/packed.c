@@ -292,6 +292,11 @@ static int packed_use(struct engine *engine, const struct vq_done *done, uint32_
         return 0;
     if (mode != EVENT_DESCRIPTOR || !(queue->features & VQ_EVENT_IDX))
         return 1;
+    if (unlikely(!queue->signalled_valid)) {
+        /* Nothing is known of what was signalled before a restart: tell the driver once. */
+        queue->signalled_valid = 1;
+        return 1;
+    }
     uint32_t position = event & 0x7fff;
     if (((event >> 15) & 1) != at.wrap)
         position -= size; /* a lap behind; modulo 2^16 like all that follows */

@@ -53,6 +53,9 @@ int vq_create(struct vq_queue *queue)
     if (!size || size > VQ_MAX_QUEUE_SIZE || (!packed && (size & (size - 1))) ||
         (packed && big_endian) || (queue->features & ~ALL_FEATURES))
         return VQ_USAGE;
+    /* Records that may vanish, and nothing catches the fault: not for an engine that touches them. */
+    if (queue->flags)
+        return VQ_USAGE;
     if (!queue->records || !queue->segments || !queue->done || !queue->record_capacity ||
         !queue->segment_capacity || (queue->staged_capacity && !queue->staged) ||
         (queue->provision_capacity && !queue->provisions))
@@ -123,7 +126,7 @@ int vq_attach(struct vq_queue *queue)
     engine->log = log;
     /* Nothing of this snapshot is poisoned, and no other is in use: events until now are settled. */
     const uint32_t events = __atomic_load_n(&guard_events, __ATOMIC_ACQUIRE);
-    if (!queue->in_flight && !memory_poisoned(table))
+    if (!queue->in_flight && !memory_poisoned(table) && !records_poisoned(engine))
         engine->guard_events = events;
     engine->ring_regions = ring_regions(queue, &engine->memory);
     if (queue->descriptors % 16 || queue->driver % (packed ? 4 : 2) || queue->device % 4)
@@ -140,19 +143,22 @@ static bool ring_usable(struct engine *engine)
         return false;
     }
     if (unlikely(poison_possible(engine) &&
-                 (memory_poisoned(engine->memory.table) & engine->ring_regions))) {
+                 ((memory_poisoned(engine->memory.table) & engine->ring_regions) ||
+                  records_poisoned(engine)))) {
         broken(engine, VQ_REASON_TRUNCATED, 0);
         return false;
     }
     return true;
 }
 
-/* Whether one of the claimed chains lies in memory that was truncated. */
+/* Whether one of the claimed chains lies in memory that was truncated, or left no record. */
 static bool chains_poisoned(const struct engine *engine, const struct vq_done *done,
                             uint32_t count)
 {
     if (likely(!poison_possible(engine)))
         return false;
+    if (unlikely(records_poisoned(engine)))
+        return true;
     const struct gm_table *table = NULL;
     uint64_t poisoned = 0;
     for (uint32_t i = 0; i < count; i++) {
@@ -425,7 +431,9 @@ int vq_recover(struct vq_queue *queue)
         return VQ_USAGE;
     if (!queue->inflight || queue->inflight % 8 || !queue->descriptors)
         return VQ_USAGE;
-    return format_of(queue)->recover(engine);
+    const int result = format_of(queue)->recover(engine);
+    /* Zeroes in place of the records look like a region that was never used. */
+    return records_poisoned(engine) ? broken(engine, VQ_REASON_TRUNCATED, 0) : result;
 }
 
 void vq_close(struct vq_queue *queue)

@@ -53,6 +53,9 @@
 #define VQ_STATUS_BYTE 64u
 #define VQ_LOG_USED 128u
 
+/* vq_queue.flags */
+#define VQ_INFLIGHT_UNGUARDED 1u
+
 /* vq_queue.more */
 #define VQ_MORE_AVAILABLE 1u
 #define VQ_MORE_STALLED 2u
@@ -139,7 +142,7 @@ struct vq_provision {
 struct vq_counters {
     uint64_t requests; /* chains taken */
     uint64_t batches;  /* takes that returned any */
-    uint64_t bytes;    /* written into the guest's buffers, as reported to the driver */
+    uint64_t bytes;    /* readable ones of chains taken, and those reported as written */
     uint64_t kicks;
     uint64_t notifications_sent;
     uint64_t notifications_suppressed;
@@ -161,6 +164,7 @@ struct vq_queue {
     uint64_t log_used;
     uint64_t inflight;
     uint64_t inflight_size;
+    uint64_t inflight_poison;
     uint64_t records;
     uint64_t segments;
     uint64_t done;
@@ -292,6 +296,14 @@ VQ_API int vq_guard_install(void);
  */
 VQ_API int vq_guard_watch(uint64_t table);
 VQ_API int vq_guard_unwatch(uint64_t table);
+
+/*
+ * The same for one mapping that is no region of a snapshot, as of a dirty log or of in-flight
+ * records: `size` bytes at `start`, with pages of `page_size` and the poison word at `poison`.
+ * 0, VQ_USAGE for an address or a page size that is none, or VQ_NO_MEMORY.
+ */
+VQ_API int vq_guard_watch_range(uint64_t start, uint64_t size, uint64_t page_size, uint64_t poison);
+VQ_API int vq_guard_unwatch_range(uint64_t start, uint64_t size);
 
 /* How many bus errors were survived in this process, ever. */
 VQ_API uint32_t vq_guard_events(void);

@@ -61,12 +61,15 @@ class VerifyingWriters:
     def await_progress(self, before: list[int] | None = None, limit: float = 60) -> None:
         """Wait until every writer has finished a pass since `before` (default: now).
 
-        Raises GuestError when one gives up or `limit` seconds pass.
+        Raises GuestError when one gives up, or for `limit` seconds none finishes a pass.
         """
         before = self.passes() if before is None else before
+        now = before
         deadline = time.monotonic() + limit
         while True:
-            now = self.passes()
+            last, now = now, self.passes()
+            if now != last:
+                deadline = time.monotonic() + limit
             if all(new > old for new, old in zip(now, before, strict=True)):
                 return
             ended = self.guest.run("cat /tmp/result?").output

@@ -115,7 +115,7 @@ class GmLog(ctypes.Structure):
     bitmap_size: int
     enabled: int
     reserved: int
-    reserved2: int
+    poison: int
 
     _fields_: ClassVar = [
         ("magic", _u32),
@@ -126,5 +126,5 @@ class GmLog(ctypes.Structure):
         ("bitmap_size", _u64),
         ("enabled", _u32),
         ("reserved", _u32),
-        ("reserved2", _u64),
+        ("poison", _u64),
     ]

@@ -38,14 +38,24 @@ class DirtyLog:
         size: bytes of the bitmap.
         offset: where it begins in the file, in bytes.
         enabled: whether writes to buffers are to be logged (VHOST_F_LOG_ALL is negotiated).
+        guarded: a SIGBUS guard is installed, and watches `mapping` before the log is used. Engines
+            that set bits without the kernel's help need that, or a file sealed against shrinking.
 
     Raises:
         InvalidRegion: empty, or beyond the end of the file.
         MappingFailed: the system refused.
     """
 
-    def __init__(self, fd: int, size: int, offset: int = 0, *, enabled: bool = False) -> None:
-        self._mapping = SharedMapping(fd, size, offset)
+    def __init__(
+        self,
+        fd: int,
+        size: int,
+        offset: int = 0,
+        *,
+        enabled: bool = False,
+        guarded: bool = False,
+    ) -> None:
+        self._mapping = SharedMapping(fd, size, offset, guarded=guarded)
         self._lock = threading.Lock()  # keeps close() from pulling the bitmap from under mark()
         self._size = size
         self._struct = GmLog(
@@ -56,6 +66,7 @@ class DirtyLog:
             self._mapping.address,
             size,
             int(enabled),
+            poison=self._mapping.poison_address,
         )
 
     @property
@@ -81,6 +92,11 @@ class DirtyLog:
     def struct_address(self) -> int:
         """Host address of `struct`."""
         return ctypes.addressof(self._struct)
+
+    @property
+    def mapping(self) -> SharedMapping:
+        """Where the bitmap is mapped; its owner may only watch it."""
+        return self._mapping
 
     @property
     def view(self) -> memoryview:
@@ -128,8 +144,11 @@ class DirtyLog:
                 count = min(end - bit, 32 - first)
                 mask = ((1 << count) - 1) << first
                 if not syscalls.atomic_or(base + 4 * word, mask):
+                    self._mapping.poison()
                     raise Poisoned(address, length)
                 bit += count
+            if self._mapping.poisoned:  # a guard has put other pages there
+                raise Poisoned(address, length)
 
     def close(self) -> None:
         """Give the bitmap up. No C engine may use `struct` any more. Harmless when repeated."""
@@ -137,6 +156,7 @@ class DirtyLog:
             self._struct.enabled = 0
             self._struct.bitmap = 0
             self._struct.bitmap_size = 0
+            self._struct.poison = 0
             self._mapping.close()
 
     def __enter__(self) -> "DirtyLog":

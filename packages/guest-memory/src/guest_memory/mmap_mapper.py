@@ -1,19 +1,16 @@
 """Mapping files: what every front-end but Xen's passes."""
 
 import ctypes
-import fcntl
 import os
 import stat
 from typing import Any
 
-from . import syscalls
+from . import seals, syscalls
 from .addresses import align_down, align_up
 from .errors import InvalidRegion, MappingFailed, OutOfBounds, UsageError
 from .region import Region
 from .window import Window
 
-_F_GET_SEALS = 1034
-_F_SEAL_SHRINK = 2
 _OFFSET_LIMIT = 1 << 63
 _HUGE = 1 << 21
 
@@ -199,7 +196,7 @@ class MmapMapper:
         length = align_up(delta + size, page_size)
         if file_offset + length > _OFFSET_LIMIT:
             raise InvalidRegion(address, size, "offset and size exceed what a file can have")
-        sealed = _is_sealed(fd)
+        sealed = seals.cannot_shrink(fd)
         if self.require_seal and not sealed:
             raise InvalidRegion(address, size, "its file is not sealed against shrinking")
         # A sealed hugetlb file may still run out of large pages once somebody has punched a hole.
@@ -240,10 +237,3 @@ class MmapMapper:
         except BaseException:
             placement.close()
             raise
-
-
-def _is_sealed(fd: int) -> bool:
-    try:
-        return bool(fcntl.fcntl(fd, _F_GET_SEALS) & _F_SEAL_SHRINK)
-    except OSError:  # not a memfd
-        return False

@@ -1,16 +1,14 @@
 """Plain shared memory: in-flight records, dirty bitmaps, and memory for a driver without a VMM."""
 
 import ctypes
-import fcntl
 import os
 import stat
+import sys
+from collections.abc import Callable
 
-from . import syscalls
+from . import seals, syscalls
 from .addresses import align_down, align_up
 from .errors import InvalidRegion, MappingFailed, UsageError
-
-_F_ADD_SEALS = 1033
-_F_SEAL_SHRINK_AND_GROW = 2 | 4
 
 
 class _Range:
@@ -19,11 +17,18 @@ class _Range:
     def __init__(self, base: int, length: int) -> None:
         self.base = base
         self.length = length
+        self.poison = ctypes.c_uint32()
+        self.before_unmapping: list[Callable[[], object]] = []
         self._generation = syscalls.generation
+        # Kept here, as modules may be empty already when the interpreter ends.
         self._unmap = syscalls.unmap_memory
+        self._ending = sys.is_finalizing
         syscalls.keep_private(base, length)
 
     def __del__(self) -> None:
+        if not self._ending():
+            for callback in self.before_unmapping:
+                callback()
         if self._generation == syscalls.generation:
             self._unmap(self.base, self.length)
 
@@ -35,13 +40,21 @@ class SharedMapping:
         fd: the file; borrowed, the mapping does not need it afterwards.
         size: bytes.
         offset: where it begins in the file, in bytes; any value.
+        guarded: a SIGBUS guard is installed, and watches the mapping before it is used.
+
+    Attributes:
+        size: its size in bytes.
+        page_size: page size of the file, in bytes.
+        sealed: the file can never shrink under the mapping.
+        direct: the memory may be touched directly, as it is sealed or guarded. Otherwise its owner
+            can turn any touch into a SIGBUS, and only the kernel's copies report what is missing.
 
     Raises:
         InvalidRegion: empty, or beyond the end of the file.
         MappingFailed: the system refused.
     """
 
-    def __init__(self, fd: int, size: int, offset: int = 0) -> None:
+    def __init__(self, fd: int, size: int, offset: int = 0, *, guarded: bool = False) -> None:
         if size <= 0 or offset < 0 or offset + size > 1 << 62:
             raise InvalidRegion(offset, size, "size and offset are not those of a file")
         try:
@@ -51,7 +64,8 @@ class SharedMapping:
         if stat.S_ISREG(status.st_mode) and offset + size > status.st_size:
             raise InvalidRegion(offset, size, f"the file has {status.st_size:#x} bytes")
         kind, block_size = syscalls.file_system(fd)
-        page = block_size if kind == syscalls.HUGETLBFS_MAGIC else syscalls.PAGE_SIZE
+        hugetlb = kind == syscalls.HUGETLBFS_MAGIC
+        page = block_size if hugetlb else syscalls.PAGE_SIZE
         start = align_down(offset, page)
         length = align_up(offset - start + size, page)
         base = syscalls.map_memory(
@@ -63,6 +77,10 @@ class SharedMapping:
             start,
         )
         self.size = size
+        self.page_size = page
+        # A sealed hugetlb file may still run out of large pages once somebody has punched a hole.
+        self.sealed = seals.cannot_shrink(fd) and not hugetlb
+        self.direct = self.sealed or guarded
         self._address = base + offset - start
         self._range: _Range | None = _Range(base, length)
 
@@ -87,6 +105,47 @@ class SharedMapping:
         exporter = (ctypes.c_ubyte * self.size).from_address(self._address)
         exporter.owner = owner  # type: ignore[attr-defined]
         return memoryview(exporter).cast("B")
+
+    @property
+    def pages(self) -> tuple[int, int]:
+        """Host address and length in bytes of the whole pages that hold it, for a SIGBUS guard.
+
+        Raises:
+            UsageError: the mapping is closed.
+        """
+        owner = self._need()
+        return owner.base, owner.length
+
+    @property
+    def poison_address(self) -> int:
+        """Host address of the 32-bit word that is set once a page was found missing.
+
+        Raises:
+            UsageError: the mapping is closed.
+        """
+        return ctypes.addressof(self._need().poison)
+
+    @property
+    def poisoned(self) -> bool:
+        """True once a page was found missing, as the file had been truncated; False when closed."""
+        owner = self._range
+        return owner is not None and owner.poison.value != 0
+
+    def poison(self) -> None:
+        """Remember that a page was found missing. Harmless on a closed mapping."""
+        owner = self._range
+        if owner is not None:
+            owner.poison.value = 1
+
+    def before_unmapping(self, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called right before the memory is unmapped, be it by a last view.
+
+        A guard stops watching then; the callback must not refer to this object.
+
+        Raises:
+            UsageError: the mapping is closed.
+        """
+        self._need().before_unmapping.append(callback)
 
     @property
     def closed(self) -> bool:
@@ -132,7 +191,7 @@ def allocate_memfd(size: int, name: str = "guest-memory") -> int:
         raise MappingFailed(error.errno or 0, "memfd_create") from None
     try:
         os.ftruncate(fd, size)
-        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK_AND_GROW)
+        seals.fix_size(fd)
     except OSError as error:
         os.close(fd)
         raise MappingFailed(error.errno or 0, "ftruncate") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import ClassVar
 
 from virtqueue import Counters
 
@@ -18,7 +19,7 @@ class QueueCounters(Counters):
     errors: int
     guest_errors: int
 
-    _fields_ = [
+    _fields_: ClassVar = [
         ("errors", ctypes.c_uint64),
         ("guest_errors", ctypes.c_uint64),
     ]

@@ -183,19 +183,24 @@ class VhostUserDaemon(DaemonBase):
         interval = RECONNECT_INTERVAL[0]
         while not self._stopping:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            # A front-end whose queue of connections is full is one that is not to be had.
+            connection.setblocking(False)
+            begin = time.monotonic()
             try:
                 connection.connect(path)
             except OSError as error:
                 connection.close()
                 if not reconnect:
                     raise VhostBackendError(f"{path}: {error.strerror}") from None
-                self._sleep(interval)
-                interval = min(interval * 2, RECONNECT_INTERVAL[1])
-                continue
-            interval = RECONNECT_INTERVAL[0]
-            self._serve_connection(connection)
-            if not reconnect:
-                return
+            else:
+                self._serve_connection(connection)
+                if not reconnect:
+                    return
+                if time.monotonic() - begin > RECONNECT_INTERVAL[1]:
+                    interval = RECONNECT_INTERVAL[0]
+            # Also after a connection: one that ends at once is no better than none.
+            self._sleep(interval)
+            interval = min(interval * 2, RECONNECT_INTERVAL[1])
 
     def _serve_connection(self, sock: socket.socket) -> None:
         self._connection = sock

@@ -185,8 +185,7 @@ class VirtioDevice:
         packed = batch.records
         # One request is what a driver that waits for each brings: an iterator would be dear.
         records = (_unpack(packed),) if len(packed) == RECORD.size else RECORD.iter_unpack(packed)
-        position = 0
-        for record in records:
+        for position, record in enumerate(records):
             request = Request(batch, record, position)
             try:
                 handle(queue, request)
@@ -194,7 +193,6 @@ class VirtioDevice:
             except Exception as error:
                 status, written = self.failed(queue, error), flags
             pack(done, 8 * position, record[6], status, flags, written)
-            position += 1
 
     def batch_handler(self, queue: int) -> CHandler | None:
         """A handler in C for the batches of that queue, or None; asked once for each queue.

@@ -9,15 +9,16 @@ whatever file it comes from; without it, only files that are sealed against shri
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from guest_memory import GuestMemory, Mapper, MmapMapper
+from guest_memory import GuestMemory, Mapper, MmapMapper, SharedMapping
 from virtqueue import SigbusGuard
 
 
 class MemoryGuard:
-    """Watches every snapshot of guest memory for as long as it exists."""
+    """Watches all that the front-end shares, for as long as it is mapped."""
 
     def __init__(self) -> None:
         self.active: bool = SigbusGuard.available()
@@ -34,6 +35,13 @@ class MemoryGuard:
             SigbusGuard.watch(memory)
             # Weak references go before anything else of an object does: its table is still there.
             weakref.finalize(memory, _unwatch, memory.table_address).atexit = False
+
+    def watch_mapping(self, mapping: SharedMapping) -> None:
+        """Watch a dirty log's or in-flight region's `mapping` until it is unmapped."""
+        if self.active:
+            address, length = mapping.pages
+            SigbusGuard.watch_range(address, length, mapping.page_size, mapping.poison_address)
+            mapping.before_unmapping(partial(SigbusGuard.unwatch_range, address, length))
 
 
 def _unwatch(table_address: int) -> None:

@@ -71,6 +71,8 @@ class Library:
                 functions.vq_guard_install.restype = ctypes.c_int
                 functions.vq_guard_watch.restype = ctypes.c_int
                 functions.vq_guard_unwatch.restype = ctypes.c_int
+                functions.vq_guard_watch_range.restype = ctypes.c_int
+                functions.vq_guard_unwatch_range.restype = ctypes.c_int
                 functions.vq_guard_events.restype = ctypes.c_uint32
                 functions.vq_turn.restype = ctypes.c_int
                 functions.vq_serve.restype = ctypes.c_int

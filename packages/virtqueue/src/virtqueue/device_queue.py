@@ -23,6 +23,7 @@ from .layout import (
     DoneFlags,
     Provision,
     QueueBlock,
+    QueueFlags,
     Reason,
     Result,
 )
@@ -127,6 +128,9 @@ class DeviceQueue:
         block.table = memory.table_address
         if inflight is not None:
             block.inflight, block.inflight_size = inflight.address, inflight.size
+            block.inflight_poison = inflight.poison
+            if not inflight.direct:
+                block.flags |= QueueFlags.INFLIGHT_UNGUARDED
         self._counters = counters
         if counters is not None:
             block.counters = ctypes.addressof(counters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+from typing import Any
 
 from .barrier import atomic_or_bit, full_barrier
 from .errors import UsageError
@@ -24,6 +25,9 @@ class Log:
         found = (self._log.magic, self._log.abi, self._log.size, self._log.page_shift)
         if found != (LOG_MAGIC, MEMORY_ABI, ctypes.sizeof(MemoryLog), 12):
             raise UsageError(f"dirty log has magic {found[0]:#x}, ABI {found[1]}")
+        address = self._log.poison
+        self.poison: Any = ctypes.c_uint32.from_address(address) if address else ctypes.c_uint32()
+        """Not 0 once a page of the bitmap was found missing."""
 
     @property
     def enabled(self) -> bool:
@@ -48,4 +52,5 @@ class Log:
             except OSError as error:
                 if error.errno != errno.EFAULT:
                     raise
+                self.poison.value = 1
                 raise Broken(Reason.TRUNCATED, guest_address) from None

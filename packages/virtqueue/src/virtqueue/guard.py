@@ -1,10 +1,11 @@
-"""Surviving guest memory that is truncated under us.
+"""Surviving memory of the front-end's that is truncated under us.
 
-A front-end that shortens the file behind a region turns every later touch of the lost pages into
+A front-end that shortens the file behind a mapping turns every later touch of the lost pages into
 a SIGBUS, which by default ends the process: one guest would take down the device of all others.
-The guard's handler maps a zero page over the faulting page instead, marks the region as poisoned
+The guard's handler maps a zero page over the faulting page instead, marks the mapping as poisoned
 and goes on; engines look at the mark before they publish a completion and break the queue
-(`Reason.TRUNCATED`).  Faults elsewhere go to the handler that was there before.
+(`Reason.TRUNCATED`).  Mappings are the regions of guest memory, the dirty log and the in-flight
+records.  Faults elsewhere go to the handler that was there before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 
 from .c_engine import library
 from .errors import EngineUnavailable, UsageError
+from .layout import Result
 from .table import Memory
 
 
@@ -62,6 +64,25 @@ class SigbusGuard:
         _check(library().held.vq_guard_unwatch(ctypes.c_uint64(memory.table_address)))
 
     @staticmethod
+    def watch_range(address: int, size: int, page_size: int, poison_address: int) -> None:
+        """Guard a mapping that is no region, as of a dirty log or of in-flight records.
+
+        ``size`` bytes at host ``address``, mapped from a file with pages of ``page_size`` bytes;
+        ``poison_address`` is the host address of the 32-bit word to set.  Balance it with
+        `unwatch_range` before the mapping goes.  Raises `UsageError` for addresses that are none.
+        """
+        _check(
+            library().held.vq_guard_watch_range(
+                *map(ctypes.c_uint64, (address, size, page_size, poison_address))
+            )
+        )
+
+    @staticmethod
+    def unwatch_range(address: int, size: int) -> None:
+        """Undo one `watch_range`."""
+        library().held.vq_guard_unwatch_range(ctypes.c_uint64(address), ctypes.c_uint64(size))
+
+    @staticmethod
     def events() -> int:
         """Bus errors survived in this process, ever."""
         result: int = library().held.vq_guard_events()
@@ -69,7 +90,9 @@ class SigbusGuard:
 
 
 def _check(result: int) -> None:
-    if result == -5:
-        raise MemoryError("no room for another watched region")
+    if result == Result.NO_MEMORY:
+        raise MemoryError("no room for another watched mapping")
+    if result == Result.USAGE:
+        raise UsageError("not a mapping that could be watched")
     if result < 0:
         raise UsageError("the memory table has another ABI")

@@ -17,11 +17,13 @@ Two things differ from a literal reading of the specification, in what is stored
 from __future__ import annotations
 
 import ctypes
+from sys import byteorder
 from typing import Any, Final
 
+from .access import KernelMemory
 from .barrier import order
 from .errors import UsageError
-from .layout import Reason
+from .layout import QueueBlock, QueueFlags, Reason
 from .table import Broken
 
 VERSION: Final = 1
@@ -43,17 +45,31 @@ def inflight_size(size: int, packed: bool) -> int:
 class InflightRegion:
     """Where one queue's region is: ``address`` in this process, ``size`` in bytes.
 
-    ``owner`` is whatever keeps the mapping alive.
+    ``owner`` is whatever keeps the mapping alive.  ``poison`` is the host address of a 32-bit word
+    that is set once the front-end has truncated the region's file and somebody has touched what is
+    missing; 0 when that cannot happen.  ``direct`` says that the memory may be touched directly:
+    its file cannot shrink, or a `SigbusGuard` watches it.  Otherwise only the Python engine takes
+    it, and every access is a system call.
     """
 
-    __slots__ = ("address", "owner", "size")
+    __slots__ = ("address", "direct", "owner", "poison", "size")
 
-    def __init__(self, address: int, size: int, owner: object = None) -> None:
+    def __init__(
+        self,
+        address: int,
+        size: int,
+        owner: object = None,
+        *,
+        poison: int = 0,
+        direct: bool = True,
+    ) -> None:
         if address % 8:
             raise UsageError(f"in-flight region at {address:#x} is not aligned to 8")
         self.address: int = address
         self.size: int = size
         self.owner: object = owner
+        self.poison: int = poison
+        self.direct: bool = direct
 
 
 class SplitRegion(ctypes.Structure):
@@ -146,6 +162,77 @@ class PackedState(ctypes.Structure):
     ]
 
 
+class KernelStructure:
+    """The fields of a structure in memory that must not be touched directly.
+
+    Each load and store is one copy by the kernel, which nothing interrupts half-way but a missing
+    page: as whole as a store of our own for whoever comes after the death of this process.
+    """
+
+    __slots__ = ("_kind", "_memory", "_offset")
+
+    _kind: Any
+    _memory: KernelMemory
+    _offset: int
+
+    def __init__(self, kind: Any, memory: KernelMemory, offset: int = 0) -> None:
+        object.__setattr__(self, "_kind", kind)
+        object.__setattr__(self, "_memory", memory)
+        object.__setattr__(self, "_offset", offset)
+
+    def __getattr__(self, name: str) -> int:
+        field = getattr(self._kind, name)
+        return int.from_bytes(self._memory.load(self._offset + field.offset, field.size), byteorder)
+
+    def __setattr__(self, name: str, value: int) -> None:
+        field = getattr(self._kind, name)
+        self._memory.store(self._offset + field.offset, value.to_bytes(field.size, byteorder))
+
+
+class KernelStructures:
+    """An array of them."""
+
+    __slots__ = ("_count", "_kind", "_memory", "_size")
+
+    def __init__(self, kind: Any, memory: KernelMemory, count: int) -> None:
+        self._kind = kind
+        self._memory = memory
+        self._count = count
+        self._size = ctypes.sizeof(kind)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> KernelStructure:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return KernelStructure(self._kind, self._memory, index * self._size)
+
+
+class KernelPosition:
+    """The position of a packed region: 8 bytes in one."""
+
+    __slots__ = ("_memory",)
+
+    def __init__(self, memory: KernelMemory) -> None:
+        self._memory = memory
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._memory.store(8 * index, value.to_bytes(8, byteorder))
+
+
+def region_poison(block: QueueBlock) -> Any:
+    """The word that says that the queue's region was truncated."""
+    address = block.inflight_poison
+    return ctypes.c_uint32.from_address(address) if address else ctypes.c_uint32()
+
+
+def unguarded_poison(block: QueueBlock) -> Any:
+    """The same when the region must not be touched directly, else None."""
+    unguarded = block.flags & QueueFlags.INFLIGHT_UNGUARDED
+    return region_poison(block) if unguarded else None
+
+
 def _check_size(size: int, available: int, packed: bool) -> None:
     header, entry = (PACKED_HEADER, PACKED_ENTRY) if packed else (SPLIT_HEADER, SPLIT_ENTRY)
     if available < header + entry * size:
@@ -155,11 +242,18 @@ def _check_size(size: int, available: int, packed: bool) -> None:
 class SplitInflight:
     """The region of a split ring."""
 
-    def __init__(self, address: int, available: int, size: int) -> None:
+    def __init__(self, address: int, available: int, size: int, unguarded: Any = None) -> None:
         _check_size(size, available, packed=False)
         self._size = size
-        self._region: Any = SplitRegion.from_address(address)
-        self._states: Any = (SplitState * size).from_address(address + SPLIT_HEADER)
+        self._region: Any
+        self._states: Any
+        if unguarded is None:
+            self._region = SplitRegion.from_address(address)
+            self._states = (SplitState * size).from_address(address + SPLIT_HEADER)
+        else:
+            self._region = KernelStructure(SplitRegion, KernelMemory(address, unguarded))
+            states = KernelMemory(address + SPLIT_HEADER, unguarded)
+            self._states = KernelStructures(SplitState, states, size)
         self._counter = 0
 
     def recover(self, used_idx: int) -> tuple[bool, list[int]]:
@@ -227,14 +321,23 @@ class SplitInflight:
 class PackedInflight:
     """The region of a packed ring."""
 
-    def __init__(self, address: int, available: int, size: int) -> None:
+    def __init__(self, address: int, available: int, size: int, unguarded: Any = None) -> None:
         _check_size(size, available, packed=True)
         self._size = size
-        self._region: Any = PackedRegion.from_address(address)
-        self._states: Any = (PackedState * size).from_address(address + PACKED_HEADER)
+        self._region: Any
+        self._states: Any
         # used_idx, old_used_idx, used_wrap_counter, old_used_wrap_counter and padding in one.
+        self._position: Any
         offset: int = PackedRegion.used_idx.offset  # type: ignore[attr-defined]
-        self._position: Any = (ctypes.c_uint64 * 1).from_address(address + offset)
+        if unguarded is None:
+            self._region = PackedRegion.from_address(address)
+            self._states = (PackedState * size).from_address(address + PACKED_HEADER)
+            self._position = (ctypes.c_uint64 * 1).from_address(address + offset)
+        else:
+            self._region = KernelStructure(PackedRegion, KernelMemory(address, unguarded))
+            states = KernelMemory(address + PACKED_HEADER, unguarded)
+            self._states = KernelStructures(PackedState, states, size)
+            self._position = KernelPosition(KernelMemory(address + offset, unguarded))
         self._counter = 0
 
     def _store_position(self, used: int, wrap: int, old_used: int, old_wrap: int) -> None:

@@ -90,6 +90,13 @@ class Features(IntFlag):
     """Writes to the device's ring are logged at `QueueBlock.log_used`."""
 
 
+class QueueFlags(IntFlag):
+    """What an engine has to know of its queue (`QueueBlock.flags`)."""
+
+    INFLIGHT_UNGUARDED = 1
+    """The in-flight region may vanish and nothing catches the fault: not to be touched directly."""
+
+
 class Result(IntEnum):
     """What an engine call returns when it is negative."""
 
@@ -173,6 +180,7 @@ class QueueBlock(ctypes.Structure):
     log_used: int
     inflight: int
     inflight_size: int
+    inflight_poison: int
     records: int
     segments: int
     done: int
@@ -216,7 +224,7 @@ class QueueBlock(ctypes.Structure):
         ("size", ctypes.c_uint32),  # of this structure
         ("queue_size", ctypes.c_uint32),  # descriptors; split: a power of two
         ("features", ctypes.c_uint32),  # Features
-        ("flags", ctypes.c_uint32),  # 0
+        ("flags", ctypes.c_uint32),  # QueueFlags
         # Host addresses, set anew before each `attach`; 0 while the ring is not in memory.
         ("descriptors", ctypes.c_uint64),  # split: table; packed: ring
         ("driver", ctypes.c_uint64),  # split: available ring; packed: driver event structure
@@ -226,6 +234,8 @@ class QueueBlock(ctypes.Structure):
         ("log_used", ctypes.c_uint64),  # guest address of what `device` (packed: ring) maps
         ("inflight", ctypes.c_uint64),  # this queue's in-flight region, or 0
         ("inflight_size", ctypes.c_uint64),  # bytes
+        # u32 that is not 0 once a page of the region was found missing, or 0
+        ("inflight_poison", ctypes.c_uint64),
         # The arrays, set once.
         ("records", ctypes.c_uint64),  # RECORD[record_capacity]
         ("segments", ctypes.c_uint64),  # SEGMENT[segment_capacity]
@@ -260,7 +270,7 @@ class QueueBlock(ctypes.Structure):
         ("signalled_used", ctypes.c_uint16),  # split: used index at the last signal
         ("avail_wrap", ctypes.c_uint8),  # packed
         ("used_wrap", ctypes.c_uint8),  # packed
-        ("signalled_valid", ctypes.c_uint8),
+        ("signalled_valid", ctypes.c_uint8),  # the driver has been told since the queue began
         ("armed", ctypes.c_uint8),  # the driver has been asked to kick
         ("stopped", ctypes.c_uint8),  # set by the queue: completions only release
         ("reserved", ctypes.c_uint8 * 5),

@@ -6,7 +6,7 @@ from collections import deque
 from typing import Any, Final, NamedTuple
 
 from . import access, barrier
-from .inflight import PackedInflight
+from .inflight import PackedInflight, unguarded_poison
 from .layout import QueueBlock, Reason
 from .python_engine import INDIRECT, NEXT, WRITABLE, Descriptor, RingEngine, Taken
 from .split_engine import needs_event
@@ -66,8 +66,11 @@ class PackedEngine(RingEngine):
     def recover(self) -> int:
         block = self._block
         try:
-            inflight = PackedInflight(block.inflight, block.inflight_size, self._size)
+            inflight = PackedInflight(
+                block.inflight, block.inflight_size, self._size, unguarded_poison(block)
+            )
             position, chains = inflight.recover(block.next_used, block.used_wrap, self._flags_at)
+            self._check_records()
         except Broken as error:
             self._break(error)
             return -1
@@ -204,6 +207,10 @@ class PackedEngine(RingEngine):
         if mode == EVENT_DISABLE:
             return False
         if mode != EVENT_DESCRIPTOR or not self._event_idx:
+            return True
+        if not block.signalled_valid:
+            # Nothing is known of what was signalled before a restart: tell the driver once.
+            block.signalled_valid = 1
             return True
         offset = event & 0x7FFF
         if event >> 15 & 1 != block.used_wrap:

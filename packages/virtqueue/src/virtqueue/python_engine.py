@@ -20,6 +20,7 @@ from . import access, barrier
 from .counters import Counters
 from .dirty import Log
 from .errors import UsageError
+from .inflight import region_poison
 from .layout import (
     ABI,
     DONE,
@@ -147,6 +148,7 @@ class RingEngine:
         self._table = Table.of(memory)
         self._log: Log | None = None
         self._ring_poison: list[Any] = []
+        self._inflight_poison: Any = region_poison(block)
         self._taken: dict[int, Taken] = {}
         # In the order they were taken; only kept where it decides the order of completion.
         self._ordered: deque[Taken] = deque()
@@ -287,7 +289,6 @@ class RingEngine:
             if count:
                 _add_pins(self._table.address, count)
                 if self._counters is not None:
-                    self._counters.requests += count
                     self._counters.batches += 1
         return count
 
@@ -317,7 +318,10 @@ class RingEngine:
                 return Result.USAGE
         for _ in range(count):
             taken = self._taken[self._batch.pop()]
-            self._retreat(taken)
+            try:
+                self._retreat(taken)
+            except Broken as error:
+                self._break(error)
             if self._in_order:
                 self._ordered.pop()
             self._release([taken])
@@ -345,10 +349,20 @@ class RingEngine:
         for word in self._ring_poison:
             if word.value:
                 raise Broken(Reason.TRUNCATED)
+        self._check_records()
+
+    def _check_records(self) -> None:
+        """Whether the in-flight region and the dirty log are still there.
+
+        Zeroes in place of the records would look like a region that was never used.
+        """
+        if self._inflight_poison.value or (self._log is not None and self._log.poison.value):
+            raise Broken(Reason.TRUNCATED)
 
     def _break(self, error: Broken) -> None:
         block = self._block
-        block.reason = error.reason
+        truncated = error.reason is Reason.INFLIGHT and self._inflight_poison.value
+        block.reason = Reason.TRUNCATED if truncated else error.reason
         block.detail = error.detail & 0xFFFF_FFFF_FFFF_FFFF
 
     def _take_one(self, position: int) -> None:
@@ -374,6 +388,9 @@ class RingEngine:
         block.segment_count = first + len(pieces)
         block.taken += 1
         block.in_flight = len(self._taken)
+        if self._counters is not None:
+            self._counters.requests += 1
+            self._counters.bytes += sum([p.length for p, writable in pieces if not writable])
 
     def _resolve(
         self, taken: Taken, descriptors: Iterable[tuple[int, int, bool]]
@@ -547,6 +564,7 @@ class RingEngine:
                         raise Broken(Reason.TRUNCATED, taken.head)
             for taken in chains:
                 self._finish(taken)
+            self._check_records()
             ready = chains
             if self._in_order:
                 ready = []

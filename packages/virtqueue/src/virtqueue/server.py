@@ -163,7 +163,7 @@ class Server:
         self._block.interrupt = 1
 
     def signal(self) -> None:
-        """From any thread: have the driver signalled at the next turn, whether it wants it or not."""
+        """From any thread: have the driver signalled at the next turn, wanted or not."""
         self._block.signal = 1
 
     def clear_interrupt(self) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from typing import Any, Final
 
 from . import access, barrier
-from .inflight import SplitInflight
+from .inflight import SplitInflight, unguarded_poison
 from .layout import QueueBlock, Reason
 from .python_engine import INDIRECT, NEXT, WRITABLE, RingEngine, Taken
 from .table import Broken, Memory
@@ -48,8 +48,11 @@ class SplitEngine(RingEngine):
         block = self._block
         try:
             used_index = self._used[1]
-            inflight = SplitInflight(block.inflight, block.inflight_size, self._size)
+            inflight = SplitInflight(
+                block.inflight, block.inflight_size, self._size, unguarded_poison(block)
+            )
             in_use, heads = inflight.recover(used_index)
+            self._check_records()
         except Broken as error:
             self._break(error)
             return -1

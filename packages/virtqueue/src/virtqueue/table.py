@@ -123,7 +123,7 @@ class MemoryLog(ctypes.Structure):
     bitmap_size: int
     enabled: int
     reserved: int
-    reserved2: int
+    poison: int
 
     _fields_ = [
         ("magic", ctypes.c_uint32),
@@ -134,7 +134,7 @@ class MemoryLog(ctypes.Structure):
         ("bitmap_size", ctypes.c_uint64),
         ("enabled", ctypes.c_uint32),
         ("reserved", ctypes.c_uint32),
-        ("reserved2", ctypes.c_uint64),
+        ("poison", ctypes.c_uint64),
     ]
 
 

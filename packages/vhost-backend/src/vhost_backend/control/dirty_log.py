@@ -53,12 +53,19 @@ class Logging:
             raise Refused("SET_LOG_BASE", "a log without a descriptor cannot be shared")
         enabled = bool(context.features & VirtioFeature.LOG_ALL)
         try:
-            log = DirtyLog(fds[0].fileno(), message.mmap_size, message.mmap_offset, enabled=enabled)
+            log = DirtyLog(
+                fds[0].fileno(),
+                message.mmap_size,
+                message.mmap_offset,
+                enabled=enabled,
+                guarded=context.guard.active,
+            )
         except GuestMemoryError as error:
             raise Refused("SET_LOG_BASE", str(error)) from error
         if not log.covers(context.memory.current):
             log.close()
             raise Refused("SET_LOG_BASE", f"{message.mmap_size} bytes do not cover all memory")
+        context.guard.watch_mapping(log.mapping)
         before, context.log = context.log, log
         for vring in context.vrings:
             with vring.get_mut() as state:

@@ -53,6 +53,8 @@ class Inflight:
         if message.mmap_size % (64 * message.num_queues) == 0:
             # Queues share the region evenly, ours (see above) and those of other back-ends.
             each = max(each, message.mmap_size // message.num_queues)
+        if message.mmap_offset % 8:
+            raise Refused("SET_INFLIGHT_FD", f"offset {message.mmap_offset} is not aligned to 8")
         needed = message.num_queues * each
         if message.mmap_size < needed:
             raise Refused(
@@ -60,7 +62,12 @@ class Inflight:
                 f"{message.mmap_size} bytes do not hold {message.num_queues} queues of {each}",
             )
         try:
-            mapping = SharedMapping(fds[0].fileno(), needed, message.mmap_offset)
+            mapping = SharedMapping(
+                fds[0].fileno(),
+                needed,
+                message.mmap_offset,
+                guarded=self._context.guard.active,
+            )
         except GuestMemoryError as error:
             raise Refused("SET_INFLIGHT_FD", str(error)) from error
         self._use("SET_INFLIGHT_FD", mapping, each, message.num_queues)
@@ -79,6 +86,8 @@ class Inflight:
         return inflight_size(queue_size, packed)
 
     def _use(self, request: str, mapping: SharedMapping, each: int, queues: int) -> None:
+        # Ours is sealed; but it was the front-end's meanwhile, or another back-end's.
+        self._context.guard.watch_mapping(mapping)
         vrings = self._context.vrings[:queues]
         for index, vring in enumerate(vrings):
             with vring.get_ref() as state:
@@ -86,4 +95,10 @@ class Inflight:
                     raise Refused(request, f"vring {index} is started")
         for index, vring in enumerate(vrings):
             with vring.get_mut() as state:
-                state.inflight = InflightRegion(mapping.address + index * each, each, mapping)
+                state.inflight = InflightRegion(
+                    mapping.address + index * each,
+                    each,
+                    mapping,
+                    poison=mapping.poison_address,
+                    direct=mapping.direct,
+                )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import vhost_protocol as vp
 from virtqueue import UsageError
 
+from .. import eventfd
 from ..errors import Refused
 from ..features import VirtioFeature
 from ..vring import VringState
@@ -140,6 +141,8 @@ class Rings:
     def _set_kick(self, message: vp.SetVringKick, fds: Descriptors) -> Outcome:
         context = self._context
         vring = context.vring("SET_VRING_KICK", message.index)
+        if fds and not eventfd.can_kick(fds[0].fileno()):
+            raise Refused("SET_VRING_KICK", "not an eventfd, a pipe or a socket")
         with vring.get_ref() as state:
             self._check_startable("SET_VRING_KICK", state)
         worker, position = context.place(message.index)
@@ -187,6 +190,10 @@ class Rings:
             state.set_queue_ready(context.memory.current)
         except UsageError as error:
             raise Refused("SET_VRING_KICK", str(error)) from None
+        # A back-end before us may have died between showing the driver what it completed and
+        # signalling it. The driver may wait for that and for nothing else; one time too many is
+        # harmless.
+        state.signal_call()
 
     def _get_base(self, message: vp.GetVringBase, fds: Descriptors) -> Outcome:
         context = self._context

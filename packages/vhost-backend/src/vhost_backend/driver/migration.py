@@ -13,7 +13,6 @@ from types import TracebackType
 import vhost_protocol as vp
 from guest_memory import DirtyLog, GuestAddress, allocate_memfd
 
-from .. import eventfd
 from ..features import VirtioFeature
 from .session import DriverSession, SessionError
 
@@ -112,8 +111,6 @@ class Migration:
             self._load_state(state)
         for index, base in enumerate(bases):
             session.start_ring(index, base)
-            # What was completed at the last moment, by a call descriptor or without one.
-            eventfd.signal(session.vrings[index].call_fd)
 
     def _save_state(self) -> bytes | None:
         session = self._session

@@ -352,7 +352,8 @@ class DriverSession:
 
         Memory, rings and requests stay as they are. With `inflight` the new back-end is given the
         record of the requests that the old one had taken, and finishes them; without, a split ring
-        goes on behind the last used entry and what was in flight is served once more.
+        goes on behind the last used entry and what was in flight is served once more. What the old
+        one completed without coming round to signal it is the new one's to signal.
 
         Raises `SessionError` when the new back-end offers less than was negotiated, or for packed
         rings without `inflight`, whose position only the old back-end knew.
@@ -368,8 +369,6 @@ class DriverSession:
                 raw = self.memory.read(GuestAddress(vring.device_area + 2), 2)
                 base = int.from_bytes(raw, "little")
             self.start_ring(vring.index, base)
-            # What the old back-end completed without coming round to signal it.
-            eventfd.signal(vring.call_fd)
 
     def move(self, frontend: vp.Frontend, memory_fd: int) -> None:
         """Go on with another back-end and with the copy of the memory that `memory_fd` holds.
