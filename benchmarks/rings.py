@@ -2,8 +2,11 @@
 
 ``python benchmarks/rings.py`` prints the table. The memory and the loop are the same for all (see
 ``peers/src/bin/ring.rs``): a split ring of 512 entries, chains of three direct descriptors with
-the header copied or read and the status byte written, 2 or 509 regions. Contestants take turns
-within a round and ratios are medians over the rounds, so that a busy machine hits all alike.
+the header copied or read and the status byte written, 2 or 509 regions. Every header lies in a
+page of its own and at an offset of its own: at one offset of regions whose distance is a power of
+two they would share a few sets of the caches and of the TLB, and 509 regions would measure those.
+Contestants take turns within a round and ratios are medians over the rounds, so that a busy machine
+hits all alike.
 """
 
 from __future__ import annotations
@@ -82,7 +85,7 @@ class Ring:
     def _fill(self, regions: int) -> None:
         others = regions - 1
         for chain in range(CHAINS):
-            control = (1 + 2 * chain % others) * STRIDE + chain * 64
+            control = (1 + 2 * chain % others) * STRIDE + 0xC0000 + chain * 4096
             data = (1 + (2 * chain + 1) % others) * STRIDE + 0x10000 + chain * 4096
             head = 3 * chain
             for index, descriptor in enumerate(
