@@ -56,7 +56,7 @@ class Python(NamedTuple):
 # fmt: off
 ENGINE = (
     Engine("split", 602, "", "three plain descriptors, all checks, record, done entry, completion"),
-    Engine("split, batch 1", 1220, "--batch=1", "a whole cycle: ring, memory, barrier for one chain"),
+    Engine("split, batch 1", 1220, "--batch=1", "a whole cycle: ring, memory, barrier"),
     Engine("split, 509 regions", 687, "--regions=509", "and two searches over the regions"),
     Engine("split, indirect", 895, "--indirect", "and finding the table, and a walk out of line"),
     Engine("packed", 819, "--packed", "as split, and the wrap counter of every descriptor"),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import struct
+from typing import Any
 
-from vhost_backend import Queue, Request, VirtioDevice, serve
+from vhost_backend import Queue, Request, VirtioDevice, serve, serve_all
 from virtqueue import DONE, Batch
 
 SECTOR = 512
@@ -91,11 +92,29 @@ STYLES = {"batch": Null, "records": Records, "requests": Requests}
 def main() -> None:
     """Serve one of the devices until SIGTERM."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--socket-path", required=True)
+    parser.add_argument(
+        "--socket-path",
+        required=True,
+        action="append",
+        help="where to listen; given more than once, that many devices in this process",
+    )
     parser.add_argument("--style", choices=sorted(STYLES), default="records")
     parser.add_argument("--queues", type=int, default=1)
+    parser.add_argument(
+        "--busy-poll",
+        type=float,
+        metavar="MICROSECONDS",
+        help="look at empty rings so long before sleeping",
+    )
     options = parser.parse_args()
-    serve(STYLES[options.style](options.queues), options.socket_path)
+    kind = STYLES[options.style]
+    more: dict[str, Any] = (
+        {} if options.busy_poll is None else {"busy_poll": options.busy_poll / 1e6}
+    )
+    if len(options.socket_path) == 1:
+        serve(kind(options.queues), options.socket_path[0], **more)
+    else:
+        serve_all([(kind(options.queues), path) for path in options.socket_path], **more)
 
 
 if __name__ == "__main__":
