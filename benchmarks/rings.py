@@ -41,6 +41,10 @@ AVAIL = 0x4000
 USED = 0x8000
 NEXT, WRITE = 1, 2
 CAPACITY = 1 << 40
+# What begins at this sector or before and is no longer than LONGEST ends inside the disk: that
+# needs no arithmetic. Requests that fail the comparison are looked at again.
+LONGEST = 1 << 20
+SAFE = (CAPACITY - LONGEST) // 512
 BATCHES = (1, 32, 128)
 REGIONS = (2, 509)
 
@@ -121,13 +125,7 @@ def records(queue: DeviceQueue, index: memoryview, avail: int, batch: int, turns
         index[1] = avail
         taken = cycle()
         for kind, sector, readable_length, writable_length in unpack(taken.records):
-            if kind == 0:
-                length = writable_length - 1
-            elif kind == 1:
-                length = readable_length
-            else:
-                break
-            if sector * 512 + length > CAPACITY:
+            if kind > 1 or sector > SAFE or readable_length > LONGEST or writable_length > LONGEST:
                 break
         else:
             continue
@@ -137,8 +135,8 @@ def records(queue: DeviceQueue, index: memoryview, avail: int, batch: int, turns
 
 def refuse(batch: Batch) -> None:
     """Fail what is wrong in a batch: the rare case, which may take its time."""
-    for position, (kind, sector, _, length) in enumerate(BLOCK_RECORD.iter_unpack(batch.records)):
-        if kind > 1 or sector * 512 + length > CAPACITY:
+    for position, (kind, sector, out, into) in enumerate(BLOCK_RECORD.iter_unpack(batch.records)):
+        if kind > 1 or sector * 512 + (out if kind else into - 1) > CAPACITY:
             head = DONE.unpack_from(batch.done, position * 8)[0]
             DONE.pack_into(batch.done, position * 8, head, 1, 1, 1)
 
