@@ -193,7 +193,7 @@ def wake_up(style: str) -> int:
                 time.sleep(0.01)
                 each.append(count - before)
     finally:
-        threading.settrace(None)  # type: ignore[arg-type]
+        threading.settrace(None)
     return int(statistics.median(each))
 
 
