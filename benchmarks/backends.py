@@ -17,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LOAD = HERE / "load" / "build" / "load"
+NETLOAD = LOAD.with_name("netload")
 PEERS = HERE / "peers" / "target" / "release"
 LISTEN_SECONDS = 20.0
 
@@ -27,11 +28,34 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a back-end is to listen, what it serves, and with how many queues."""
+    """Where a back-end is to listen, what it serves, with how many queues, and on which CPUs.
 
-    socket: Path
+    `driver` and `back_end` are the processors that the two may run on. `work` is what a net device
+    does with packets.
+    """
+
+    sockets: tuple[Path, ...]
     image: Path
-    queues: int
+    queues: int = 1
+    work: str = ""
+    driver: frozenset[int] = frozenset()
+    back_end: frozenset[int] = frozenset()
+
+    @property
+    def socket(self) -> Path:
+        """Where the (first) device listens."""
+        return self.sockets[0]
+
+
+@contextlib.contextmanager
+def confined(cpus: frozenset[int]) -> Iterator[None]:
+    """Processes that are started meanwhile run on those processors only; none: where they like."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @dataclass(frozen=True)
@@ -47,7 +71,8 @@ class Backend:
 
 def _rust(*options: str) -> Callable[[Place], list[str]]:
     def command(place: Place) -> list[str]:
-        base = [str(PEERS / "device"), f"--socket={place.socket}", f"--queues={place.queues}"]
+        base = [str(PEERS / "device"), f"--queues={place.queues}"]
+        base += [f"--socket={socket}" for socket in place.sockets]
         return base + [option.format(image=place.image) for option in options]
 
     return command
@@ -70,8 +95,9 @@ def _qemu(aio: str, cache: str = "") -> Callable[[Place], list[str]]:
 def _null(style: str, *options: str) -> Callable[[Place], list[str]]:
     def command(place: Place) -> list[str]:
         program = str(HERE / "devices" / "null.py")
-        base = [sys.executable, program, f"--style={style}", f"--socket-path={place.socket}"]
-        return [*base, f"--queues={place.queues}", *options]
+        base = [sys.executable, program, f"--style={style}", f"--queues={place.queues}"]
+        base += [f"--socket-path={socket}" for socket in place.sockets]
+        return [*base, *options]
 
     return command
 
@@ -84,6 +110,39 @@ def _blk(*options: str) -> Callable[[Place], list[str]]:
     return command
 
 
+def _net(style: str, *options: str) -> Callable[[Place], list[str]]:
+    def command(place: Place) -> list[str]:
+        program = str(HERE / "devices" / "net.py")
+        base = [sys.executable, program, f"--style={style}", f"--work={place.work}"]
+        pairs = f"--pairs={place.queues}"
+        return [*base, pairs, f"--socket-path={place.socket}", *options]
+
+    return command
+
+
+def _testpmd(place: Place) -> list[str]:
+    """Poll-mode forwarding: one thread that is given a processor of its own."""
+    mode = {"echo": "io", "sink": "rxonly", "source": "txonly"}[place.work]
+    if not place.back_end or place.back_end == place.driver:
+        raise Unavailable("testpmd needs a processor of its own")
+    main, worker = min(place.driver), min(place.back_end)
+    return [
+        *("dpdk-testpmd", "--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--no-shconf"),
+        *("-l", f"{main},{worker}", f"--main-lcore={main}"),
+        *("--vdev", f"net_vhost0,iface={place.socket},queues={place.queues}"),
+        *("--", f"--forward-mode={mode}", "--auto-start", "--port-topology=loop"),
+        *("--nb-cores=1", f"--rxq={place.queues}", f"--txq={place.queues}"),
+        *("--total-num-mbufs=16384", "--txpkts=60"),
+    ]
+
+
+# So long our back-ends look at an empty ring before they sleep, where they are told to.
+BUSY_POLL_US = 50
+# A poll-mode driver never sleeps; beside one ours does not either.
+ALWAYS_POLL_US = 10_000_000
+POLL = f"--busy-poll={BUSY_POLL_US}"
+ALWAYS = f"--busy-poll={ALWAYS_POLL_US}"
+
 BACKENDS = {
     backend.name: backend
     for backend in (
@@ -91,6 +150,8 @@ BACKENDS = {
         Backend("null-records", "ours, Python per request, records", True, "", _null("records")),
         Backend("null-requests", "ours, handle(queue, request)", True, "", _null("requests")),
         Backend("null-batch", "ours, batches in C", True, "", _null("batch")),
+        Backend("null-records-poll", "ours, records, busy-poll", True, "", _null("records", POLL)),
+        Backend("null-batch-poll", "ours, batches in C, busy-poll", True, "", _null("batch", POLL)),
         Backend(
             "rust-file",
             "Rust vhost-user-backend, preadv/pwritev",
@@ -110,6 +171,12 @@ BACKENDS = {
             _qemu("native", ",cache.direct=on"),
         ),
         Backend("blk", "ours, vhost-backend blk", True, "", _blk()),
+        Backend("blk-poll", "ours, vhost-backend blk, busy-poll", True, "", _blk(POLL)),
+        Backend("testpmd", "dpdk-testpmd, net_vhost (polls)", False, "dpdk", _testpmd),
+        Backend("net-records", "ours, Python per packet, records", True, "", _net("records")),
+        Backend("net-batch", "ours, numpy over the batch", True, "", _net("batch")),
+        Backend("net-records-poll", "ours, records, polls", True, "", _net("records", ALWAYS)),
+        Backend("net-batch-poll", "ours, numpy, polls", True, "", _net("batch", ALWAYS)),
     )
 }
 
@@ -150,6 +217,18 @@ def find_qemu() -> str:
     return _run(["qemu-storage-daemon", "--version"]).splitlines()[0].split("version ")[1]
 
 
+def find_dpdk() -> str:
+    """The version of testpmd and its vhost driver."""
+    if shutil.which("dpdk-testpmd") is None:
+        raise Unavailable("dpdk-testpmd is not installed (Debian: dpdk-dev, librte-net-vhost23)")
+    if len(os.sched_getaffinity(0)) < 2:
+        raise Unavailable("testpmd polls and needs a processor of its own")
+    program = ["dpdk-testpmd", "--no-huge", "--no-pci", "--no-shconf", "-m", "64", "-v", "-h"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    found = re.search(r"RTE Version: '(.*)'", done.stdout + done.stderr)
+    return found[1] if found else "of an unknown version"
+
+
 def build_ours() -> str:
     """Which engine and versions of ours are measured."""
     program = (
@@ -163,12 +242,21 @@ def build_ours() -> str:
 @contextlib.contextmanager
 def started(backend: Backend, place: Place) -> Iterator[subprocess.Popen[bytes]]:
     """Run a back-end until the block ends."""
+    command = backend.command(place)
+    # testpmd puts its threads in their places itself, and runs until its input ends.
+    cpus = frozenset() if backend.needs == "dpdk" else place.back_end
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            backend.command(place), stdout=subprocess.DEVNULL, stderr=errors, env=_environment()
-        )
+        with confined(cpus):
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                env=_environment(),
+            )
         try:
-            _wait(process, place.socket, errors.fileno())
+            for socket in place.sockets:
+                _wait(process, socket, errors.fileno())
             yield process
         finally:
             process.terminate()
@@ -177,7 +265,10 @@ def started(backend: Backend, place: Place) -> Iterator[subprocess.Popen[bytes]]
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            place.socket.unlink(missing_ok=True)
+            assert process.stdin is not None
+            process.stdin.close()
+            for socket in place.sockets:
+                socket.unlink(missing_ok=True)
 
 
 def _environment() -> dict[str, str]:

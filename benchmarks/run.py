@@ -1,10 +1,14 @@
 """Measure this project's back-ends beside their peers, in one run.
 
-``python benchmarks/run.py`` builds the load generator and the peers, lets every contestant of a
-case take its turn in each round (so that a busy machine hits all alike), and prints Markdown:
-medians of the figures, and the median over the rounds of the ratio to the best peer of the same
-round. A peer that cannot be built or started is named with the reason. ``--short`` takes under two
-minutes once things are built; ``--full`` is what docs/performance.md shows.
+It builds the load generator and the peers, lets every contestant of a case take its turn in each
+round (so that a busy machine hits all alike), and prints Markdown: medians of the figures, and the
+median over the rounds of the ratio to the best peer of the same round. In the end comes a summary:
+every target, what was measured for it, and whether it was met. A peer that cannot be built or
+started is named with the reason. docs/performance.md says what is measured and how to read it.
+
+  --short   the cases that matter most, under two minutes once things are built (the default)
+  --full    every case, longer and more often: what docs/performance.md shows; about half an hour
+  --only    some cases, with all their contestants, by name or group; see --list
 """
 
 from __future__ import annotations
@@ -14,288 +18,164 @@ import contextlib
 import json
 import os
 import platform
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import backends
-from backends import BACKENDS, LOAD, Place, Unavailable, started
+from backends import BACKENDS, Place, Unavailable, confined, started
+from cases import CASES, READ_FILE, SHORT_FILE, Case
+from report import Figures, Measure, Outcome, memory_verdict, setup_table, summary, table, verdicts
 
 IMAGE_BYTES = 256 << 20
-
-# A figure of one run of the load generator, and what else belongs to it.
-Figures = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What one of ours has to reach against the best peer: a rate or, with `most`, a cost."""
-
-    ours: str
-    key: str
-    factor: float
-    most: bool = False
-
-
-@dataclass(frozen=True)
-class Case:
-    """One load, and who takes part."""
-
-    name: str
-    group: str
-    load: tuple[str, ...]
-    contestants: tuple[str, ...]
-    targets: tuple[Target, ...] = ()
-    queues: int = 1
-    short: bool = False
-
-
-@dataclass
-class Outcome:
-    """What came of a case: per contestant, figures of each round, or why there are none."""
-
-    case: Case
-    figures: dict[str, list[Figures]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-
-
-NULL = ("rust-null", "null-records", "null-requests", "null-batch")
-FILE = ("rust-file", "qsd-threads", "qsd-io_uring", "qsd-native", "blk")
-SHORT_FILE = ("rust-file", "qsd-threads", "blk")
-RUST_FILE = ("rust-file", "blk")
-
-
-def _null_cases() -> Iterator[Case]:
-    wanted = {1: (0.9, 0.85, 1.0), 32: (1.0, 0.4, 1.2), 128: (1.0, 0.3, 2.0)}
-    for depth, factors in wanted.items():
-        names = ("null-records", "null-requests", "null-batch")
-        targets = [Target(n, "rate", f) for n, f in zip(names, factors, strict=True)]
-        if depth == 1:
-            targets += [Target(name, "p99_ns", 1.2, most=True) for name in names]
-        load: tuple[str, ...] = (f"--depth={depth}",)
-        yield Case(f"null, depth {depth}", "null", load, NULL, tuple(targets), short=True)
-    polled = (Target("null-records", "p99_ns", 1.2, most=True),)
-    yield Case("null, depth 1, driver polls", "null", ("--poll",), NULL, polled)
-    load = ("--depth=32", "--regions=509")
-    yield Case("null, depth 32, 509 regions", "null", load, NULL)
-    yield Case("null, depth 32, 2 queues", "null", ("--depth=32",), NULL, queues=2)
-    yield Case("null, depth 32, packed", "null", ("--depth=32", "--packed"), NULL[1:])
-
-
-def _file_cases() -> Iterator[Case]:
-    for depth, (qemu, rust) in {1: (2.0, 1.0), 32: (3.0, 1.2), 128: (3.0, 1.2)}.items():
-        load: tuple[str, ...] = (f"--depth={depth}",)
-        targets = [
-            Target("blk/qsd", "rate", qemu),
-            Target("blk/rust-file", "rate", rust),
-        ]
-        if depth == 1:
-            targets.append(Target("blk", "p99_ns", 1.2, most=True))
-        if depth == 32:
-            targets.append(Target("blk", "cpu_ns_per_request", 1.0, most=True))
-        yield Case(
-            f"4 KiB random read, depth {depth}", "file", load, FILE, tuple(targets), short=True
-        )
-    for depth, factor in {1: 1.0, 32: 1.2, 128: 1.2}.items():
-        load = (f"--depth={depth}", "--write-percent=100")
-        targets = [Target("blk/rust-file", "rate", factor)]
-        yield Case(
-            f"4 KiB random write, depth {depth}", "file", load, FILE[:3] + FILE[-1:], tuple(targets)
-        )
-    two = (Target("blk/rust-file", "rate", 1.2),)
-    yield Case(
-        "4 KiB random read, depth 32, 2 queues", "file", ("--depth=32",), FILE, two, queues=2
-    )
-    polled = (Target("blk", "p99_ns", 1.2, most=True),)
-    yield Case("4 KiB random read, depth 1, driver polls", "file", ("--poll",), SHORT_FILE, polled)
-
-
-def _scale_cases() -> Iterator[Case]:
-    for queues in (1, 2, 4, 8):
-        load: tuple[str, ...] = ("--depth=32",)
-        yield Case(f"queues: {queues}", "queues", load, (*RUST_FILE, "null-batch"), queues=queues)
-    for kib in (4, 16, 64, 256, 1024):
-        load = ("--depth=8", f"--block={kib * 1024}")
-        yield Case(f"request: {kib} KiB", "size", load, RUST_FILE)
-    for regions in (2, 8, 64, 509):
-        load = ("--depth=32", f"--regions={regions}")
-        yield Case(f"regions: {regions}", "regions", load, NULL)
-
-
-CASES = (*_null_cases(), *_file_cases(), *_scale_cases())
 
 
 # --- measuring ---
 
 
+def generator(case: Case, place: Place, socket: Path, seconds: float) -> list[str]:
+    """The load generator's command for one device."""
+    base = (str(backends.NETLOAD), f"--direction={case.work}", f"--pairs={case.queues}")
+    if not case.work:
+        base = (str(backends.LOAD), f"--queues={case.queues}", "--connect-timeout=20")
+    times = (f"--seconds={seconds}", f"--warm-up={min(0.3, seconds / 2)}")
+    return [*base, f"--socket={socket}", *times, *case.load]
+
+
 def load_once(case: Case, place: Place, seconds: float) -> Figures:
-    """Run the load generator once; what it reports."""
-    command = [
-        *(str(LOAD), f"--socket={place.socket}", f"--queues={case.queues}"),
-        *(f"--seconds={seconds}", f"--warm-up={min(0.3, seconds / 2)}"),
-        *case.load,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise Unavailable(done.stderr.strip().removeprefix("load: ") or f"exit {done.returncode}")
-    figures: Figures = json.loads(done.stdout)
-    return figures
-
-
-def run_case(
-    case: Case, place: Path, image: Path, rounds: int, seconds: float, missing: dict[str, str]
-) -> Outcome:
-    """All rounds of one case."""
-    outcome = Outcome(case)
-    for turn in range(rounds):
-        names = [name for name in case.contestants if name not in outcome.failures]
-        for name in names[turn % len(names) :] + names[: turn % len(names)] if names else []:
-            backend = BACKENDS[name]
-            where = Place(place / f"{name}.sock", image, case.queues)
-            try:
-                if backend.needs in missing:
-                    raise Unavailable(missing[backend.needs])
-                with started(backend, where):
-                    outcome.figures.setdefault(name, []).append(load_once(case, where, seconds))
-            except Unavailable as reason:
-                outcome.failures[name] = str(reason)
-                outcome.figures.pop(name, None)
-    return outcome
-
-
-def idle_memory(place: Path, image: Path, missing: dict[str, str]) -> dict[str, dict[str, int]]:
-    """KiB of an idle block daemon that nobody is connected to: resident, and proportional."""
-    found = {}
-    for name in FILE:
-        if BACKENDS[name].needs in missing:
-            continue
-        with contextlib.suppress(Unavailable):
-            where = Place(place / f"{name}.sock", image, 1)
-            with started(BACKENDS[name], where) as process:
-                time.sleep(0.5)
-                text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-            fields = dict(line.split(":", 1) for line in text.splitlines()[1:])
-            found[name] = {key: int(fields[key].split()[0]) for key in ("Rss", "Pss")}
-    return found
-
-
-# --- reporting ---
-
-
-best_only = False
-
-
-def _typical(runs: list[Figures], key: str) -> Any:
-    """The median over the rounds; the best, and the rate of the best window, where asked for."""
-    if not best_only:
-        return statistics.median(run[key] for run in runs)
-    if key == "mib_per_s":
-        return max(run[key] * run["peak_rate"] / run["rate"] for run in runs)
-    if key == "rate":
-        return max(run["peak_rate"] for run in runs)
-    return min(run[key] for run in runs)
-
-
-def _peers(outcome: Outcome, target: Target) -> list[str]:
-    wanted = target.ours.partition("/")[2]
-    return [name for name in outcome.figures if not BACKENDS[name].ours and name.startswith(wanted)]
-
-
-def _ratio(outcome: Outcome, name: str, peers: list[str], key: str, most: bool) -> float | None:
-    """The median over the rounds of the ratio to the best of `peers` in the same round."""
-    ours = outcome.figures.get(name)
-    theirs = [outcome.figures[peer] for peer in peers]
-    if not ours or not theirs:
-        return None
-    best = min if most else max
-    if best_only:
-        ratio: float = _typical(ours, key) / best(_typical(runs, key) for runs in theirs)
-        return ratio
-    pairs = zip(ours, zip(*theirs, strict=True), strict=True)
-    ratios: list[float] = [run[key] / best(peer[key] for peer in group) for run, group in pairs]
-    return statistics.median(ratios)
-
-
-def _rate(value: float) -> str:
-    return f"{value / 1e6:.2f} M" if value >= 1e6 else f"{value / 1e3:.1f} k"
-
-
-def table(outcome: Outcome) -> Iterator[str]:
-    """One case as Markdown."""
-    yield f"#### {outcome.case.name} (`{' '.join(outcome.case.load)}`)"
-    yield ""
-    yield (
-        "| back-end | requests/s | to the best peer | MiB/s | p50 µs | p99 µs | p99.9 µs "
-        "| CPU µs/request | CPUs |"
-    )
-    yield "|---|---|---|---|---|---|---|---|---|"
-    peers = [name for name in outcome.figures if not BACKENDS[name].ours]
-    for name, runs in outcome.figures.items():
-        ratio = _ratio(outcome, name, peers, "rate", most=False) if BACKENDS[name].ours else None
-        yield (
-            f"| {BACKENDS[name].what} | {_rate(_typical(runs, 'rate'))} | "
-            f"{'' if ratio is None else f'{ratio:.2f}x'} | {_typical(runs, 'mib_per_s'):.0f} | "
-            + " | ".join(
-                f"{_typical(runs, key) / 1e3:.1f}" for key in ("p50_ns", "p99_ns", "p999_ns")
+    """Load every device of the back-end once; what was measured."""
+    with confined(place.driver):
+        running = [
+            subprocess.Popen(
+                generator(case, place, socket, seconds),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
-            + f" | {_typical(runs, 'cpu_ns_per_request') / 1e3:.2f} "
-            + f"| {_typical(runs, 'cpus'):.2f} |"
-        )
-    for name, reason in outcome.failures.items():
-        yield f"| {BACKENDS[name].what} | not measured: {reason} | | | | | | | |"
-    yield ""
-
-
-LABELS = {"rate": "rate", "p99_ns": "p99", "cpu_ns_per_request": "CPU per request"}
-
-
-def verdicts(outcomes: list[Outcome]) -> Iterator[str]:
-    """Every target, and whether it was met."""
-    yield "| target | wanted | measured | |"
-    yield "|---|---|---|---|"
-    for outcome in outcomes:
-        for target in outcome.case.targets:
-            name, _, group = target.ours.partition("/")
-            against = f" against {group}" if group else ""
-            label = f"{outcome.case.name}: {BACKENDS[name].what}, {LABELS[target.key]}{against}"
-            ratio = _ratio(outcome, name, _peers(outcome, target), target.key, target.most)
-            sign = "≤" if target.most else "≥"
-            if ratio is None:
-                yield f"| {label} | {sign} {target.factor:g}x | | not measured |"
-                continue
-            met = ratio <= target.factor if target.most else ratio >= target.factor
-            verdict = "met" if met else "**missed**"
-            yield f"| {label} | {sign} {target.factor:g}x | {ratio:.2f}x | {verdict} |"
-    yield ""
-
-
-def setup_table(outcomes: list[Outcome], memory: dict[str, dict[str, int]]) -> Iterator[str]:
-    """Connection to first request served, and the memory of an idle daemon."""
-    yield (
-        "| back-end | connection to first request, ms | idle: resident KiB "
-        "| idle: proportional KiB |"
-    )
-    yield "|---|---|---|---|"
-    for name in BACKENDS:
-        runs = [
-            run
-            for outcome in outcomes
-            if outcome.case.queues == 1 and "--regions=509" not in outcome.case.load
-            for run in outcome.figures.get(name, [])
+            for socket in place.sockets
         ]
-        if runs:
-            idle = memory.get(name, {})
-            yield (
-                f"| {BACKENDS[name].what} | {_typical(runs, 'setup_us') / 1e3:.2f} | "
-                f"{idle.get('Rss', '')} | {idle.get('Pss', '')} |"
-            )
-    yield ""
+    ended = [(process, *process.communicate()) for process in running]
+    for process, _, errors in ended:
+        if process.returncode:
+            text = errors.strip().removeprefix("load: ") or f"exit {process.returncode}"
+            raise Unavailable(text)
+    return together([json.loads(output) for _, output, _ in ended])
+
+
+def together(runs: list[Figures]) -> Figures:
+    """The figures of several devices in one process as one: rates add up, the rest is typical.
+
+    Each generator saw the CPU time of the whole process.
+    """
+    if len(runs) == 1:
+        return runs[0]
+    typical = {
+        key: statistics.median(run[key] for run in runs)
+        for key, value in runs[0].items()
+        if isinstance(value, (int, float))
+    }
+    for key in ("rate", "mib_per_s", "requests"):
+        typical[key] = sum(run[key] for run in runs)
+    # Each had its best 2 ms at another time: no such rate of all together ever was.
+    typical["peak_rate"] = typical["rate"]
+    typical["cpu_ns_per_request"] = typical["cpus"] * 1e9 / (typical["rate"] or 1)
+    return typical
+
+
+def place_of(case: Case, folder: Path, image: Path, name: str) -> Place:
+    """Sockets and processors for one turn."""
+    sockets = tuple(folder / f"{name}-{number}.sock" for number in range(case.devices))
+    cpus = sorted(os.sched_getaffinity(0))
+    driver, back_end = {
+        "free": (frozenset[int](), frozenset[int]()),
+        "together": (frozenset(cpus[:1]), frozenset(cpus[:1])),
+        "apart": (frozenset(cpus[:1]), frozenset(cpus[-1:])),
+    }[case.placement]
+    return Place(sockets, image, case.queues, case.work, driver, back_end)
+
+
+class Runner:
+    """Runs cases: where files are, how long, and what is missing."""
+
+    def __init__(self, options: argparse.Namespace, missing: dict[str, str]) -> None:
+        self.rounds: int = options.rounds or (5 if options.full else 3)
+        self.seconds: float = options.seconds or (1.0 if options.full else 0.4)
+        self.profile: Path | None = options.profile
+        self.missing = missing
+
+    def run(self, case: Case, folder: Path, image: Path) -> Outcome:
+        """All rounds of one case."""
+        outcome = Outcome(case)
+        for turn in range(self.rounds):
+            names = [name for name in case.contestants if name not in outcome.failures]
+            first = turn % len(names) if names else 0
+            for name in names[first:] + names[:first]:
+                try:
+                    figures = self._turn(case, name, place_of(case, folder, image, name), turn)
+                except Unavailable as reason:
+                    outcome.failures[name] = str(reason)
+                    outcome.figures.pop(name, None)
+                else:
+                    outcome.figures.setdefault(name, []).append(figures)
+        return outcome
+
+    def _turn(self, case: Case, name: str, place: Place, turn: int) -> Figures:
+        backend = BACKENDS[name]
+        if backend.needs in self.missing:
+            raise Unavailable(self.missing[backend.needs])
+        with started(backend, place) as process, self._profiled(case, name, process.pid, turn):
+            return load_once(case, place, self.seconds)
+
+    @contextlib.contextmanager
+    def _profiled(self, case: Case, name: str, pid: int, turn: int) -> Iterator[None]:
+        """Have perf look on in the first round, and write where the time went to a file."""
+        if self.profile is None or turn:
+            yield
+            return
+        self.profile.mkdir(parents=True, exist_ok=True)
+        base = self.profile / f"{case.name}, {name}".replace("/", "-")
+        data = base.with_name(base.name + ".data")
+        record = ["perf", "record", "--quiet", "--event=cpu-clock", f"--pid={pid}", f"-o{data}"]
+        with subprocess.Popen(record, stderr=subprocess.DEVNULL) as perf:
+            try:
+                yield
+            finally:
+                perf.send_signal(signal.SIGINT)
+        report = [
+            "perf",
+            "report",
+            "--stdio",
+            "--sort=dso,symbol",
+            "--percent-limit=1",
+            f"-i{data}",
+        ]
+        text = subprocess.run(report, capture_output=True, text=True).stdout
+        base.with_name(base.name + ".txt").write_text(text)
+        data.unlink(missing_ok=True)
+
+    def idle_memory(self, folder: Path, image: Path) -> dict[str, dict[str, int]]:
+        """KiB of an idle block daemon that nobody is connected to: resident, and proportional."""
+        found = {}
+        for name in READ_FILE:
+            if BACKENDS[name].needs in self.missing:
+                continue
+            with contextlib.suppress(Unavailable):
+                with started(BACKENDS[name], Place((folder / f"{name}.sock",), image)) as process:
+                    time.sleep(0.5)
+                    text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+                fields = dict(line.split(":", 1) for line in text.splitlines()[1:])
+                found[name] = {key: int(fields[key].split()[0]) for key in ("Rss", "Pss")}
+        return found
+
+
+# --- what the run says of itself ---
 
 
 def machine() -> Iterator[str]:
@@ -314,13 +194,19 @@ def machine() -> Iterator[str]:
     yield f"- load average when the run began: {load[0]:.1f}, {load[1]:.1f}, {load[2]:.1f}"
 
 
+BUILDERS: dict[str, Callable[[], str]] = {
+    "rust": backends.build_rust,
+    "qemu": backends.find_qemu,
+    "dpdk": backends.find_dpdk,
+}
+
+
 def prepare(wanted: set[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Build what is needed; versions, and why something is missing."""
     versions, missing = {}, {}
-    builders = {"rust": backends.build_rust, "qemu": backends.find_qemu}
     for need in sorted(wanted - {""}):
         try:
-            versions[need] = builders[need]()
+            versions[need] = BUILDERS[need]()
         except Unavailable as reason:
             missing[need] = str(reason)
     return versions, missing
@@ -340,10 +226,15 @@ def image_file(folder: Path | None) -> Iterator[tuple[Path, Path]]:
         yield Path(name), image
 
 
+# --- the command ---
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="hatch run bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--short", action="store_true", help="the cases that matter most (default)")
@@ -352,17 +243,39 @@ def arguments() -> argparse.Namespace:
         "--only",
         action="append",
         metavar="TEXT",
-        help="cases whose name or group has TEXT, or `rings`",
+        help="cases of the group TEXT or with TEXT in their name; `rings` for the rings in one "
+        "process (can be given more than once)",
+    )
+    parser.add_argument("--list", action="store_true", help="name the cases and contestants")
+    parser.add_argument(
+        "--contestant",
+        action="append",
+        metavar="NAME",
+        choices=sorted(BACKENDS),
+        help="only these contestants (see --list)",
     )
     parser.add_argument(
-        "--contestant", action="append", choices=sorted(BACKENDS), help="only these"
+        "--rounds", type=int, metavar="N", help="turns of each contestant (3; full: 5)"
     )
-    parser.add_argument("--rounds", type=int, metavar="N", help="turns of each contestant")
-    parser.add_argument("--seconds", type=float, metavar="S", help="measured time of one turn")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="measured time of one turn (0.4; full: 1)"
+    )
+    parser.add_argument(
+        "--placement",
+        choices=("free", "together", "apart"),
+        help="where driver and back-end may run, instead of what each case says",
+    )
     parser.add_argument(
         "--best",
         action="store_true",
-        help="best rounds, and the rate of their best 2 ms, not medians: for a busy machine",
+        help="for a machine that others use: the rate of a turn is that of its best 2 ms, and of "
+        "latencies and CPU times the least of all rounds counts",
+    )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FOLDER",
+        help="have perf watch the back-ends in the first round, and write where their time went",
     )
     parser.add_argument("--image-folder", type=Path, help="where the image is made (tmpfs)")
     parser.add_argument(
@@ -371,51 +284,50 @@ def arguments() -> argparse.Namespace:
         help="write the Markdown to this file, too, between its `results` marks if it has them",
     )
     parser.add_argument("--json", type=Path, help="write every figure of every round to this file")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.profile and shutil.which("perf") is None:
+        parser.error("--profile needs perf")
+    return options
 
 
 def select(options: argparse.Namespace) -> list[Case]:
     """The cases to run."""
     cases = [case for case in CASES if options.full or options.only or case.short]
     if options.only:
-        cases = [
-            case for case in cases if any(t == case.group or t in case.name for t in options.only)
-        ]
-    if not options.full and not options.only:
-        short = set(NULL) | set(SHORT_FILE)
-        cases = [
-            _narrow(case, tuple(name for name in case.contestants if name in short))
-            for case in cases
-        ]
+        wanted = options.only
+        cases = [case for case in cases if any(t == case.group or t in case.name for t in wanted)]
+    elif not options.full:
+        left_out = set(READ_FILE) - set(SHORT_FILE) | {"null-records-poll"}
+        cases = [case.only(set(case.contestants) - left_out) for case in cases]
     if options.contestant:
-        wanted = set(options.contestant)
-        cases = [
-            _narrow(case, tuple(name for name in case.contestants if name in wanted))
-            for case in cases
-        ]
+        cases = [case.only(set(options.contestant)) for case in cases]
+    if options.placement:
+        cases = [replace(case, placement=options.placement) for case in cases]
     return [case for case in cases if case.contestants]
 
 
-def _narrow(case: Case, contestants: tuple[str, ...]) -> Case:
-    return Case(
-        case.name, case.group, case.load, contestants, case.targets, case.queues, case.short
-    )
+def describe() -> None:
+    """Print cases and contestants."""
+    for case in CASES:
+        short = ", short" if case.short else ""
+        print(f"{case.name}  [group {case.group}{short}]")
+        print(f"    {' '.join(case.load)}; {', '.join(case.contestants)}")
+    print()
+    for backend in BACKENDS.values():
+        print(f"{backend.name}: {backend.what}")
 
 
-def rings(options: argparse.Namespace) -> Iterator[str]:
-    """The rings in one process; see rings.py."""
-    yield "### Rings in one process"
-    yield ""
-    rounds, seconds = (5, 0.3) if options.full else (3, 0.1)
+def ring_results(options: argparse.Namespace) -> str:
+    """The rings in one process as rings.py's JSON."""
+    rounds, seconds = (7, 0.3) if options.full else (3, 0.1)
     program = str(backends.HERE / "rings.py")
-    command = [sys.executable, program, f"--rounds={rounds}", f"--seconds={seconds}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    yield (
-        done.stdout
-        if not done.returncode
-        else f"not measured: {done.stderr.strip().splitlines()[-1]}"
+    times = [f"--rounds={options.rounds or rounds}", f"--seconds={seconds}"]
+    done = subprocess.run(
+        [sys.executable, program, "--json", *times], capture_output=True, text=True
     )
-    yield ""
+    if done.returncode:
+        raise Unavailable((done.stderr.strip().splitlines() or ["no reason given"])[-1])
+    return done.stdout
 
 
 def write(path: Path, text: str) -> None:
@@ -429,11 +341,10 @@ def write(path: Path, text: str) -> None:
 
 def main() -> int:
     """Build, run, print."""
-    global best_only
     options = arguments()
-    best_only = options.best
-    rounds = options.rounds or (7 if options.full else 3)
-    seconds = options.seconds or (2.0 if options.full else 0.4)
+    if options.list:
+        describe()
+        return 0
     cases = select(options)
     with_rings = not options.contestant and (not options.only or "rings" in options.only)
     header = list(machine())
@@ -447,35 +358,44 @@ def main() -> int:
     with contextlib.suppress(Unavailable):
         header.append(f"- ours: {backends.build_ours()}")
     header += [f"- peer ({need}): {text}" for need, text in versions.items()]
-    header += [f"- peer ({need}) is missing: {reason}" for need, reason in missing.items()]
-    figure = "the best (rates: of the best 2 ms)" if best_only else "medians"
-    header.append(f"- {figure} of {rounds} rounds of {seconds:g} s for each contestant of a case")
+    header += [f"- peer ({need}) is **missing**: {reason}" for need, reason in missing.items()]
+    runner, measure = Runner(options, missing), Measure(options.best)
+    how = "of the best 2 ms and the best round" if options.best else "medians"
+    header.append(f"- {how} of {runner.rounds} turns of {runner.seconds:g} s each; ratios: medians")
+    print("\n".join(header), "", sep="\n", flush=True)
 
-    lines = [*header, ""]
-    print("\n".join(lines), flush=True)
-    outcomes = []
-    with image_file(options.image_folder) as (place, image):
-        group = ""
-        for case in cases:
-            outcome = run_case(case, place, image, rounds, seconds, missing)
-            outcomes.append(outcome)
-            part = [f"### {case.group}", ""] if case.group != group else []
-            group = case.group
-            part += table(outcome)
-            print("\n".join(part), flush=True)
-            lines += part
-        memory = idle_memory(place, image, missing) if outcomes else {}
+    body: list[str] = []
+
+    def add(*lines: str) -> None:
+        print("\n".join(lines), flush=True)
+        body.extend(lines)
+
+    rows = []
     if with_rings:
-        part = list(rings(options))
-        print("\n".join(part), flush=True)
-        lines += part
+        add("### Rings in one process", "")
+        try:
+            import rings
+
+            results = rings.loaded(ring_results(options))
+            add(rings.table(results), "")
+            rows += rings.verdicts(results)
+        except Unavailable as reason:
+            add(f"not measured: {reason}", "")
+    outcomes: list[Outcome] = []
+    with image_file(options.image_folder) as (folder, image):
+        for case in cases:
+            if not outcomes or outcomes[-1].case.group != case.group:
+                add(f"### {case.group}", "")
+            outcomes.append(runner.run(case, folder, image))
+            add(*table(outcomes[-1], measure))
+        memory = runner.idle_memory(folder, image) if outcomes else {}
     if outcomes:
-        part = ["### Set-up and memory", "", *setup_table(outcomes, memory)]
-        part += ["### Targets", "", *verdicts(outcomes)]
-        print("\n".join(part), flush=True)
-        lines += part
+        add("### Set-up and memory", "", *setup_table(outcomes, memory, measure))
+        rows += [*verdicts(outcomes, measure), memory_verdict(memory)]
+    top = ["### Summary", "", *summary(rows)]
+    print("\n".join(top), flush=True)
     if options.output:
-        write(options.output, "\n".join(lines) + "\n")
+        write(options.output, "\n".join([*header, "", *top, *body]) + "\n")
     if options.json:
         data = {o.case.name: {"figures": o.figures, "failures": o.failures} for o in outcomes}
         options.json.write_text(json.dumps(data, indent=1))

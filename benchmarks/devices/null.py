@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import argparse
 import struct
+from typing import Any
 
-from vhost_backend import Queue, Request, VirtioDevice, serve
+from vhost_backend import Queue, Request, VirtioDevice, serve, serve_all
 from virtqueue import DONE, Batch
 
 SECTOR = 512
 CAPACITY = (1 << 30) // SECTOR
+# What begins at this sector or before and is no longer than LONGEST ends inside the disk: that
+# needs no arithmetic. Requests that fail the comparison, and flushes, are looked at again.
+LONGEST = 1 << 20
+SAFE = CAPACITY - LONGEST // SECTOR
 T_IN, T_OUT, T_FLUSH = 0, 1, 4
 S_UNSUPP = 2
 F_FLUSH, F_MQ = 1 << 9, 1 << 12
@@ -51,13 +56,12 @@ class Records(Null):
         for kind, sector, readable_length, writable_length in BLOCK_RECORD.iter_unpack(
             batch.records
         ):
-            if kind == T_IN:
-                length = writable_length - 1
-            elif kind in (T_OUT, T_FLUSH):
-                length = readable_length
-            else:
-                break
-            if sector * SECTOR + length > CAPACITY * SECTOR:
+            if (
+                kind > T_OUT
+                or sector > SAFE
+                or readable_length > LONGEST
+                or writable_length > LONGEST
+            ):
                 break
         else:
             return
@@ -65,8 +69,10 @@ class Records(Null):
 
     def refuse(self, batch: Batch) -> None:
         """Fail what is wrong in a batch: the rare case, which may take its time."""
-        for position, (kind, sector, *_) in enumerate(BLOCK_RECORD.iter_unpack(batch.records)):
-            if kind not in (T_IN, T_OUT, T_FLUSH) or sector >= CAPACITY:
+        records = BLOCK_RECORD.iter_unpack(batch.records)
+        for position, (kind, sector, readable_length, writable_length) in enumerate(records):
+            length = {T_IN: writable_length - 1, T_OUT: readable_length, T_FLUSH: 0}.get(kind)
+            if length is None or sector * SECTOR + length > CAPACITY * SECTOR:
                 head = DONE.unpack_from(batch.done, position * 8)[0]
                 DONE.pack_into(batch.done, position * 8, head, S_UNSUPP, 1, 1)
 
@@ -91,11 +97,29 @@ STYLES = {"batch": Null, "records": Records, "requests": Requests}
 def main() -> None:
     """Serve one of the devices until SIGTERM."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--socket-path", required=True)
+    parser.add_argument(
+        "--socket-path",
+        required=True,
+        action="append",
+        help="where to listen; given more than once, that many devices in this process",
+    )
     parser.add_argument("--style", choices=sorted(STYLES), default="records")
     parser.add_argument("--queues", type=int, default=1)
+    parser.add_argument(
+        "--busy-poll",
+        type=float,
+        metavar="MICROSECONDS",
+        help="look at empty rings so long before sleeping",
+    )
     options = parser.parse_args()
-    serve(STYLES[options.style](options.queues), options.socket_path)
+    kind = STYLES[options.style]
+    more: dict[str, Any] = (
+        {} if options.busy_poll is None else {"busy_poll": options.busy_poll / 1e6}
+    )
+    if len(options.socket_path) == 1:
+        serve(kind(options.queues), options.socket_path[0], **more)
+    else:
+        serve_all([(kind(options.queues), path) for path in options.socket_path], **more)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,16 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include "memory.h"
 #include "ring.h"
 #include "stats.h"
 #include "wire.h"
 
 #define SECTOR 512u
-#define MAX_REGIONS 509
 #define MAX_QUEUES 64
-#define HOLE (2ull << 20) /* between regions in guest addresses: no two are neighbours */
 #define CONTROL 64        /* bytes of a request's header and status */
 #define STATUS_AT 32
 #define UNTOUCHED 0xff /* a status the device has not written */
@@ -40,12 +38,6 @@ struct options {
     uint64_t span, seed;
     double seconds, warm_up, connect_timeout;
     bool packed, event_idx, indirect, sequential, poll, verify, seal;
-};
-
-/* A piece of guest memory as both sides see it. */
-struct place {
-    uint8_t *host;
-    uint64_t guest;
 };
 
 /* Where a request's header, status, data and indirect table live. */
@@ -81,45 +73,8 @@ struct worker {
 };
 
 static _Atomic int phase;
-static struct region regions[MAX_REGIONS];
 
 /* --- guest memory --- */
-
-static uint64_t reserved[MAX_REGIONS];
-
-/* Reserve bytes of a region; the offset. All is reserved before anything is mapped. */
-static uint64_t reserve(unsigned region, uint64_t size, uint64_t alignment)
-{
-    uint64_t offset = (reserved[region] + alignment - 1) & ~(alignment - 1);
-
-    reserved[region] = offset + size;
-    return offset;
-}
-
-static void map_regions(unsigned count, bool seal)
-{
-    uint64_t guest = 0, page = 64 << 10;
-
-    for (unsigned i = 0; i < count; i++) {
-        uint64_t size = (reserved[i] + page - 1) & ~(page - 1);
-        if (!size)
-            size = page;
-        int fd = memfd_create("guest-memory", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-        if (fd < 0 || ftruncate(fd, (off_t)size) < 0 ||
-            (seal && fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0))
-            die(EXIT_FAULT, "guest memory: %s", strerror(errno));
-        void *host = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        if (host == MAP_FAILED)
-            die(EXIT_FAULT, "guest memory: %s", strerror(errno));
-        regions[i] = (struct region){guest, size, host, fd};
-        guest = (guest + size + 2 * HOLE - 1) & ~(HOLE - 1);
-    }
-}
-
-static struct place place_at(unsigned region, uint64_t offset)
-{
-    return (struct place){regions[region].host + offset, regions[region].guest + offset};
-}
 
 /* Region 0 holds the rings; buffers take turns through the others, a request's data in another
  * region than its header. */
@@ -141,7 +96,7 @@ static void lay_out(struct worker *workers, const struct options *options)
         per_queue = options->regions / 2;
     for (unsigned q = 0; q < options->queues; q++) {
         struct worker *worker = &workers[q];
-        rings[q] = reserve(0, bytes, 4096);
+        rings[q] = memory_reserve(0, bytes, 4096);
         worker->buffer_count = per_queue;
         worker->buffers = calloc(per_queue, sizeof *worker->buffers);
         for (unsigned i = 0; i < per_queue; i++, serial++) {
@@ -149,22 +104,22 @@ static void lay_out(struct worker *workers, const struct options *options)
             unsigned control = region_of(options, serial, false);
             unsigned data = region_of(options, serial, true);
             /* Offsets now, addresses when the regions' sizes are known. */
-            buffer->control.guest = reserve(control, CONTROL, CONTROL);
-            buffer->table.guest = reserve(control, options->indirect ? table : 0, 16);
-            buffer->data.guest = reserve(data, options->block, options->block >= 4096 ? 4096 : SECTOR);
+            buffer->control.guest = memory_reserve(control, CONTROL, CONTROL);
+            buffer->table.guest = memory_reserve(control, options->indirect ? table : 0, 16);
+            buffer->data.guest = memory_reserve(data, options->block, options->block >= 4096 ? 4096 : SECTOR);
         }
     }
-    map_regions(options->regions, options->seal);
+    memory_map(options->regions, options->seal);
     serial = 0;
     for (unsigned q = 0; q < options->queues; q++) {
         struct worker *worker = &workers[q];
-        worker->memory = place_at(0, rings[q]);
+        worker->memory = memory_at(0, rings[q]);
         for (unsigned i = 0; i < per_queue; i++, serial++) {
             struct buffer *buffer = &worker->buffers[i];
             unsigned control = region_of(options, serial, false);
-            buffer->control = place_at(control, buffer->control.guest);
-            buffer->table = place_at(control, buffer->table.guest);
-            buffer->data = place_at(region_of(options, serial, true), buffer->data.guest);
+            buffer->control = memory_at(control, buffer->control.guest);
+            buffer->table = memory_at(control, buffer->table.guest);
+            buffer->data = memory_at(region_of(options, serial, true), buffer->data.guest);
         }
     }
 }

@@ -92,7 +92,7 @@ static void map_memory(struct gm_table *table)
 static unsigned chain_of(unsigned chain, struct descriptor *entries, uint16_t *flags)
 {
     const uint64_t others = region_count > 1 ? region_count - 1 : 1, first = region_count > 1;
-    const uint64_t control = (first + 2 * chain % others) * STRIDE + chain * 64 + 0xc0000;
+    const uint64_t control = (first + 2 * chain % others) * STRIDE + 0xc0000 + chain * 4096;
     const uint64_t data = (first + (2 * chain + 1) % others) * STRIDE + 0x10000 + chain * 4096;
 
     entries[0] = (struct descriptor){control, 16, 0, 0};

@@ -1,15 +1,14 @@
 #include "chain.h"
 
-struct building building_refuse(struct engine *engine, struct building building, uint64_t address,
-                                uint32_t length, bool writable)
+/* A buffer that breaks a rule of its own. */
+static enum outcome refuse(struct engine *engine, const struct building *building, uint64_t address,
+                           uint32_t length, bool writable)
 {
     if (!length)
-        building.outcome = fault(engine, VQ_REASON_ZERO_LENGTH, address);
-    else if (!writable && building.total != building.readable)
-        building.outcome = fault(engine, VQ_REASON_READABLE_AFTER_WRITABLE, address);
-    else
-        building.outcome = fault(engine, VQ_REASON_TOTAL_LENGTH, building.total + length);
-    return building;
+        return fault(engine, VQ_REASON_ZERO_LENGTH, address);
+    if (!writable && building->total != building->readable)
+        return fault(engine, VQ_REASON_READABLE_AFTER_WRITABLE, address);
+    return fault(engine, VQ_REASON_TOTAL_LENGTH, building->total + length);
 }
 
 /* What an address that cannot be resolved means for the chain. */
@@ -26,30 +25,52 @@ static enum outcome unresolved(struct engine *engine, enum resolution how,
     return NEEDED;
 }
 
-struct building building_resolve(struct engine *engine, struct building building,
-                                 uint64_t address, uint32_t length, bool writable)
+static void add_piece(struct building *building, const struct piece *piece, bool writable)
+{
+    if (building->count < building->capacity)
+        building->segments[building->count] = (struct vq_segment){
+            .host = piece->host,
+            .guest = piece->guest,
+            .length = (uint32_t)piece->length,
+            .flags = writable ? VQ_SEGMENT_WRITABLE : 0,
+            .provision = piece->provision,
+        };
+    building->count++;
+    building->readable_count += !writable;
+    building->provided += piece->provision != 0;
+    building->regions |= piece->mask;
+    building->flags |= piece->outside ? REGION_OUTSIDE : 0;
+}
+
+void building_other(struct engine *engine, struct building *building, uint64_t address,
+                    uint32_t length, bool writable)
 {
     const uint32_t access = writable ? GM_WRITE : GM_READ;
+    const uint64_t total = building->total + length; /* both were below 2^32 before */
+    if (building->outcome != TAKEN)
+        return;
+    if (!length || (!writable && building->total != building->readable) || total > UINT32_MAX) {
+        building->outcome = refuse(engine, building, address, length, writable);
+        return;
+    }
+    building->total = total;
+    if (!writable)
+        building->readable = total;
     if (address + (length - 1) < address) {
-        building.outcome = fault(engine, VQ_REASON_ADDRESS, address);
-        return building;
+        building->outcome = fault(engine, VQ_REASON_ADDRESS, address);
+        return;
     }
     for (uint64_t left = length; left;) {
         struct piece piece;
         enum resolution how = memory_resolve(&engine->memory, address, left, access, &piece);
         if (how != RESOLVED) {
-            building.outcome = unresolved(engine, how, &piece, access);
-            return building;
+            building->outcome = unresolved(engine, how, &piece, access);
+            return;
         }
-        building = building_piece(building, piece.host, piece.guest, (uint32_t)piece.length,
-                                  writable, piece.provision);
-        building.provided += piece.provision != 0;
-        building.regions |= piece.mask;
-        building.flags |= piece.outside ? REGION_OUTSIDE : 0;
+        add_piece(building, &piece, writable);
         address += piece.length;
         left -= piece.length;
     }
-    return building;
 }
 
 enum outcome table_gather(struct engine *engine, uint64_t address, uint32_t length)

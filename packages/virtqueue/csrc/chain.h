@@ -77,54 +77,84 @@ static ALWAYS_INLINE struct building building_start(const struct taking *taking)
     };
 }
 
-static ALWAYS_INLINE struct building building_piece(struct building building, uint64_t host,
-                                                    uint64_t guest, uint32_t length, bool writable,
-                                                    uint64_t provision)
+/*
+ * A copy, made member by member.  What a pointer leads to lies in memory, and an assignment moves it
+ * in wider pieces than it was written in, which has to wait for the writes.  So a walk keeps the
+ * building of its own where no pointer leads to it, its members in registers, and functions that are
+ * not inline get a copy and give one back.
+ */
+static ALWAYS_INLINE struct building building_copy(const struct building *building)
 {
-    if (likely(building.count < building.capacity)) {
-        struct vq_segment *segment = &building.segments[building.count];
-        segment->host = host;
-        segment->guest = guest;
-        segment->length = length;
-        segment->flags = writable ? VQ_SEGMENT_WRITABLE : 0;
-        segment->provision = provision;
-    }
-    building.count++;
-    building.readable_count += !writable;
-    return building;
+    return (struct building){
+        .segments = building->segments,
+        .capacity = building->capacity,
+        .count = building->count,
+        .readable_count = building->readable_count,
+        .provided = building->provided,
+        .flags = building->flags,
+        .outcome = building->outcome,
+        .readable = building->readable,
+        .total = building->total,
+        .regions = building->regions,
+    };
 }
 
-/* The long way: across regions, behind an IOMMU, mapped on demand, or wrong. */
-struct building building_resolve(struct engine *engine, struct building building,
-                                 uint64_t address, uint32_t length, bool writable);
-
-/* A buffer that breaks a rule of its own. */
-struct building building_refuse(struct engine *engine, struct building building, uint64_t address,
-                                uint32_t length, bool writable);
-
-/* One buffer: a descriptor that was copied out of the ring or of an indirect table. */
-static ALWAYS_INLINE struct building building_add(struct engine *engine, struct building building,
-                                                  uint64_t address, uint32_t length, bool writable)
+/*
+ * One buffer, a descriptor that was copied out of the ring or of an indirect table, when it is what
+ * nearly all are: in one mapped region that may be written.  False, and nothing is changed, when it is
+ * anything else, right or wrong.
+ */
+static ALWAYS_INLINE bool building_plain(struct engine *engine, struct building *building,
+                                         uint64_t address, uint32_t length, bool writable)
 {
-    /* Both were below 2^32 before: the sum cannot overflow. */
-    const uint64_t total = building.total + length;
-    const bool after_writable = !writable && building.total != building.readable;
-    if (unlikely(building.outcome != TAKEN))
-        return building;
-    if (unlikely(!length || after_writable || total > UINT32_MAX))
-        return building_refuse(engine, building, address, length, writable);
-    building.total = total;
-    if (!writable)
-        building.readable = total;
-    const uint32_t place = building.count < HINTS ? building.count : HINTS - 1;
-    const struct region *region =
-        memory_direct(&engine->memory, engine->hints, place, address, length, writable);
+    const uint32_t place = building->count < HINTS ? building->count : HINTS - 1;
+    const struct region *region = memory_hinted(&engine->memory, engine->hints, place, address);
     if (unlikely(!region))
-        return building_resolve(engine, building, address, length, writable);
-    building.regions |= region_mask(region);
-    building.flags |= region->flags;
-    return building_piece(building, region->host + (address - region->start), address, length,
-                          writable, 0);
+        return false;
+    const uint64_t offset = address - region->start;
+    /* Both were below 2^32 before: the sum cannot overflow. */
+    const uint64_t total = building->total + length;
+    /* A length of 0 wraps to more than any region holds. */
+    if (unlikely((uint64_t)length - 1 >= region->size - offset || total > UINT32_MAX ||
+                 (region->flags & (GM_REGION_ON_DEMAND | GM_REGION_READ_ONLY)) ||
+                 building->count >= building->capacity))
+        return false;
+    struct vq_segment *segment = &building->segments[building->count];
+    if (writable) {
+        segment->flags = VQ_SEGMENT_WRITABLE;
+    } else {
+        if (unlikely(building->total != building->readable))
+            return false;
+        building->readable = total;
+        building->readable_count++;
+        segment->flags = 0;
+    }
+    segment->host = region->host + offset;
+    segment->guest = address;
+    segment->length = length;
+    segment->provision = 0;
+    building->total = total;
+    building->count++;
+    building->regions |= region_mask(region);
+    building->flags |= region->flags;
+    return true;
+}
+
+/* One buffer that is not plain: it breaks a rule, lies across regions or behind an IOMMU, is mapped on
+ * demand or may only be read; or one before it was wrong. */
+void building_other(struct engine *engine, struct building *building, uint64_t address,
+                    uint32_t length, bool writable);
+
+/* One buffer, whatever it is. */
+static ALWAYS_INLINE void building_add(struct engine *engine, struct building *building,
+                                       uint64_t address, uint32_t length, bool writable)
+{
+    if (likely(building->outcome == TAKEN &&
+               building_plain(engine, building, address, length, writable)))
+        return;
+    struct building copy = building_copy(building);
+    building_other(engine, &copy, address, length, writable);
+    *building = building_copy(&copy);
 }
 
 /* Copy an indirect table that does not lie in one piece into engine->raw. */
@@ -143,7 +173,7 @@ static inline enum outcome table_find(struct engine *engine, uint64_t address, u
     if (unlikely(!length || length % 16 || length / 16 > queue->queue_size))
         return fault(engine, VQ_REASON_INDIRECT_LENGTH, length);
     const struct region *region =
-        memory_direct(&engine->memory, engine->hints, HINTS, address, length, false);
+        memory_direct(&engine->memory, engine->hints, HINTS, address, length);
     if (likely(region)) {
         *table = pointer(region->host + (address - region->start));
         return TAKEN;
@@ -175,26 +205,26 @@ static inline uint32_t chain_room(const struct engine *engine, const struct chai
  * descriptors of the ring that it covers.
  */
 static ALWAYS_INLINE enum outcome building_finish(struct engine *engine, struct taking *taking,
-                                                  const struct building building, uint16_t head,
+                                                  const struct building *building, uint16_t head,
                                                   uint16_t slots, bool resubmitted)
 {
-    const struct vq_segment *segments = building.segments;
-    const uint32_t count = building.count, readable_count = building.readable_count;
+    const struct vq_segment *segments = building->segments;
+    const uint32_t count = building->count, readable_count = building->readable_count;
     const uint32_t writable_count = count - readable_count;
-    const uint32_t writable = (uint32_t)(building.total - building.readable);
+    const uint32_t writable = (uint32_t)(building->total - building->readable);
     const uint64_t base = taking->window_base;
     const bool status_byte = taking->features & VQ_STATUS_BYTE;
-    const bool external = building.flags & REGION_OUTSIDE;
+    const bool external = building->flags & REGION_OUTSIDE;
 
-    if (unlikely(building.outcome != TAKEN))
-        return building.outcome;
+    if (unlikely(building->outcome != TAKEN))
+        return building->outcome;
     if (unlikely(status_byte && !writable_count))
         return fault(engine, VQ_REASON_STATUS_BYTE, head);
-    if (unlikely(count > building.capacity || count > UINT16_MAX)) {
+    if (unlikely(count > building->capacity || count > UINT16_MAX)) {
         fault(engine, VQ_REASON_CHAIN_TOO_LONG, count);
         return NO_ROOM;
     }
-    const uint32_t room = writable_count + building.provided;
+    const uint32_t room = writable_count + building->provided;
     const uint32_t occupied = engine->room + taking->room;
     if (unlikely(occupied + room > engine->room_limit && occupied))
         return STALLED;
@@ -202,7 +232,7 @@ static ALWAYS_INLINE enum outcome building_finish(struct engine *engine, struct 
     struct chain *chain = &taking->chains[head];
     taking->readable += building.readable;
     chain->table = taking->table;
-    chain->regions = building.regions;
+    chain->regions = building->regions;
     chain->writable_length = writable;
     chain->extra = NONE;
     chain->slots = slots;
@@ -244,7 +274,7 @@ static ALWAYS_INLINE enum outcome building_finish(struct engine *engine, struct 
         if (likely(!external))
             record->flags = (uint16_t)(flags | VQ_READABLE_CONTIGUOUS);
     } else {
-        building_gather(segments, readable_count, (uint32_t)building.readable, external, base,
+        building_gather(segments, readable_count, (uint32_t)building->readable, external, base,
                         record);
     }
     record->writable_length = writable;
@@ -260,7 +290,7 @@ static ALWAYS_INLINE enum outcome building_finish(struct engine *engine, struct 
     done->flags = status_byte ? VQ_DONE_STATUS : 0;
     done->written = writable;
 
-    if (unlikely(writable_count > INLINE_PIECES || building.provided))
+    if (unlikely(writable_count > INLINE_PIECES || building->provided))
         chain_keep_extras(engine, segments, count, readable_count, chain);
     if (unlikely(taking->features & VQ_IN_ORDER)) {
         uint32_t place = engine->order_first + engine->order_count++;

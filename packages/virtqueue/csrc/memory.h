@@ -123,30 +123,38 @@ static inline const struct region *memory_find(const struct memory *memory, uint
 }
 
 /*
- * The common case of memory_resolve: no IOMMU, and everything inside one mapped region.  Returns
- * the region, or NULL when the long way has to be taken.  hints[place] is the region that held the
- * descriptor at this place of the chain before; hints[0] that of this chain's header, which often
- * holds its status too.
+ * The region that holds `guest`, or NULL when there is none or an IOMMU has the say.  hints[place] is
+ * the region that held the descriptor at this place of the chain before; hints[0] that of this chain's
+ * header, which often holds its status too.
  */
+static ALWAYS_INLINE const struct region *memory_hinted(const struct memory *memory,
+                                                        const struct region **hints,
+                                                        uint32_t place, uint64_t guest)
+{
+    const struct region *region = hints[place];
+    if (likely(guest - region->start < region->size))
+        return region;
+    region = hints[0];
+    if (guest - region->start >= region->size) {
+        if (memory->iommu)
+            return NULL;
+        region = memory_find(memory, guest);
+        if (unlikely(!region))
+            return NULL;
+    }
+    return hints[place] = region;
+}
+
+/* The common case of memory_resolve for reading: no IOMMU, and everything inside one mapped region.
+ * Returns the region, or NULL when the long way has to be taken. */
 static ALWAYS_INLINE const struct region *memory_direct(const struct memory *memory,
                                                         const struct region **hints,
                                                         uint32_t place, uint64_t guest,
-                                                        uint64_t length, bool writable)
+                                                        uint64_t length)
 {
-    const struct region *region = hints[place];
-    if (unlikely(guest - region->start >= region->size)) {
-        region = hints[0];
-        if (guest - region->start >= region->size) {
-            if (memory->iommu)
-                return NULL;
-            region = memory_find(memory, guest);
-            if (unlikely(!region))
-                return NULL;
-        }
-        hints[place] = region;
-    }
-    const uint32_t wrong = GM_REGION_ON_DEMAND | (writable ? GM_REGION_READ_ONLY : 0);
-    if (unlikely(length > region->size - (guest - region->start) || (region->flags & wrong)))
+    const struct region *region = memory_hinted(memory, hints, place, guest);
+    if (unlikely(!region || length > region->size - (guest - region->start) ||
+                 (region->flags & GM_REGION_ON_DEMAND)))
         return NULL;
     return region;
 }

@@ -86,14 +86,14 @@ static inline bool is_available(uint16_t flags, uint8_t wrap)
     return (flags & (AVAIL | USED)) == available_flags(wrap);
 }
 
-/* Collect the buffers of an indirect table; FAULT and NEEDED come through the building. */
-static struct building walk_table(struct engine *engine, struct building building,
-                                  const struct descriptor *indirect, enum outcome *outcome)
+/* Collect the buffers of an indirect table; FAULT and NEEDED for one buffer come through the building. */
+static ALWAYS_INLINE enum outcome walk_table(struct engine *engine, struct building *building,
+                                             const struct descriptor *indirect)
 {
     const unsigned char *table;
-    *outcome = table_find(engine, indirect->address, indirect->length, &table);
-    if (unlikely(*outcome != TAKEN))
-        return building;
+    enum outcome outcome = table_find(engine, indirect->address, indirect->length, &table);
+    if (unlikely(outcome != TAKEN))
+        return outcome;
     /* Only WRITE counts in a table, and its descriptors follow each other. */
     for (uint32_t i = 0; i < indirect->length / 16; i++) {
         struct {
@@ -105,10 +105,10 @@ static struct building walk_table(struct engine *engine, struct building buildin
         memcpy(&raw, table + (size_t)i * 16, sizeof(raw));
         /* The copy is what is checked and used; it must not be made again. */
         __asm__ volatile("" ::: "memory");
-        building = building_add(engine, building, little64(raw.address), little32(raw.length),
-                                little16(raw.flags) & DESCRIPTOR_WRITE);
+        building_add(engine, building, little64(raw.address), little32(raw.length),
+                     little16(raw.flags) & DESCRIPTOR_WRITE);
     }
-    return building;
+    return TAKEN;
 }
 
 static inline enum outcome check_id(struct engine *engine, uint16_t id)
@@ -142,7 +142,7 @@ static ALWAYS_INLINE enum outcome take_one(struct engine *engine, struct taking 
             return fault(engine, VQ_REASON_INDIRECT_WITH_NEXT, here.slot);
         outcome = check_id(engine, found.link);
         if (likely(outcome == TAKEN))
-            building = walk_table(engine, building, &found, &outcome);
+            outcome = walk_table(engine, &building, &found);
         if (unlikely(outcome != TAKEN))
             return outcome;
         engine->raw[0] = found; /* the table's copy is no longer needed */
@@ -150,8 +150,8 @@ static ALWAYS_INLINE enum outcome take_one(struct engine *engine, struct taking 
         for (;; seen++) {
             if (unlikely(keep))
                 engine->raw[seen - 1] = found;
-            building = building_add(engine, building, found.address, found.length,
-                                    found.flags & DESCRIPTOR_WRITE);
+            building_add(engine, &building, found.address, found.length,
+                         found.flags & DESCRIPTOR_WRITE);
             if (!(found.flags & DESCRIPTOR_NEXT))
                 break;
             if (unlikely(seen >= room))
@@ -167,7 +167,7 @@ static ALWAYS_INLINE enum outcome take_one(struct engine *engine, struct taking 
         if (unlikely(outcome != TAKEN))
             return outcome;
     }
-    outcome = building_finish(engine, taking, building, found.link, (uint16_t)seen, false);
+    outcome = building_finish(engine, taking, &building, found.link, (uint16_t)seen, false);
     if (unlikely(outcome != TAKEN))
         return outcome;
     if (unlikely(keep) &&
@@ -193,15 +193,15 @@ static enum outcome take_again(struct engine *engine, struct taking *taking)
         return outcome;
     struct building building = building_start(taking);
     if (saved[0].flags & DESCRIPTOR_INDIRECT) {
-        building = walk_table(engine, building, &saved[0], &outcome);
+        outcome = walk_table(engine, &building, &saved[0]);
         if (outcome != TAKEN)
             return outcome;
     } else {
         for (uint32_t i = 0; i < slots; i++)
-            building = building_add(engine, building, saved[i].address, saved[i].length,
-                                    saved[i].flags & DESCRIPTOR_WRITE);
+            building_add(engine, &building, saved[i].address, saved[i].length,
+                         saved[i].flags & DESCRIPTOR_WRITE);
     }
-    outcome = building_finish(engine, taking, building, id, (uint16_t)slots, true);
+    outcome = building_finish(engine, taking, &building, id, (uint16_t)slots, true);
     if (outcome == TAKEN) {
         engine->entries[id] = engine->resubmit[place];
         engine->slots_out -= slots; /* they were counted when the region was read */

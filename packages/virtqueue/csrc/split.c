@@ -74,74 +74,99 @@ static inline struct descriptor table_descriptor(const unsigned char *at, bool s
     return descriptor_order(raw, swap);
 }
 
-/* What walking a chain came to. */
-struct walked {
-    struct building building;
-    enum outcome outcome;
-};
+/* Whether the chain may go on at the link of its descriptor number `seen`. */
+static inline enum outcome follow(struct engine *engine, const struct descriptor *from, uint32_t seen,
+                                  uint32_t size, uint32_t head)
+{
+    if (unlikely(seen >= size))
+        return fault(engine, VQ_REASON_CHAIN_TOO_LONG, head);
+    if (unlikely(from->link >= size))
+        return fault(engine, VQ_REASON_NEXT_OUT_OF_RANGE, from->link);
+    return TAKEN;
+}
 
-static struct walked walk_table(struct engine *engine, struct building building,
-                                struct descriptor indirect, uint32_t seen, bool swap)
+/* Collect the buffers of an indirect table; `seen` descriptors came before it. */
+static ALWAYS_INLINE enum outcome walk_table(struct engine *engine, struct building *building,
+                                             const struct descriptor *indirect, uint32_t seen,
+                                             bool swap)
 {
     const unsigned char *table;
-    enum outcome outcome = table_find(engine, indirect.address, indirect.length, &table);
+    enum outcome outcome = table_find(engine, indirect->address, indirect->length, &table);
     if (unlikely(outcome != TAKEN))
-        return (struct walked){building, outcome};
-    const uint32_t size = engine->queue->queue_size, length = indirect.length / 16;
-    uint32_t index = 0;
-    for (;; seen++) {
-        if (unlikely(seen >= size)) {
-            outcome = fault(engine, VQ_REASON_CHAIN_TOO_LONG, index);
-            break;
-        }
+        return outcome;
+    const uint32_t size = engine->queue->queue_size, length = indirect->length / 16;
+    for (uint32_t index = 0;; seen++) {
+        if (unlikely(seen >= size))
+            return fault(engine, VQ_REASON_CHAIN_TOO_LONG, index);
         const struct descriptor found = table_descriptor(table + (size_t)index * 16, swap);
-        if (unlikely(found.flags & DESCRIPTOR_INDIRECT)) {
-            outcome = fault(engine, VQ_REASON_INDIRECT_NESTED, index);
-            break;
-        }
-        building = building_add(engine, building, found.address, found.length,
-                                found.flags & DESCRIPTOR_WRITE);
+        if (unlikely(found.flags & DESCRIPTOR_INDIRECT))
+            return fault(engine, VQ_REASON_INDIRECT_NESTED, index);
+        building_add(engine, building, found.address, found.length, found.flags & DESCRIPTOR_WRITE);
         if (!(found.flags & DESCRIPTOR_NEXT))
-            break;
-        if (unlikely(found.link >= length)) {
-            outcome = fault(engine, VQ_REASON_INDIRECT_NEXT_OUT_OF_RANGE, found.link);
-            break;
-        }
+            return TAKEN;
+        if (unlikely(found.link >= length))
+            return fault(engine, VQ_REASON_INDIRECT_NEXT_OUT_OF_RANGE, found.link);
         index = found.link;
     }
-    return (struct walked){building, outcome};
+}
+
+/*
+ * Go on with a chain from its descriptor number `seen`, which was copied from `index`.  Apart from the
+ * walk over plain descriptors, which has no registers to spare.
+ */
+static __attribute__((noinline)) enum outcome walk_on(struct engine *engine,
+                                                      struct building *building,
+                                                      struct descriptor found, uint32_t seen,
+                                                      uint32_t index, uint32_t head)
+{
+    const struct vq_queue *queue = engine->queue;
+    const unsigned char *descriptors = pointer(queue->descriptors);
+    struct building ours = building_copy(building);
+    enum outcome outcome;
+    for (;; seen++) {
+        if (found.flags & DESCRIPTOR_INDIRECT) {
+            outcome = unlikely(found.flags & DESCRIPTOR_NEXT)
+                          ? fault(engine, VQ_REASON_INDIRECT_WITH_NEXT, index)
+                          : walk_table(engine, &ours, &found, seen - 1, engine->swap);
+            break;
+        }
+        building_add(engine, &ours, found.address, found.length, found.flags & DESCRIPTOR_WRITE);
+        outcome = TAKEN;
+        if (!(found.flags & DESCRIPTOR_NEXT))
+            break;
+        outcome = follow(engine, &found, seen, queue->queue_size, head);
+        if (unlikely(outcome != TAKEN))
+            break;
+        index = found.link;
+        found = ring_descriptor(descriptors + (size_t)index * 16, engine->swap);
+    }
+    *building = building_copy(&ours);
+    return outcome;
 }
 
 /* Walk the chain that begins at `head`, which is in range, and collect its buffers. */
-static ALWAYS_INLINE struct walked walk(struct engine *engine, struct building building,
-                                        const unsigned char *descriptors, uint32_t size,
-                                        uint32_t head, bool swap)
+static ALWAYS_INLINE enum outcome walk(struct engine *engine, struct building *building,
+                                       const unsigned char *descriptors, uint32_t size,
+                                       uint32_t head, bool swap)
 {
-    uint32_t index = head;
-    enum outcome outcome = TAKEN;
-    for (uint32_t seen = 1;; seen++) {
+    for (uint32_t index = head;;) {
         const struct descriptor found = ring_descriptor(descriptors + (size_t)index * 16, swap);
-        if (unlikely(found.flags & DESCRIPTOR_INDIRECT)) {
-            if (likely(!(found.flags & DESCRIPTOR_NEXT)))
-                return walk_table(engine, building, found, seen - 1, swap);
-            outcome = fault(engine, VQ_REASON_INDIRECT_WITH_NEXT, index);
-            break;
+        if (unlikely((found.flags & DESCRIPTOR_INDIRECT) ||
+                     !building_plain(engine, building, found.address, found.length,
+                                     found.flags & DESCRIPTOR_WRITE))) {
+            /* Each descriptor until now was plain, and one piece. */
+            struct building copy = building_copy(building);
+            enum outcome outcome = walk_on(engine, &copy, found, copy.count + 1, index, head);
+            *building = building_copy(&copy);
+            return outcome;
         }
-        building = building_add(engine, building, found.address, found.length,
-                                found.flags & DESCRIPTOR_WRITE);
         if (!(found.flags & DESCRIPTOR_NEXT))
-            break;
-        if (unlikely(seen >= size)) {
-            outcome = fault(engine, VQ_REASON_CHAIN_TOO_LONG, head);
-            break;
-        }
-        if (unlikely(found.link >= size)) {
-            outcome = fault(engine, VQ_REASON_NEXT_OUT_OF_RANGE, found.link);
-            break;
-        }
+            return TAKEN;
+        enum outcome outcome = follow(engine, &found, building->count, size, head);
+        if (unlikely(outcome != TAKEN))
+            return outcome;
         index = found.link;
     }
-    return (struct walked){building, outcome};
 }
 
 static ALWAYS_INLINE enum outcome take_one(struct engine *engine, struct taking *taking,
@@ -152,11 +177,12 @@ static ALWAYS_INLINE enum outcome take_one(struct engine *engine, struct taking 
         return fault(engine, VQ_REASON_HEAD_OUT_OF_RANGE, head);
     if (unlikely(taking->chains[head].state != CHAIN_FREE))
         return fault(engine, VQ_REASON_HEAD_IN_FLIGHT, head);
-    const struct walked walked =
-        walk(engine, building_start(taking), descriptors, taking->queue_size, head, swap);
-    if (unlikely(walked.outcome != TAKEN))
-        return walked.outcome;
-    return building_finish(engine, taking, walked.building, head, 1, resubmitted);
+    struct building building = building_start(taking);
+    const enum outcome outcome =
+        walk(engine, &building, descriptors, taking->queue_size, head, swap);
+    if (unlikely(outcome != TAKEN))
+        return outcome;
+    return building_finish(engine, taking, &building, head, 1, resubmitted);
 }
 
 /* How many chains are available; FAULT through *outcome when the index jumped. */

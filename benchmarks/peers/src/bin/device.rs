@@ -1,6 +1,6 @@
 //! A block device on the published `vhost-user-backend` crate, to measure ours against.
 //!
-//! `device --socket=PATH [--queues=N] [--file=IMAGE]`
+//! `device --socket=PATH [--socket=PATH ...] [--queues=N] [--file=IMAGE]`: a device on each path.
 //!
 //! Without an image every request succeeds and no data moves (the null device: what is left is
 //! the cost of the framework). With one, each request is a `preadv` or `pwritev` straight between
@@ -15,6 +15,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
+use std::thread;
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringMutex, VringState, VringT};
@@ -234,10 +235,10 @@ impl VhostUserBackend for Block {
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let (mut socket, mut queues, mut image) = (None, 1, None);
+    let (mut sockets, mut queues, mut image) = (Vec::new(), 1, None);
     for argument in std::env::args().skip(1) {
         match argument.split_once('=') {
-            Some(("--socket", path)) => socket = Some(path.to_owned()),
+            Some(("--socket", path)) => sockets.push(path.to_owned()),
             Some(("--queues", count)) => queues = count.parse()?,
             Some(("--file", path)) => {
                 image = Some(File::options().read(true).write(true).open(path)?);
@@ -245,12 +246,23 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             _ => return Err(format!("unknown argument {argument}").into()),
         }
     }
-    let socket = socket.ok_or("--socket=PATH is needed")?;
-    let block = Arc::new(Block::new(queues, image)?);
+    let mut first = None;
+    for socket in sockets {
+        let image = image.as_ref().map(File::try_clone).transpose()?;
+        let block = Arc::new(Block::new(queues, image)?);
+        let thread = thread::spawn(move || serve(&socket, block));
+        first.get_or_insert(thread);
+    }
+    let first = first.ok_or("--socket=PATH is needed")?;
+    first.join().map_err(|_| "a device panicked")?.map_err(Into::into)
+}
+
+/// One front-end after another.
+fn serve(socket: &str, block: Arc<Block>) -> Result<(), String> {
     loop {
         let memory = GuestMemoryAtomic::new(Memory::new());
         let mut daemon = VhostUserDaemon::new("block".to_owned(), block.clone(), memory)
             .map_err(|error| error.to_string())?;
-        daemon.serve(&socket).map_err(|error| error.to_string())?;
+        daemon.serve(socket).map_err(|error| error.to_string())?;
     }
 }

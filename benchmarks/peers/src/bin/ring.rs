@@ -7,9 +7,10 @@
 //! The memory that `benchmarks/rings.py` lays out for our engine is laid out here in the same
 //! way: a split ring of 512 entries in region 0, 128 chains of three direct descriptors (16 bytes
 //! header, 4096 bytes data, 1 byte status), header and status of chain `i` in region
-//! `1 + 2i mod (R-1)`, its data in region `1 + (2i+1) mod (R-1)`. Per chain the device reads the
-//! header, checks that the data buffer is inside a region, writes the status and adds a used
-//! element; per batch it decides about the notification (event index on, never wanted).
+//! `1 + 2i mod (R-1)`, its data in region `1 + (2i+1) mod (R-1)`, each in page `i` of its part of
+//! the region. Per chain the device reads the header, checks that the data buffer is inside a
+//! region, writes the status and adds a used element; per batch it decides about the notification
+//! (event index on, never wanted).
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -42,7 +43,7 @@ fn memory(regions: u64) -> Memory {
 fn fill(memory: &Memory, regions: u64) {
     let others = regions - 1;
     for chain in 0..u64::from(CHAINS) {
-        let control = (1 + 2 * chain % others) * STRIDE + chain * 64;
+        let control = (1 + 2 * chain % others) * STRIDE + 0xc0000 + chain * 4096;
         let data = (1 + (2 * chain + 1) % others) * STRIDE + 0x10000 + chain * 4096;
         let head = (chain * 3) as u16;
         let (next, write) = (VRING_DESC_F_NEXT as u16, VRING_DESC_F_WRITE as u16);
