@@ -42,7 +42,7 @@ class Rings:
             | vp.ProtocolFeatures.GET_VRING_BASE_SKIP_DRAIN
         )
 
-    def begin_disconnect(self) -> list[int]:
+    def begin_drain(self) -> list[int]:
         """Take no new chains; returns the rings that still have requests in flight."""
         context = self._context
         busy = []
@@ -61,18 +61,30 @@ class Rings:
                 state.reset()
         self._context.device_stopped()
 
-    def reset(self) -> None:
-        """Rings stopped and disabled ("RESET_DEVICE"); what was negotiated stays.
+    def reset(self, then: Callable[[], None]) -> Outcome:
+        """Rings stopped and disabled ("RESET_DEVICE"), and `then`; what was negotiated stays.
 
-        So does where each ring stood: QEMU resets the status first and asks for the base after.
+        So does where each ring stood: QEMU 7.2 resets the status whenever its guest pauses, asks
+        for the base after, and lets the guest go on there, perhaps elsewhere. What is in flight is
+        therefore finished first; its requests are counted in the base and would be lost.
         """
-        for index, vring in enumerate(self._context.vrings):
-            self._context.unwatch(index)
+        if not self.begin_drain():
+            self._reset(then)
+            return None
+        return Wait(
+            lambda: not any(self._in_flight(index) for index in range(len(self._context.vrings))),
+            lambda: self._reset(then),
+            "a reset waits for them",
+        )
+
+    def _reset(self, then: Callable[[], None]) -> None:
+        for vring in self._context.vrings:
             with vring.get_mut() as state:
                 features, log, base = state.features, state.log, state.stop()
                 state.reset()
                 state.features, state.log, state.base = features, log, base
         self._context.device_stopped()
+        then()
 
     # -- configuration --------------------------------------------------------------------------
 
