@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import vhost_protocol as vp
-from guest_memory import GuestMemory
+from guest_memory import GuestAddress, GuestMemory
 from vhost_backend import (
     BlockDevice,
     DeviceBackend,
@@ -533,6 +533,35 @@ def test_a_reset_loses_no_request_in_flight(
         assert bases == [0x8002_8002 if packed else 1]
         assert vring.completions(0.1) == [(identity, 4)]
         assert session.memory.read(target, 4) == b"done"
+
+
+def test_a_ring_that_is_moved_completes_what_is_in_flight_where_it_was(engine: str) -> None:
+    device = Gate()
+    with attached(device, engine=engine) as session:
+        frontend, vring = session.frontend, session.vrings[0]
+        identity = vring.submit([(session.allocate(4), 4)], [(session.allocate(4), 4)])
+        vring.kick()
+        assert device.taken.wait(5)
+        config, (place, length) = vring.config, session.ring_memory[0]
+        copy = session.allocate(length, 4096)
+        session.memory.write(copy, session.memory.read(GuestAddress(place), length))
+        distance = copy - place
+
+        def move() -> None:
+            frontend.set_vring_addr(
+                0,
+                descriptor=config.descriptor_address + distance,
+                used=config.device_address + distance,
+                available=config.driver_address + distance,
+            )
+
+        thread = threading.Thread(target=move)
+        thread.start()
+        thread.join(0.1)
+        device.release.set()
+        thread.join(10)
+        assert vring.completions(0.1) == [(identity, 4)]
+        assert frontend.get_vring_base(0) == 1
 
 
 def test_a_reset_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:

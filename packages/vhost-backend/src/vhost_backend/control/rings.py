@@ -104,27 +104,43 @@ class Rings:
 
     def _set_addr(self, message: vp.SetVringAddr, fds: Descriptors) -> Outcome:
         context = self._context
+        index = message.index
         addresses = (message.descriptor, message.available, message.used)
         log_used = message.log if message.flags & vp.VringFlags.LOG else None
-        with context.vring("SET_VRING_ADDR", message.index).get_mut() as state:
-            moved = state.addresses != addresses
-            before, state.addresses = state.addresses, addresses
-            if state.started:
+        with context.vring("SET_VRING_ADDR", index).get_mut() as state:
+            moves = state.started and state.addresses != addresses
+            if moves:
+                descriptor, driver, device = addresses
+                config = state.config()._replace(
+                    descriptor_address=descriptor, driver_address=driver, device_address=device
+                )
                 try:
-                    state.config().check()
+                    config.check()
                 except UsageError as error:
-                    state.addresses = before
                     raise Refused("SET_VRING_ADDR", str(error)) from None
-            state.set_log(state.log, log_used)
-            if moved and state.started:
-                self._restart(state)
-        context.scan(message.index)
+                # What is in flight completes where it was taken.
+                state.begin_drain(context.wake)
+            else:
+                state.addresses = addresses
+                state.set_log(state.log, log_used)
+        if moves:
+            return Wait(
+                lambda: not self._in_flight(index),
+                lambda: self._move(index, addresses, log_used),
+                f"vring {index} moves",
+            )
+        context.scan(index)
         return None
 
-    def _restart(self, state: VringState) -> None:
-        """A started ring was moved: go on at the same index in the new place."""
-        state.stop()
-        state.set_queue_ready(self._context.memory.current)
+    def _move(self, index: int, addresses: tuple[int, int, int], log_used: int | None) -> None:
+        """A started ring goes on at the same index in a new place."""
+        context = self._context
+        with context.vrings[index].get_mut() as state:
+            state.stop()
+            state.addresses = addresses
+            state.set_log(state.log, log_used)
+            state.set_queue_ready(context.memory.current)
+        context.scan(index)
 
     def _set_base(self, message: vp.SetVringBase, fds: Descriptors) -> Outcome:
         context = self._context
