@@ -15,7 +15,7 @@ from vhost_backend import BlockDevice, Queue, Request, VirtioDevice, VirtioFeatu
 from vhost_backend.devices import blk
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
-from vhost_backend.driver.session import GUEST_BASE, SessionError
+from vhost_backend.driver.session import GUEST_BASE, USER_BASE, SessionError
 from vhost_backend.testing import attached
 
 P = vp.ProtocolFeatures
@@ -55,7 +55,7 @@ def changed(before: bytes, after: bytes) -> set[int]:
 
 
 def whole(session: DriverSession) -> bytes:
-    return session.memory.read(GuestAddress(GUEST_BASE), SIZE)
+    return session.memory.read(GuestAddress(GUEST_BASE), session.memory.regions[0].size)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -190,6 +190,87 @@ def test_requests_behind_an_iommu(image: Path, engine: str, packed: bool, indire
             assert driver.read(offset, 8192) == data
         assert session.missed
     assert image.read_bytes() == model
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_behind_an_iommu_the_used_ring_is_logged_at_an_iova(
+    image: Path, engine: str, packed: bool
+) -> None:
+    """QEMU sends the ring's own address, which is an IOVA; the log is of guest addresses."""
+    with attached(
+        BlockDevice(image),
+        engine=engine,
+        features=DRIVER_FEATURES | VirtioFeature.LOG_ALL,
+        packed=packed,
+        iommu=True,
+        protocol_features=P.LOG_SHMFD,
+        memory_size=SIZE,
+    ) as session:
+        driver, vring = BlockDriver(session), session.vrings[0]
+        config, elsewhere = vring.config, session.allocate(2 * PAGE, PAGE)
+        log = Log(session)
+        driver.read(0, 512)
+        log.pages()
+
+        def logged_at(address: int) -> set[int]:
+            session.frontend.set_vring_addr(
+                0,
+                descriptor=config.descriptor_address,
+                used=config.device_address,
+                available=config.driver_address,
+                log=address,
+                flags=vp.VringFlags.LOG,
+            )
+            driver.read(0, 512)
+            return log.pages()
+
+        ring = vring.descriptor_area if packed else vring.device_area
+        assert (ring - GUEST_BASE) // PAGE in logged_at(config.device_address)
+        # Somewhere else, where the front-end has an entry for it.
+        distance = config.device_address - vring.device_area
+        session.frontend.iotlb_update(
+            elsewhere + distance, 2 * PAGE, elsewhere - GUEST_BASE + USER_BASE
+        )
+        assert ((elsewhere - GUEST_BASE) // PAGE in logged_at(elsewhere + distance)) != packed
+        # What means nothing is no reason to lose what was written.
+        assert (ring - GUEST_BASE) // PAGE in logged_at(1 << 50)
+        session.invalidate(GUEST_BASE, SIZE)
+        assert (ring - GUEST_BASE) // PAGE in logged_at(config.device_address)
+        log.close()
+
+
+def test_logging_of_the_used_ring_is_switched_live(image: Path, engine: str) -> None:
+    """By SET_VRING_ADDR with and without VHOST_VRING_F_LOG, and the ring goes on at its index."""
+    with attached(
+        BlockDevice(image),
+        engine=engine,
+        features=DRIVER_FEATURES,
+        protocol_features=P.LOG_SHMFD,
+        memory_size=SIZE,
+    ) as session:
+        driver, vring = BlockDriver(session, depth=4), session.vrings[0]
+        config = vring.config
+        log = Log(session)
+        for number in range(12):
+            wanted = bool(number % 2)
+            driver.submit(blk.T_IN, 0, length=512)
+            driver.kick()
+            session.frontend.set_vring_addr(
+                0,
+                descriptor=config.descriptor_address,
+                used=config.device_address,
+                available=config.driver_address,
+                log=vring.device_area,
+                flags=vp.VringFlags.LOG if wanted else vp.VringFlags(0),
+            )
+            while driver.in_flight:
+                driver.collect()
+            log.pages()
+            driver.read(0, 512)
+            # LOG_ALL is off: buffers are not logged, the used ring by its own flag.
+            assert log.pages() == ({(vring.device_area - GUEST_BASE) // PAGE} if wanted else set())
+        assert session.stop_ring(0) == 24
+        log.close()
 
 
 def test_an_address_that_means_nothing_breaks_the_queue_only(engine: str, image: Path) -> None:
