@@ -15,7 +15,7 @@ from vhost_backend import BlockDevice, Queue, Request, VirtioDevice, VirtioFeatu
 from vhost_backend.devices import blk
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
-from vhost_backend.driver.session import GUEST_BASE, USER_BASE, SessionError
+from vhost_backend.driver.session import GUEST_BASE, IOVA_BASE, USER_BASE, SessionError
 from vhost_backend.testing import attached
 
 P = vp.ProtocolFeatures
@@ -54,6 +54,12 @@ def changed(before: bytes, after: bytes) -> set[int]:
     }  # fmt: skip
 
 
+def pages_of(address: int, length: int) -> set[int]:
+    """Numbers of the pages that a range of guest addresses touches."""
+    start = address - GUEST_BASE
+    return set(range(start // PAGE, (start + length - 1) // PAGE + 1))
+
+
 def whole(session: DriverSession) -> bytes:
     return session.memory.read(GuestAddress(GUEST_BASE), session.memory.regions[0].size)
 
@@ -63,6 +69,8 @@ def whole(session: DriverSession) -> bytes:
 def test_the_log_holds_every_page_that_changed_and_no_more_than_the_writes_explain(
     image: Path, engine: str, packed: bool, indirect: bool
 ) -> None:
+    """Byte for byte: each byte that the device changed lies in a page with its bit set, and each
+    bit is explained by a buffer, a status byte or the device's part of the ring."""
     rng = random.Random(7)
     image.write_bytes(rng.randbytes(4 << 20))
     with attached(
@@ -71,51 +79,51 @@ def test_the_log_holds_every_page_that_changed_and_no_more_than_the_writes_expla
         features=DRIVER_FEATURES | VirtioFeature.LOG_ALL,
         packed=packed,
         protocol_features=P.LOG_SHMFD,
-        memory_size=SIZE,
+        memory_size=2 << 20,
+        queue_size=1024,  # rings of several pages
     ) as session:
         driver = BlockDriver(session, depth=8, indirect=indirect)
         log = Log(session)
-        config = session.vrings[0].config
+        vring = session.vrings[0]
+        config = vring.config
         # The used ring of a split ring is logged where it is in guest memory; so is a packed ring.
-        used = config.descriptor_address if packed else config.device_address
-        guest_used = used - 0x7F00_0000_0000 + GUEST_BASE
+        place = vring.descriptor_area if packed else vring.device_area
+        length = 16 * config.size if packed else 6 + 8 * config.size
+        ring = range(place - GUEST_BASE, place - GUEST_BASE + length)
+        # The driver's event structure and avail ring, and a packed ring's device event structure.
+        others = pages_of(vring.driver_area, 6 + 2 * config.size) | pages_of(vring.device_area, 4)
+        tables = {
+            page for start, room in session.ring_memory[1:] for page in pages_of(start, room)
+        } | (set() if packed else pages_of(vring.descriptor_area, 16 * config.size))
         session.frontend.set_vring_addr(
             0,
             descriptor=config.descriptor_address,
             used=config.device_address,
             available=config.driver_address,
-            log=guest_used,
+            log=place,
             flags=vp.VringFlags.LOG,
         )
         log.pages()
-        for _ in range(20):
-            ours: set[int] = set()
+        seen: set[int] = set()
+        for _ in range(80):
+            written: set[int] = set()
             sector = rng.randrange(0, 8000)
             for _ in range(rng.randint(1, 8)):
                 driver.submit(blk.T_IN, sector, length=512 * rng.randint(1, 9))
+            for slot in driver._busy.values():
+                written |= pages_of(slot.data, slot.length) | pages_of(slot.status, 1)
             before = whole(session)
             driver.kick()
             while driver.in_flight:
                 driver.collect()
             after = whole(session)
             dirty = log.pages()
-            ring = range(
-                (config.descriptor_address - 0x7F00_0000_0000) // PAGE,
-                (config.device_address - 0x7F00_0000_0000) // PAGE + 2,
-            )
-            # What the driver itself writes, its ring, is not ours to log.
-            device_ring = {(guest_used - GUEST_BASE) // PAGE}
-            ours = changed(before, after) - set(ring)
-            assert ours <= dirty
-            assert device_ring & dirty
-            # Buffers that were read into, status bytes, the used ring: nothing else.
-            slots = {
-                (address - GUEST_BASE) // PAGE + extra
-                for slot in driver._free
-                for address, length in ((slot.data, 65536), (slot.status, 1))
-                for extra in range(-(-length // PAGE) + 1)
-            }
-            assert dirty <= slots | set(ring)
+            ours = {page for page in changed(before, after) if page not in others | tables}
+            used = {n // PAGE for n in ring if before[n] != after[n]}
+            assert ours | written | used <= dirty
+            assert dirty <= written | {n // PAGE for n in ring}
+            seen |= used
+        assert len(seen) > 1
         log.close()
 
 
@@ -271,6 +279,56 @@ def test_logging_of_the_used_ring_is_switched_live(image: Path, engine: str) -> 
             assert log.pages() == ({(vring.device_area - GUEST_BASE) // PAGE} if wanted else set())
         assert session.stop_ring(0) == 24
         log.close()
+
+
+def test_an_entry_outside_of_the_memory_table_is_refused(image: Path, engine: str) -> None:
+    with attached(
+        BlockDevice(image), engine=engine, features=DRIVER_FEATURES, iommu=True, memory_size=SIZE
+    ) as session:
+        driver, frontend = BlockDriver(session), session.frontend
+        for user, size in (
+            (USER_BASE - PAGE, PAGE),
+            (USER_BASE + SIZE, PAGE),
+            (USER_BASE + SIZE - PAGE, 2 * PAGE),
+            (USER_BASE, SIZE + 1),
+            (GUEST_BASE, PAGE),
+        ):
+            with pytest.raises(vp.RequestFailed):
+                frontend.iotlb_update(1 << 50, size, user)
+            assert driver.read(0, 512) == bytes(512)
+        frontend.iotlb_update(1 << 50, SIZE, USER_BASE)
+
+
+def test_an_access_that_is_not_granted_is_reported(image: Path, engine: str) -> None:
+    """The entry comes, and forbids it: the ring must not ask for it again and again."""
+    with attached(
+        BlockDevice(image, num_queues=2),
+        engine=engine,
+        features=DRIVER_FEATURES,
+        iommu=True,
+        num_queues=2,
+    ) as session:
+        good, bad = BlockDriver(session, queue=0), session.vrings[1]
+        error = os.eventfd(0, os.EFD_NONBLOCK)
+        session.frontend.set_vring_err(1, error)
+        page = session.allocate(PAGE, PAGE)
+        iova = page + IOVA_BASE - GUEST_BASE
+        session.granted[iova] = vp.IotlbAccess.READ
+        bad.submit([(page, 16)], [(page + 512, 513)])
+        bad.kick()
+        assert session.channel is not None
+        while not (reports := [
+            message for message in session.channel.received
+            if isinstance(message, vp.BackendIotlbMsg) and message.type is vp.IotlbType.ACCESS_FAIL
+        ]):  # fmt: skip
+            assert good.read(0, 512) == bytes(512)
+        assert [(report.iova, report.access) for report in reports] == [
+            (iova + 512, vp.IotlbAccess.WRITE)
+        ]
+        assert os.eventfd_read(error) == 1
+        assert session.missed.count(iova + 512) == 1
+        assert good.read(0, 512) == bytes(512)
+        os.close(error)
 
 
 def test_an_address_that_means_nothing_breaks_the_queue_only(engine: str, image: Path) -> None:
@@ -479,6 +537,30 @@ def test_notifications_as_messages(engine: str) -> None:
                 pass
             vring.queue.enable_notification()
         assert device.count == 3
+
+
+def test_a_broken_ring_is_reported_as_a_message(engine: str) -> None:
+    reported = threading.Event()
+
+    def told(message: vp.Message) -> bool:
+        assert message == vp.BackendVringErr(1)
+        reported.set()
+        return True
+
+    class Pair(Counter):
+        num_queues = 2
+
+    with attached(
+        Pair(),
+        engine=engine,
+        num_queues=2,
+        protocol_features=P.INBAND_NOTIFICATIONS,
+        handlers={vp.BackendVringErr: told},
+    ) as session:
+        vring = session.vrings[1]
+        vring.submit([(1 << 50, 4)], [])
+        vring.kick()
+        assert reported.wait(5)
 
 
 def test_notifications_as_messages_need_their_prerequisites(image: Path) -> None:

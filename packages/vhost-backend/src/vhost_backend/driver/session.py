@@ -194,7 +194,10 @@ class DriverSession:
     ) -> None:
         self.frontend: vp.Frontend = frontend
         self.channel: ChannelServer | None = None
+        #: IOVAs that the back-end has asked for.
         self.missed: list[int] = []
+        #: By the IOVA of a page: the access to grant when it is asked for, if not all.
+        self.granted: dict[int, vp.IotlbAccess] = {}
         self._wanted = _USUAL_FEATURES | protocol_features
         self._handlers = dict(handlers or {})
         self._iova = IOVA_BASE - GUEST_BASE if iommu else 0
@@ -436,7 +439,8 @@ class DriverSession:
         page = message.iova // _PAGE * _PAGE
         if not IOVA_BASE <= page < IOVA_BASE + self._end - GUEST_BASE:
             return False
-        self.frontend.iotlb_update(page, _PAGE, page - IOVA_BASE + USER_BASE)
+        access = self.granted.get(page, vp.IotlbAccess.READ_WRITE)
+        self.frontend.iotlb_update(page, _PAGE, page - IOVA_BASE + USER_BASE, access)
         return True
 
     def invalidate(self, address: int, length: int) -> None:
