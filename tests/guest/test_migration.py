@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,9 @@ from tests.support.guest import (
 from tests.support.guest.devices import unordered_disk
 
 pytestmark = pytest.mark.timeout(300)
+
+#: The first QEMU whose vhost-user-blk has the property `inflight-migration`.
+FIRST_WITH_INFLIGHT_MIGRATION = (11, 0)
 
 
 def test_control_without_vhost_user(
@@ -194,28 +198,60 @@ def test_precopy_under_a_verifying_load(
     moving.finish()
 
 
+def unordered(kind: str, image: Path, folder: Path) -> Served:
+    """A disk of coroutines that take their time: it always has some when the guest pauses."""
+    return Served(
+        "unordered_disk",
+        [sys.executable, unordered_disk.__file__, "SOCKET", str(image)],
+        folder,
+        environment={"VIRTQUEUE_ENGINE": kind},
+    )
+
+
 @pytest.mark.needs(DEVICES)
 def test_requests_in_flight_are_not_lost_on_the_way(
     stack: contextlib.ExitStack, start: Callable[..., Guest], kind: str, tmp_path: Path
 ) -> None:
-    """A disk of coroutines that take their time always has some when QEMU pauses the guest.
-
-    One that were dropped there, counted as taken, would leave its writer waiting for ever.
-    """
+    """One that were dropped at the pause, counted as taken, would leave its writer waiting."""
     image = tmp_path / "shared.img"
-    back_end = functools.partial(
-        Served,
-        "unordered_disk",
-        [sys.executable, unordered_disk.__file__, "SOCKET", str(image)],
-        tmp_path,
-        environment={"VIRTQUEUE_ENGINE": kind},
-    )
+    back_end = functools.partial(unordered, kind, image, tmp_path)
     moving = Moving(stack, start, image, back_end, num_queues=1, share=1 << 16)
     target = moving.next_guest()
     Migration(moving.guest, target).finish()
     moving.has_arrived(target)
     moving.check()
     moving.finish()
+
+
+@pytest.mark.needs(DEVICES)
+def test_requests_in_flight_are_finished_at_the_target(
+    stack: contextlib.ExitStack,
+    start: Callable[..., Guest],
+    qemu: Qemu,
+    kind: str,
+    tmp_path: Path,
+    migrations: int,
+) -> None:
+    """QEMU carries the in-flight region along and asks for no drain (`inflight-migration`)."""
+    if qemu.version < FIRST_WITH_INFLIGHT_MIGRATION:
+        pytest.skip(f"QEMU {qemu} cannot move requests in flight: --qemu=11.1")
+    image = tmp_path / "shared.img"
+    back_end = functools.partial(unordered, kind, image, tmp_path)
+    options = {"inflight-migration": "on"}
+    moving = Moving(stack, start, image, back_end, num_queues=1, share=1 << 16, options=options)
+    for _ in range(migrations):
+        target = moving.next_guest()
+        Migration(moving.guest, target).finish()
+        moving.has_arrived(target)
+        moving.check()
+    moving.finish()
+    for device in moving.back_ends:
+        assert device.stop() == 0
+    # The sources gave up some; their targets had them from the region.
+    assert any(
+        int(said) for device in moving.back_ends
+        for said in re.findall(r"(\d+) given up", device.tail())
+    )  # fmt: skip
 
 
 @pytest.mark.needs(POSTCOPY)

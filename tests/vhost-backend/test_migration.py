@@ -572,13 +572,21 @@ def test_notifications_as_messages_need_their_prerequisites(image: Path) -> None
 
 
 def test_requests_in_flight_are_left_in_the_region_without_a_drain(engine: str) -> None:
-    """SKIP_DRAIN stops at once; who goes on with the region takes the request again."""
+    """SKIP_DRAIN stops at once; who goes on with the region takes the request again.
+
+    Not before the first one has let go of it: it would act when others have acted already.
+    """
     taken: list[bytes] = []
+    ended: list[bytes] = []
 
     class Never(VirtioDevice):
         async def handle(self, queue: Queue, request: Request) -> None:
             taken.append(request.read(4))
-            await asyncio.sleep(3600)
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                await asyncio.sleep(0.01)
+                ended.append(taken[-1])
 
     wanted = P.INFLIGHT_SHMFD | P.GET_VRING_BASE_INFLIGHT | P.GET_VRING_BASE_SKIP_DRAIN
     with attached(Never(), engine=engine, protocol_features=wanted) as session:
@@ -594,6 +602,7 @@ def test_requests_in_flight_are_left_in_the_region_without_a_drain(engine: str) 
         while not taken:
             pass
         assert frontend.get_vring_base_skip_drain(0) == 1
+        assert ended == [b"work"]
         frontend.set_inflight_fd(reply.mmap_size, reply.mmap_offset, 1, vring.config.size, fd)
         session.start_ring(0, base=1)
         while len(taken) < 2:
@@ -603,3 +612,32 @@ def test_requests_in_flight_are_left_in_the_region_without_a_drain(engine: str) 
         assert identity is not None
         frontend.get_vring_base_skip_drain(0)
         fd.close()
+
+
+def test_what_cannot_be_called_back_is_waited_for_also_without_a_drain(engine: str) -> None:
+    started, release = threading.Event(), threading.Event()
+
+    class Plain(VirtioDevice):
+        def handle(self, queue: Queue, request: Request) -> None:
+            started.set()
+            release.wait(5)
+            request.write(b"done")
+
+    wanted = P.INFLIGHT_SHMFD | P.GET_VRING_BASE_INFLIGHT | P.GET_VRING_BASE_SKIP_DRAIN
+    with attached(Plain(), engine=engine, inflight=True, protocol_features=wanted) as session:
+        vring = session.vrings[0]
+        target = session.allocate(4)
+        identity = vring.submit([(session.allocate(4), 4)], [(target, 4)])
+        vring.kick()
+        assert started.wait(5)
+        bases: list[int] = []
+        thread = threading.Thread(
+            target=lambda: bases.append(session.frontend.get_vring_base_skip_drain(0))
+        )
+        thread.start()
+        thread.join(0.1)
+        assert not bases
+        release.set()
+        thread.join(5)
+        assert bases == [1]
+        assert vring.completions(0.1) == [(identity, 4)]

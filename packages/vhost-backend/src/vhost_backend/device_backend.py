@@ -8,7 +8,7 @@ kicks, look once more, and sleep.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from guest_memory import GuestMemory
@@ -150,6 +150,10 @@ class DeviceBackend(VhostUserBackendBase):
     def device_stopped(self) -> None:
         """Told to the device."""
         self.device.stopped()
+
+    def suspend_queue(self, queue: int, wake: Callable[[], None]) -> Callable[[], bool]:
+        """A plain handler cannot be called back: its batch ends as it would have."""
+        return lambda: False
 
     def update_memory(self, memory: GuestMemory) -> None:
         """Told to the device."""

@@ -221,7 +221,7 @@ class Rings:
             vp.ProtocolFeatures.GET_VRING_BASE_SKIP_DRAIN
         ):
             # Before it got a message of its own, bit 20 alone meant not to drain.
-            return self._stop(message.index)
+            return self._suspend(message.index)
         vring = context.vring("GET_VRING_BASE", message.index)
         # From here on a late kick finds nobody, and no new chain is taken.
         context.unwatch(message.index)
@@ -234,7 +234,28 @@ class Rings:
         )
 
     def _get_base_skip_drain(self, message: vp.GetVringBaseSkipDrain, fds: Descriptors) -> Outcome:
-        return self._stop(message.index)
+        return self._suspend(message.index)
+
+    def _suspend(self, index: int) -> Outcome:
+        """Stop a ring without waiting for its requests; whoever has the in-flight region goes on.
+
+        What a device cannot let go of is waited for all the same: it would touch the device's
+        medium when the guest has long got another answer elsewhere.
+        """
+        context = self._context
+        vring = context.vring("GET_VRING_BASE", index)
+        suspend = context.hook("suspend_queue")
+        if suspend is None:
+            return self._stop(index)
+        context.unwatch(index)
+        with vring.get_mut() as state:
+            state.begin_drain(context.wake)
+        suspended = suspend(index, context.wake)
+        return Wait(
+            lambda: suspended() or not self._in_flight(index),
+            lambda: self._stop(index),
+            f"vring {index} is suspended",
+        )
 
     def _stop(self, index: int) -> Answer:
         """Stop a ring now. What is in flight stays in the in-flight region, if there is one."""
