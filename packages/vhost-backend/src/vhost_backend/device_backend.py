@@ -79,9 +79,9 @@ class DeviceBackend(VhostUserBackendBase):
         self.device.acked_features(features)
 
     def protocol_features(self) -> ProtocolFeatures:
-        """What the device overrides."""
+        """What the device overrides, and what it asks for."""
         device, kind = self.device, type(self.device)
-        features = ProtocolFeatures(0)
+        features = device.protocol_features
         if device.config or kind.get_config is not VirtioDevice.get_config:
             features |= ProtocolFeatures.CONFIG
         if kind.save_state is not VirtioDevice.save_state:
