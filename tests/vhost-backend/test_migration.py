@@ -4,6 +4,7 @@ import asyncio
 import mmap
 import os
 import random
+import select
 import threading
 from pathlib import Path
 
@@ -348,6 +349,24 @@ def test_an_address_that_means_nothing_breaks_the_queue_only(engine: str, image:
             bad.completions(0.2)
         # The answers to the other queue's questions do not make this one ask again.
         assert sum(address >= 1 << 49 for address in session.missed) == 1
+        os.close(error)
+
+
+def test_an_entry_that_does_not_come_is_not_waited_for_for_ever(
+    engine: str, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vhost_backend.control.iommu.MISS_TIMEOUT", 0.05)
+    with attached(
+        BlockDevice(image), engine=engine, features=DRIVER_FEATURES, iommu=True
+    ) as session:
+        vring = session.vrings[0]
+        error = os.eventfd(0, os.EFD_NONBLOCK)
+        session.frontend.set_vring_err(0, error)
+        vring.submit([(1 << 50, 16)], [(1 << 50, 1)])
+        vring.kick()
+        poller = select.poll()
+        poller.register(error, select.POLLIN)
+        assert poller.poll(5000)
         os.close(error)
 
 
