@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tests.support.guest import (
+    DEVICES,
     LOG,
     MIB,
     PACKED,
@@ -21,14 +24,19 @@ from tests.support.guest import (
     Migration,
     Missing,
     Qemu,
+    Served,
     VerifyingWriters,
     VhostUserDisk,
     may_use_userfaultfd,
     random_bytes,
     skip_or_fail,
 )
+from tests.support.guest.devices import unordered_disk
 
 pytestmark = pytest.mark.timeout(300)
+
+#: The first QEMU whose vhost-user-blk has the property `inflight-migration`.
+FIRST_WITH_INFLIGHT_MIGRATION = (11, 0)
 
 
 def test_control_without_vhost_user(
@@ -88,11 +96,12 @@ class Moving:
     def __init__(
         self,
         stack: contextlib.ExitStack,
-        kind: str,
         start: Callable[..., Guest],
         image: Path,
-        folder: Path,
-        *extra: str,
+        back_end: Callable[[], Served],
+        *,
+        num_queues: int = 2,
+        share: int = 1 << 19,
         options: dict[str, str] | None = None,
     ) -> None:
         content = random_bytes(self.SIZE, seed=3)
@@ -100,21 +109,21 @@ class Moving:
         self.image = image
         self._stack = stack
         self._start = start
+        self._num_queues = num_queues
         self._options = options or {}
-        self.back_ends = [
-            stack.enter_context(BackEnd(kind, image, folder, num_queues=2, extra=extra))
-            for _ in range(2)
-        ]
+        self.back_ends = [stack.enter_context(back_end()) for _ in range(2)]
         self._here = 0
         self._digest = hashlib.sha256(content[-self.FILE :]).hexdigest()
         self.guest = self._new(0, incoming=False)
         self.guest.boot()
         self.guest.check(f"tail -c {self.FILE} /dev/vda >/tmp/p")
-        self.writers = VerifyingWriters(self.guest, "/dev/vda")
+        self.writers = VerifyingWriters(self.guest, "/dev/vda", share)
         self.writers.await_progress()
 
     def _new(self, place: int, *, incoming: bool) -> Guest:
-        disk = VhostUserDisk(self.back_ends[place].socket, 5, num_queues=2, options=self._options)
+        disk = VhostUserDisk(
+            self.back_ends[place].socket, 5, num_queues=self._num_queues, options=self._options
+        )
         return self._stack.enter_context(self._start(disks=[disk], incoming=incoming))
 
     def next_guest(self) -> Guest:
@@ -170,7 +179,9 @@ def test_precopy_under_a_verifying_load(
     options: dict[str, str],
 ) -> None:
     """Again and again, and once not to the end: then the guest stays where it is."""
-    moving = Moving(stack, kind, start, tmp_path / "shared.img", tmp_path, options=options)
+    image = tmp_path / "shared.img"
+    back_end = functools.partial(BackEnd, kind, image, tmp_path, num_queues=2)
+    moving = Moving(stack, start, image, back_end, options=options)
     target = moving.next_guest()
     migration = Migration(moving.guest, target, bandwidth=SLOW)
     migration.await_bytes(SLOW)
@@ -187,6 +198,62 @@ def test_precopy_under_a_verifying_load(
     moving.finish()
 
 
+def unordered(kind: str, image: Path, folder: Path) -> Served:
+    """A disk of coroutines that take their time: it always has some when the guest pauses."""
+    return Served(
+        "unordered_disk",
+        [sys.executable, unordered_disk.__file__, "SOCKET", str(image)],
+        folder,
+        environment={"VIRTQUEUE_ENGINE": kind},
+    )
+
+
+@pytest.mark.needs(DEVICES)
+def test_requests_in_flight_are_not_lost_on_the_way(
+    stack: contextlib.ExitStack, start: Callable[..., Guest], kind: str, tmp_path: Path
+) -> None:
+    """One that were dropped at the pause, counted as taken, would leave its writer waiting."""
+    image = tmp_path / "shared.img"
+    back_end = functools.partial(unordered, kind, image, tmp_path)
+    moving = Moving(stack, start, image, back_end, num_queues=1, share=1 << 16)
+    target = moving.next_guest()
+    Migration(moving.guest, target).finish()
+    moving.has_arrived(target)
+    moving.check()
+    moving.finish()
+
+
+@pytest.mark.needs(DEVICES)
+def test_requests_in_flight_are_finished_at_the_target(
+    stack: contextlib.ExitStack,
+    start: Callable[..., Guest],
+    qemu: Qemu,
+    kind: str,
+    tmp_path: Path,
+    migrations: int,
+) -> None:
+    """QEMU carries the in-flight region along and asks for no drain (`inflight-migration`)."""
+    if qemu.version < FIRST_WITH_INFLIGHT_MIGRATION:
+        pytest.skip(f"QEMU {qemu} cannot move requests in flight: --qemu=11.1")
+    image = tmp_path / "shared.img"
+    back_end = functools.partial(unordered, kind, image, tmp_path)
+    options = {"inflight-migration": "on"}
+    moving = Moving(stack, start, image, back_end, num_queues=1, share=1 << 16, options=options)
+    for _ in range(migrations):
+        target = moving.next_guest()
+        Migration(moving.guest, target).finish()
+        moving.has_arrived(target)
+        moving.check()
+    moving.finish()
+    for device in moving.back_ends:
+        assert device.stop() == 0
+    # The sources gave up some; their targets had them from the region.
+    assert any(
+        int(said) for device in moving.back_ends
+        for said in re.findall(r"(\d+) given up", device.tail())
+    )  # fmt: skip
+
+
 @pytest.mark.needs(POSTCOPY)
 def test_postcopy_under_a_verifying_load(
     stack: contextlib.ExitStack,
@@ -198,7 +265,11 @@ def test_postcopy_under_a_verifying_load(
     """The guest runs at the target, its disk too, while most of its memory is still to come."""
     if not may_use_userfaultfd():
         skip_or_fail(Missing("userfaultfd is not allowed here"))
-    moving = Moving(stack, kind, start, tmp_path / "shared.img", tmp_path, "--no-mem-slots")
+    image = tmp_path / "shared.img"
+    back_end = functools.partial(
+        BackEnd, kind, image, tmp_path, num_queues=2, extra=("--no-mem-slots",)
+    )
+    moving = Moving(stack, start, image, back_end)
     for _ in range(migrations):
         target = moving.next_guest()
         migration = Migration(moving.guest, target, capabilities=["postcopy-ram"], bandwidth=SLOW)

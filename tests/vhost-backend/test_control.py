@@ -1,5 +1,6 @@
 """The control plane, message by message, through a real connection."""
 
+import asyncio
 import contextlib
 import os
 import select
@@ -7,13 +8,13 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 import vhost_protocol as vp
-from guest_memory import GuestMemory
+from guest_memory import GuestAddress, GuestMemory
 from vhost_backend import (
     BackendUsageError,
     BlockDevice,
@@ -466,6 +467,125 @@ def test_get_vring_base_waits_for_requests_in_flight() -> None:
         assert session.frontend.get_vring_base(0) == 1
         assert session.memory.read(target, 4) == b"done"
         assert len(vring.queue.collect()) == 1
+
+
+class Gate(VirtioDevice):
+    """Answers a request once it is let go."""
+
+    def __init__(self) -> None:
+        self.taken = threading.Event()
+        self.release = threading.Event()
+        self.resets = 0
+
+    def handle(self, queue: DeviceQueueView, request: Request) -> Awaitable[None] | None:
+        self.taken.set()
+        self.release.wait(10)
+        request.write(b"done")
+        return None
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+class AsyncGate(Gate):
+    """The same as a coroutine."""
+
+    async def handle(self, queue: DeviceQueueView, request: Request) -> None:
+        self.taken.set()
+        while not self.release.is_set():
+            await asyncio.sleep(0.001)
+        request.write(b"done")
+
+
+def reset_by_request(frontend: vp.Frontend) -> None:
+    frontend.reset_device()
+
+
+def reset_by_status(frontend: vp.Frontend) -> None:
+    """As QEMU 7.2 does whenever its guest pauses, before it asks where the rings stand."""
+    frontend.set_status(0)
+
+
+@pytest.mark.parametrize("kind", [Gate, AsyncGate])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("reset", [reset_by_request, reset_by_status])
+def test_a_reset_loses_no_request_in_flight(
+    engine: str, reset: Callable[[vp.Frontend], None], packed: bool, kind: type[Gate]
+) -> None:
+    """The position that is told afterwards counts the request, so nobody would take it again."""
+    device = kind()
+    with attached(
+        device, engine=engine, packed=packed, protocol_features=vp.ProtocolFeatures.STATUS
+    ) as session:
+        frontend, vring = session.frontend, session.vrings[0]
+        frontend.set_status(15)
+        target = session.allocate(4)
+        identity = vring.submit([(session.allocate(4), 4)], [(target, 4)])
+        vring.kick()
+        assert device.taken.wait(5)
+        bases: list[int] = []
+
+        def stop() -> None:
+            reset(frontend)
+            bases.append(frontend.get_vring_base(0))
+
+        thread = threading.Thread(target=stop)
+        thread.start()
+        thread.join(0.1)
+        assert not bases
+        device.release.set()
+        thread.join(10)
+        assert device.resets == 1
+        assert bases == [0x8002_8002 if packed else 1]
+        assert vring.completions(0.1) == [(identity, 4)]
+        assert session.memory.read(target, 4) == b"done"
+
+
+def test_a_ring_that_is_moved_completes_what_is_in_flight_where_it_was(engine: str) -> None:
+    device = Gate()
+    with attached(device, engine=engine) as session:
+        frontend, vring = session.frontend, session.vrings[0]
+        identity = vring.submit([(session.allocate(4), 4)], [(session.allocate(4), 4)])
+        vring.kick()
+        assert device.taken.wait(5)
+        config, (place, length) = vring.config, session.ring_memory[0]
+        copy = session.allocate(length, 4096)
+        session.memory.write(copy, session.memory.read(GuestAddress(place), length))
+        distance = copy - place
+
+        def move() -> None:
+            frontend.set_vring_addr(
+                0,
+                descriptor=config.descriptor_address + distance,
+                used=config.device_address + distance,
+                available=config.driver_address + distance,
+            )
+
+        thread = threading.Thread(target=move)
+        thread.start()
+        thread.join(0.1)
+        device.release.set()
+        thread.join(10)
+        assert vring.completions(0.1) == [(identity, 4)]
+        assert frontend.get_vring_base(0) == 1
+
+
+def test_a_reset_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:
+    device = Gate()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with VhostUserDaemon("test", DeviceBackend.of(device), drain_timeout=0.1) as daemon:
+        daemon.start_connection(ours)
+        with DriverSession(vp.Frontend(theirs, timeout=5.0)) as session:
+            vring = session.vrings[0]
+            vring.submit([(session.allocate(4), 4)], [(session.allocate(4), 4)])
+            vring.kick()
+            assert device.taken.wait(5)
+            session.frontend.reset_device()
+            assert device.resets == 1
+            device.release.set()
+            assert session.frontend.get_vring_base(0) == 1
+            assert not vring.queue.collect()
+    assert "a reset" in caplog.text
 
 
 def test_front_ends_come_one_after_another(image: Path) -> None:

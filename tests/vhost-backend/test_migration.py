@@ -4,6 +4,7 @@ import asyncio
 import mmap
 import os
 import random
+import select
 import threading
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from vhost_backend import BlockDevice, Queue, Request, VirtioDevice, VirtioFeatu
 from vhost_backend.devices import blk
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
-from vhost_backend.driver.session import GUEST_BASE, SessionError
+from vhost_backend.driver.session import GUEST_BASE, IOVA_BASE, USER_BASE, SessionError
 from vhost_backend.testing import attached
 
 P = vp.ProtocolFeatures
@@ -54,8 +55,14 @@ def changed(before: bytes, after: bytes) -> set[int]:
     }  # fmt: skip
 
 
+def pages_of(address: int, length: int) -> set[int]:
+    """Numbers of the pages that a range of guest addresses touches."""
+    start = address - GUEST_BASE
+    return set(range(start // PAGE, (start + length - 1) // PAGE + 1))
+
+
 def whole(session: DriverSession) -> bytes:
-    return session.memory.read(GuestAddress(GUEST_BASE), SIZE)
+    return session.memory.read(GuestAddress(GUEST_BASE), session.memory.regions[0].size)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -63,6 +70,8 @@ def whole(session: DriverSession) -> bytes:
 def test_the_log_holds_every_page_that_changed_and_no_more_than_the_writes_explain(
     image: Path, engine: str, packed: bool, indirect: bool
 ) -> None:
+    """Byte for byte: each byte that the device changed lies in a page with its bit set, and each
+    bit is explained by a buffer, a status byte or the device's part of the ring."""
     rng = random.Random(7)
     image.write_bytes(rng.randbytes(4 << 20))
     with attached(
@@ -71,51 +80,51 @@ def test_the_log_holds_every_page_that_changed_and_no_more_than_the_writes_expla
         features=DRIVER_FEATURES | VirtioFeature.LOG_ALL,
         packed=packed,
         protocol_features=P.LOG_SHMFD,
-        memory_size=SIZE,
+        memory_size=2 << 20,
+        queue_size=1024,  # rings of several pages
     ) as session:
         driver = BlockDriver(session, depth=8, indirect=indirect)
         log = Log(session)
-        config = session.vrings[0].config
+        vring = session.vrings[0]
+        config = vring.config
         # The used ring of a split ring is logged where it is in guest memory; so is a packed ring.
-        used = config.descriptor_address if packed else config.device_address
-        guest_used = used - 0x7F00_0000_0000 + GUEST_BASE
+        place = vring.descriptor_area if packed else vring.device_area
+        length = 16 * config.size if packed else 6 + 8 * config.size
+        ring = range(place - GUEST_BASE, place - GUEST_BASE + length)
+        # The driver's event structure and avail ring, and a packed ring's device event structure.
+        others = pages_of(vring.driver_area, 6 + 2 * config.size) | pages_of(vring.device_area, 4)
+        tables = {
+            page for start, room in session.ring_memory[1:] for page in pages_of(start, room)
+        } | (set() if packed else pages_of(vring.descriptor_area, 16 * config.size))
         session.frontend.set_vring_addr(
             0,
             descriptor=config.descriptor_address,
             used=config.device_address,
             available=config.driver_address,
-            log=guest_used,
+            log=place,
             flags=vp.VringFlags.LOG,
         )
         log.pages()
-        for _ in range(20):
-            ours: set[int] = set()
+        seen: set[int] = set()
+        for _ in range(80):
+            written: set[int] = set()
             sector = rng.randrange(0, 8000)
             for _ in range(rng.randint(1, 8)):
                 driver.submit(blk.T_IN, sector, length=512 * rng.randint(1, 9))
+            for slot in driver._busy.values():
+                written |= pages_of(slot.data, slot.length) | pages_of(slot.status, 1)
             before = whole(session)
             driver.kick()
             while driver.in_flight:
                 driver.collect()
             after = whole(session)
             dirty = log.pages()
-            ring = range(
-                (config.descriptor_address - 0x7F00_0000_0000) // PAGE,
-                (config.device_address - 0x7F00_0000_0000) // PAGE + 2,
-            )
-            # What the driver itself writes, its ring, is not ours to log.
-            device_ring = {(guest_used - GUEST_BASE) // PAGE}
-            ours = changed(before, after) - set(ring)
-            assert ours <= dirty
-            assert device_ring & dirty
-            # Buffers that were read into, status bytes, the used ring: nothing else.
-            slots = {
-                (address - GUEST_BASE) // PAGE + extra
-                for slot in driver._free
-                for address, length in ((slot.data, 65536), (slot.status, 1))
-                for extra in range(-(-length // PAGE) + 1)
-            }
-            assert dirty <= slots | set(ring)
+            ours = {page for page in changed(before, after) if page not in others | tables}
+            used = {n // PAGE for n in ring if before[n] != after[n]}
+            assert ours | written | used <= dirty
+            assert dirty <= written | {n // PAGE for n in ring}
+            seen |= used
+        assert len(seen) > 1
         log.close()
 
 
@@ -192,6 +201,137 @@ def test_requests_behind_an_iommu(image: Path, engine: str, packed: bool, indire
     assert image.read_bytes() == model
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_behind_an_iommu_the_used_ring_is_logged_at_an_iova(
+    image: Path, engine: str, packed: bool
+) -> None:
+    """QEMU sends the ring's own address, which is an IOVA; the log is of guest addresses."""
+    with attached(
+        BlockDevice(image),
+        engine=engine,
+        features=DRIVER_FEATURES | VirtioFeature.LOG_ALL,
+        packed=packed,
+        iommu=True,
+        protocol_features=P.LOG_SHMFD,
+        memory_size=SIZE,
+    ) as session:
+        driver, vring = BlockDriver(session), session.vrings[0]
+        config, elsewhere = vring.config, session.allocate(2 * PAGE, PAGE)
+        log = Log(session)
+        driver.read(0, 512)
+        log.pages()
+
+        def logged_at(address: int) -> set[int]:
+            session.frontend.set_vring_addr(
+                0,
+                descriptor=config.descriptor_address,
+                used=config.device_address,
+                available=config.driver_address,
+                log=address,
+                flags=vp.VringFlags.LOG,
+            )
+            driver.read(0, 512)
+            return log.pages()
+
+        ring = vring.descriptor_area if packed else vring.device_area
+        assert (ring - GUEST_BASE) // PAGE in logged_at(config.device_address)
+        # Somewhere else, where the front-end has an entry for it.
+        distance = config.device_address - vring.device_area
+        session.frontend.iotlb_update(
+            elsewhere + distance, 2 * PAGE, elsewhere - GUEST_BASE + USER_BASE
+        )
+        assert ((elsewhere - GUEST_BASE) // PAGE in logged_at(elsewhere + distance)) != packed
+        # What means nothing is no reason to lose what was written.
+        assert (ring - GUEST_BASE) // PAGE in logged_at(1 << 50)
+        session.invalidate(GUEST_BASE, SIZE)
+        assert (ring - GUEST_BASE) // PAGE in logged_at(config.device_address)
+        log.close()
+
+
+def test_logging_of_the_used_ring_is_switched_live(image: Path, engine: str) -> None:
+    """By SET_VRING_ADDR with and without VHOST_VRING_F_LOG, and the ring goes on at its index."""
+    with attached(
+        BlockDevice(image),
+        engine=engine,
+        features=DRIVER_FEATURES,
+        protocol_features=P.LOG_SHMFD,
+        memory_size=SIZE,
+    ) as session:
+        driver, vring = BlockDriver(session, depth=4), session.vrings[0]
+        config = vring.config
+        log = Log(session)
+        for number in range(12):
+            wanted = bool(number % 2)
+            driver.submit(blk.T_IN, 0, length=512)
+            driver.kick()
+            session.frontend.set_vring_addr(
+                0,
+                descriptor=config.descriptor_address,
+                used=config.device_address,
+                available=config.driver_address,
+                log=vring.device_area,
+                flags=vp.VringFlags.LOG if wanted else vp.VringFlags(0),
+            )
+            while driver.in_flight:
+                driver.collect()
+            log.pages()
+            driver.read(0, 512)
+            # LOG_ALL is off: buffers are not logged, the used ring by its own flag.
+            assert log.pages() == ({(vring.device_area - GUEST_BASE) // PAGE} if wanted else set())
+        assert session.stop_ring(0) == 24
+        log.close()
+
+
+def test_an_entry_outside_of_the_memory_table_is_refused(image: Path, engine: str) -> None:
+    with attached(
+        BlockDevice(image), engine=engine, features=DRIVER_FEATURES, iommu=True, memory_size=SIZE
+    ) as session:
+        driver, frontend = BlockDriver(session), session.frontend
+        for user, size in (
+            (USER_BASE - PAGE, PAGE),
+            (USER_BASE + SIZE, PAGE),
+            (USER_BASE + SIZE - PAGE, 2 * PAGE),
+            (USER_BASE, SIZE + 1),
+            (GUEST_BASE, PAGE),
+        ):
+            with pytest.raises(vp.RequestFailed):
+                frontend.iotlb_update(1 << 50, size, user)
+            assert driver.read(0, 512) == bytes(512)
+        frontend.iotlb_update(1 << 50, SIZE, USER_BASE)
+
+
+def test_an_access_that_is_not_granted_is_reported(image: Path, engine: str) -> None:
+    """The entry comes, and forbids it: the ring must not ask for it again and again."""
+    with attached(
+        BlockDevice(image, num_queues=2),
+        engine=engine,
+        features=DRIVER_FEATURES,
+        iommu=True,
+        num_queues=2,
+    ) as session:
+        good, bad = BlockDriver(session, queue=0), session.vrings[1]
+        error = os.eventfd(0, os.EFD_NONBLOCK)
+        session.frontend.set_vring_err(1, error)
+        page = session.allocate(PAGE, PAGE)
+        iova = page + IOVA_BASE - GUEST_BASE
+        session.granted[iova] = vp.IotlbAccess.READ
+        bad.submit([(page, 16)], [(page + 512, 513)])
+        bad.kick()
+        assert session.channel is not None
+        while not (reports := [
+            message for message in session.channel.received
+            if isinstance(message, vp.BackendIotlbMsg) and message.type is vp.IotlbType.ACCESS_FAIL
+        ]):  # fmt: skip
+            assert good.read(0, 512) == bytes(512)
+        assert [(report.iova, report.access) for report in reports] == [
+            (iova + 512, vp.IotlbAccess.WRITE)
+        ]
+        assert os.eventfd_read(error) == 1
+        assert session.missed.count(iova + 512) == 1
+        assert good.read(0, 512) == bytes(512)
+        os.close(error)
+
+
 def test_an_address_that_means_nothing_breaks_the_queue_only(engine: str, image: Path) -> None:
     device = BlockDevice(image, num_queues=2)
     with attached(
@@ -209,6 +349,24 @@ def test_an_address_that_means_nothing_breaks_the_queue_only(engine: str, image:
             bad.completions(0.2)
         # The answers to the other queue's questions do not make this one ask again.
         assert sum(address >= 1 << 49 for address in session.missed) == 1
+        os.close(error)
+
+
+def test_an_entry_that_does_not_come_is_not_waited_for_for_ever(
+    engine: str, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vhost_backend.control.iommu.MISS_TIMEOUT", 0.05)
+    with attached(
+        BlockDevice(image), engine=engine, features=DRIVER_FEATURES, iommu=True
+    ) as session:
+        vring = session.vrings[0]
+        error = os.eventfd(0, os.EFD_NONBLOCK)
+        session.frontend.set_vring_err(0, error)
+        vring.submit([(1 << 50, 16)], [(1 << 50, 1)])
+        vring.kick()
+        poller = select.poll()
+        poller.register(error, select.POLLIN)
+        assert poller.poll(5000)
         os.close(error)
 
 
@@ -400,6 +558,30 @@ def test_notifications_as_messages(engine: str) -> None:
         assert device.count == 3
 
 
+def test_a_broken_ring_is_reported_as_a_message(engine: str) -> None:
+    reported = threading.Event()
+
+    def told(message: vp.Message) -> bool:
+        assert message == vp.BackendVringErr(1)
+        reported.set()
+        return True
+
+    class Pair(Counter):
+        num_queues = 2
+
+    with attached(
+        Pair(),
+        engine=engine,
+        num_queues=2,
+        protocol_features=P.INBAND_NOTIFICATIONS,
+        handlers={vp.BackendVringErr: told},
+    ) as session:
+        vring = session.vrings[1]
+        vring.submit([(1 << 50, 4)], [])
+        vring.kick()
+        assert reported.wait(5)
+
+
 def test_notifications_as_messages_need_their_prerequisites(image: Path) -> None:
     with (
         attached(BlockDevice(image)) as session,
@@ -409,13 +591,21 @@ def test_notifications_as_messages_need_their_prerequisites(image: Path) -> None
 
 
 def test_requests_in_flight_are_left_in_the_region_without_a_drain(engine: str) -> None:
-    """SKIP_DRAIN stops at once; who goes on with the region takes the request again."""
+    """SKIP_DRAIN stops at once; who goes on with the region takes the request again.
+
+    Not before the first one has let go of it: it would act when others have acted already.
+    """
     taken: list[bytes] = []
+    ended: list[bytes] = []
 
     class Never(VirtioDevice):
         async def handle(self, queue: Queue, request: Request) -> None:
             taken.append(request.read(4))
-            await asyncio.sleep(3600)
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                await asyncio.sleep(0.01)
+                ended.append(taken[-1])
 
     wanted = P.INFLIGHT_SHMFD | P.GET_VRING_BASE_INFLIGHT | P.GET_VRING_BASE_SKIP_DRAIN
     with attached(Never(), engine=engine, protocol_features=wanted) as session:
@@ -431,6 +621,7 @@ def test_requests_in_flight_are_left_in_the_region_without_a_drain(engine: str) 
         while not taken:
             pass
         assert frontend.get_vring_base_skip_drain(0) == 1
+        assert ended == [b"work"]
         frontend.set_inflight_fd(reply.mmap_size, reply.mmap_offset, 1, vring.config.size, fd)
         session.start_ring(0, base=1)
         while len(taken) < 2:
@@ -440,3 +631,32 @@ def test_requests_in_flight_are_left_in_the_region_without_a_drain(engine: str) 
         assert identity is not None
         frontend.get_vring_base_skip_drain(0)
         fd.close()
+
+
+def test_what_cannot_be_called_back_is_waited_for_also_without_a_drain(engine: str) -> None:
+    started, release = threading.Event(), threading.Event()
+
+    class Plain(VirtioDevice):
+        def handle(self, queue: Queue, request: Request) -> None:
+            started.set()
+            release.wait(5)
+            request.write(b"done")
+
+    wanted = P.INFLIGHT_SHMFD | P.GET_VRING_BASE_INFLIGHT | P.GET_VRING_BASE_SKIP_DRAIN
+    with attached(Plain(), engine=engine, inflight=True, protocol_features=wanted) as session:
+        vring = session.vrings[0]
+        target = session.allocate(4)
+        identity = vring.submit([(session.allocate(4), 4)], [(target, 4)])
+        vring.kick()
+        assert started.wait(5)
+        bases: list[int] = []
+        thread = threading.Thread(
+            target=lambda: bases.append(session.frontend.get_vring_base_skip_drain(0))
+        )
+        thread.start()
+        thread.join(0.1)
+        assert not bases
+        release.set()
+        thread.join(5)
+        assert bases == [1]
+        assert vring.completions(0.1) == [(identity, 4)]

@@ -341,8 +341,9 @@ def test_a_session_moves_with_its_memory_and_the_devices_state(engine: str, pack
         assert (source.count, target.count) == (204, 404)
 
 
+@pytest.mark.parametrize("iommu", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_disk_moves_under_load(image: Path, engine: str, packed: bool) -> None:
+def test_a_disk_moves_under_load(image: Path, engine: str, packed: bool, iommu: bool) -> None:
     """The copy is complete though reads and writes go on: every answer lands in memory once."""
     with (
         served(BlockDevice(image), engine=engine) as path,
@@ -350,6 +351,7 @@ def test_a_disk_moves_under_load(image: Path, engine: str, packed: bool) -> None
             BlockDevice(image),
             engine=engine,
             packed=packed,
+            iommu=iommu,
             features=DRIVER_FEATURES,
             memory_size=4 << 20,
         ) as session,

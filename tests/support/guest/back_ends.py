@@ -31,9 +31,7 @@ DEVICES = "devices"  # any device that is written with our package
 _OURS = frozenset({INFLIGHT, IOMMU, LOG, PACKED, POSTCOPY, SLOTS, DEVICES})
 _ABILITIES: dict[str, frozenset[str]] = {
     "c": _OURS,
-    # One writer of six once made no progress after a move with the Python engine (see
-    # docs/features.md): until that is understood its moves are tried by hand.
-    "python": _OURS - {LOG},
+    "python": _OURS,
     STORAGE_DAEMON: frozenset({LOG}),
 }
 

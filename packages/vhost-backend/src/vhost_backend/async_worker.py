@@ -7,7 +7,7 @@ just that and lets the worker have its round; between rounds coroutines run.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from virtqueue import Chain
 
@@ -54,7 +54,8 @@ class AsyncDeviceBackend(DeviceBackend):
 
     def __init__(self, device: VirtioDevice) -> None:
         super().__init__(device)
-        self._tasks: set[asyncio.Task[None]] = set()
+        #: Of each vring. Changed on its worker's loop only.
+        self._tasks: dict[int, set[asyncio.Task[None]]] = {}
         #: Vrings with completions staged, to be published once the loop gets to it.
         self._staged: set[int] = set()
 
@@ -72,22 +73,38 @@ class AsyncDeviceBackend(DeviceBackend):
                 return False  # the driver has been asked for kicks
             generation = state.generation
             view = self.view(state)
-            requests = []
+            loop = asyncio.get_running_loop()
+            tasks = self._tasks.setdefault(state.index, set())
             for position, chain in enumerate(batch):
                 if state.on_demand.has_stand_ins and not state.on_demand.usable(chain):
                     flags = int(self.device.status_byte)
                     state.add_used(chain, flags, self.device.error_status)
                     state.signal_used_queue()
-                else:
-                    request = Request(batch, chain.record, position)
-                    requests.append(request)
-                    _ = request.chain  # it outlives the batch
-        loop = asyncio.get_running_loop()
-        for request in requests:
-            task = loop.create_task(self._serve_one(vring, generation, view, request))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+                    continue
+                request = Request(batch, chain.record, position)
+                _ = request.chain  # it outlives the batch
+                # Still with the lock: who stops the ring next finds a task for all that was taken.
+                task = loop.create_task(self._serve_one(vring, generation, view, request))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
         return True
+
+    def suspend_queue(self, queue: int, wake: Callable[[], None]) -> Callable[[], bool]:
+        """Cancel what a queue works on; nothing new is taken meanwhile.
+
+        Returns what tells whether all of it has ended. `wake` is called when that may have changed.
+        """
+        tasks = self._tasks.get(queue)
+        loops = {task.get_loop() for task in list(tasks or ())}
+
+        def cancel() -> None:
+            for task in list(tasks or ()):
+                task.add_done_callback(lambda _: wake())
+                task.cancel()
+
+        for loop in loops:
+            loop.call_soon_threadsafe(cancel)
+        return lambda: not tasks and queue not in self._staged
 
     async def _serve_one(
         self, vring: Vring, generation: int, queue: Queue, request: Request
@@ -118,6 +135,6 @@ class AsyncDeviceBackend(DeviceBackend):
             asyncio.get_running_loop().call_soon(self._publish, vring, index)
 
     def _publish(self, vring: Vring, index: int) -> None:
-        self._staged.discard(index)
         with vring.get_mut() as state:
             state.signal_used_queue()
+        self._staged.discard(index)

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Sequence
 from typing import Any, Final
 
 from guest_memory import GuestMemory
-from vhost_protocol import BackendChannel, ProtocolError
+from vhost_protocol import BackendChannel, ProtocolError, ProtocolFeatures
 from virtqueue import DONE, RECORD, Batch, Chain, ChainCompleted, CHandler, RecordFlags
 
 from .counters import QueueCounters
@@ -152,6 +152,13 @@ class VirtioDevice:
     `queue_size` (the largest accepted, in descriptors), `features` (the device type's own bits),
     `status_byte` (requests end in a status byte that completion writes), `error_status` (its value
     for a failed request), `config` (the configuration space, little-endian).
+
+    `protocol_features` are what the device uses on `channel` by itself: HOST_NOTIFIER, or
+    SHARED_OBJECT to look up others' objects. What follows from a hook needs no mention there.
+    A device has the hooks of its type by defining them: `send_rarp(mac)`, `net_set_mtu(mtu)`,
+    `create_crypto_session(op_code, session)` (returns the session's id, negative for failure) with
+    `close_crypto_session(id)`, `get_shared_object(uuid)` (16 bytes; a descriptor that stays the
+    device's, or None), `get_shmem_config()` (sizes in bytes by id), `set_gpu_socket(channel)`.
     """
 
     device_id: int = 0
@@ -161,6 +168,7 @@ class VirtioDevice:
     status_byte: bool = False
     error_status: int = 1
     config: bytes = b""
+    protocol_features: ProtocolFeatures = ProtocolFeatures(0)
     #: Version of what `save_state` returns; streams of a newer one are refused.
     state_version: int = 1
     #: The channel for requests of our own to the front-end, while there is one.

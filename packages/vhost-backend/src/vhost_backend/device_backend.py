@@ -8,7 +8,7 @@ kicks, look once more, and sleep.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from guest_memory import GuestMemory
@@ -83,9 +83,9 @@ class DeviceBackend(VhostUserBackendBase):
         self.device.acked_features(features)
 
     def protocol_features(self) -> ProtocolFeatures:
-        """What the device overrides."""
+        """What the device overrides, and what it asks for."""
         device, kind = self.device, type(self.device)
-        features = ProtocolFeatures(0)
+        features = device.protocol_features
         if device.config or kind.get_config is not VirtioDevice.get_config:
             features |= ProtocolFeatures.CONFIG
         if kind.save_state is not VirtioDevice.save_state:
@@ -154,6 +154,10 @@ class DeviceBackend(VhostUserBackendBase):
     def device_stopped(self) -> None:
         """Told to the device."""
         self.device.stopped()
+
+    def suspend_queue(self, queue: int, wake: Callable[[], None]) -> Callable[[], bool]:
+        """A plain handler cannot be called back: its batch ends as it would have."""
+        return lambda: False
 
     def update_memory(self, memory: GuestMemory) -> None:
         """Told to the device."""

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 
 from guest_memory import DirtyLog, GuestMemory
-from vhost_protocol import BackendChannel, BackendVringCall, ProtocolError
+from vhost_protocol import BackendChannel, BackendVringCall, BackendVringErr, ProtocolError
 from virtqueue import (
     Batch,
     Chain,
@@ -413,11 +413,13 @@ class VringState:
         self._check_drained()
 
     def report_guest_error(self, error: QueueBroken) -> None:
-        """Log (rate-limited) and signal the error descriptor."""
+        """Log (rate-limited) and signal the error descriptor, or send the message for it."""
         self.counters.guest_errors += 1
         self._guest_errors.warning("vring %d is broken: %s", self.index, error)
         if self.err_fd >= 0:
             eventfd.signal(self.err_fd)
+        elif self.channel is not None:
+            self._send(self.channel, BackendVringErr(self.index))
 
     def signal_call(self) -> None:
         """Signal the driver: by the call descriptor, or by a message where that was negotiated."""
@@ -426,9 +428,13 @@ class VringState:
             eventfd.signal(self.call_fd)
         elif self.channel is not None:
             self.counters.notifications_sent += 1
-            with contextlib.suppress(ProtocolError, OSError):
-                # Not acknowledged: nobody may wait for the front-end with the ring's lock.
-                self.channel.request(BackendVringCall(self.index), need_reply=False)
+            self._send(self.channel, BackendVringCall(self.index))
+
+    @staticmethod
+    def _send(channel: BackendChannel, message: BackendVringCall | BackendVringErr) -> None:
+        with contextlib.suppress(ProtocolError, OSError):
+            # Not acknowledged: nobody may wait for the front-end with the ring's lock.
+            channel.request(message, need_reply=False)
 
     def _published(self, wanted: bool) -> None:
         if self.log_fd >= 0 and self.log is not None and self.log.enabled:
@@ -461,11 +467,12 @@ class VringState:
             self.fail_need()
         return False
 
-    def fail_need(self) -> None:
-        """What the ring waits for will not come: the driver used an address that means nothing."""
+    def fail_need(self, reason: Reason = Reason.ADDRESS) -> None:
+        """What the ring waits for will not come: the driver used an address that means nothing,
+        or (`Reason.ACCESS`) one that it may not have used in this way."""
         need, self.need = self.need, None
         if need is not None:
-            self.break_queue(QueueBroken(Reason.ADDRESS, need.address))
+            self.break_queue(QueueBroken(reason, need.address))
 
     def _check_drained(self) -> None:
         if self._on_drained and (self.queue is None or not self.queue.in_flight):

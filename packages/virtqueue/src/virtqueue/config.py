@@ -36,8 +36,9 @@ class RingConfig(NamedTuple):
     status_byte: bool = False
     """Completion writes a status into the chain's last writable byte (blk, scsi, ...)."""
     log_used: int | None = None
-    """Guest address for logging writes to the used ring (VHOST_VRING_F_LOG).  A packed ring is
-    logged at its own address, whatever this says other than None."""
+    """Guest address (an IOVA with ``iommu``) for logging writes to the used ring
+    (VHOST_VRING_F_LOG).  A packed ring is logged at its own address, whatever this says other than
+    None."""
 
     @property
     def features(self) -> Features:

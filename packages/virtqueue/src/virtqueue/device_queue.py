@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Final, NamedTuple, Protocol
 
 from . import access
@@ -27,7 +28,7 @@ from .layout import (
     Reason,
     Result,
 )
-from .table import READ, WRITE, Broken, Memory, Missing, Table
+from .table import READ, WRITE, Broken, Memory, Missing, Piece, Table
 
 PROVISIONS: Final = 1024
 """Pieces mapped on demand that a queue can use at a time."""
@@ -230,22 +231,32 @@ class DeviceQueue:
         """The guest address at which writes to the ring are logged.
 
         For a packed ring it is where the ring is: front-ends send the address of the device's
-        event structure there (QEMU does), and pages of the ring would not be copied.
+        event structure there (QEMU does), and pages of the ring would not be copied. Behind an
+        IOMMU what they send is an IOVA (of the used ring itself, by QEMU).
         """
         config = self._config
         if config.log_used is None:
             return 0
-        if config.packed:
-            address, length = config.descriptor_address, 16 * config.size
-            try:
-                if config.iommu:
-                    found = table.pieces(address, length, READ, True, self._provisions)
-                else:
-                    found = table.user_pieces(address, length, READ, self._provisions)
-            except (Missing, Broken):
-                return config.log_used
-            return found[0].guest
-        return config.log_used
+        if not config.packed and not config.iommu:
+            return config.log_used
+        (_, _, descriptors), _, (_, _, used) = ring_parts(config.size, config.packed)
+        try:
+            if not config.iommu:
+                return table.user_pieces(
+                    config.descriptor_address, descriptors, READ, self._provisions
+                )[0].guest
+            address, length = config.log_used, used
+            if config.packed:
+                address, length = config.descriptor_address, descriptors
+            found = table.pieces(address, length, READ, True, self._provisions)
+            if _contiguous(found):
+                return found[0].guest
+        except (Missing, Broken):
+            pass
+        # What is written until it means something again is where the ring was.
+        mapped = self._block.descriptors if config.packed else self._block.device
+        guest = Table.of(self._ring_memory).guest_address(mapped)
+        return config.log_used if guest is None else guest
 
     def _check(self, result: int) -> int:
         if result < 0:
@@ -754,3 +765,10 @@ class DeviceQueue:
 
 def _closed_call() -> int:
     raise UsageError("the queue is closed")
+
+
+def _contiguous(pieces: list[Piece]) -> bool:
+    """Whether they follow each other in the guest's memory."""
+    return all(
+        piece.guest + piece.length == following.guest for piece, following in pairwise(pieces)
+    )

@@ -246,6 +246,13 @@ class Table:
             if region.poison is not None and region.host <= host < region.host + region.size
         ]
 
+    def guest_address(self, host: int) -> int | None:
+        """The guest address of what a region maps at a host address; None when none does."""
+        for region in self.regions:
+            if region.host and region.host <= host < region.host + region.size:
+                return region.guest + host - region.host
+        return None
+
     def unguarded_host(self, host: int, length: int) -> Any:
         """The poison word of unguarded memory that a host range touches, else None."""
         for region in self._unguarded:

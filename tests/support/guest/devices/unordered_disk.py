@@ -1,7 +1,7 @@
 """A disk of coroutines: each request takes its own time, so they complete in any order.
 
 Usage: unordered_disk SOCKET IMAGE. At its end it says how many requests an earlier one has waited
-for in vain.
+for in vain, and how many were given up because the ring stopped.
 """
 
 from __future__ import annotations
@@ -32,12 +32,17 @@ class UnorderedDisk(VirtioDevice):
         self._begun = 0
         self._last = 0
         self.overtaken = 0
+        self.given_up = 0
 
     async def handle(self, queue: Queue, request: Request) -> None:
         self._begun += 1
         number = self._begun
         kind, _, sector = struct.unpack("<IIQ", request.read(16))
-        await asyncio.sleep(self._waits.uniform(0, 0.02))
+        try:
+            await asyncio.sleep(self._waits.uniform(0, 0.02))
+        except asyncio.CancelledError:
+            self.given_up += 1
+            raise
         if kind == READ:
             request.write(os.pread(self._fd, request.writable_length - 1, sector * 512))
         elif kind == WRITE:
@@ -49,7 +54,11 @@ class UnorderedDisk(VirtioDevice):
 
     def close(self) -> None:
         os.close(self._fd)
-        print(f"{self.overtaken} of {self._begun} were overtaken", file=sys.stderr, flush=True)
+        print(
+            f"{self.overtaken} of {self._begun} were overtaken, {self.given_up} given up",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

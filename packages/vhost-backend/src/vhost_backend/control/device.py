@@ -32,7 +32,9 @@ _BY_REQUEST = (
 class Device:
     """Messages that are passed on to the back-end."""
 
-    def __init__(self, context: Context, reset_rings: Callable[[], None]) -> None:
+    def __init__(
+        self, context: Context, reset_rings: Callable[[Callable[[], None]], Outcome]
+    ) -> None:
         self._context = context
         self._reset_rings = reset_rings
         self._status = 0
@@ -78,18 +80,14 @@ class Device:
         return Answer(vp.StatusReply(self._status))
 
     def _set_status(self, message: vp.SetStatus, fds: Descriptors) -> Outcome:
-        if message.status == 0 and self._status:
-            self._reset()
-        self._status = message.status
-        return None
+        before, self._status = self._status, message.status
+        return self._reset() if before and not message.status else None
 
     def _reset_device(self, message: vp.ResetDevice, fds: Descriptors) -> Outcome:
-        self._reset()
-        return None
+        return self._reset()
 
-    def _reset(self) -> None:
-        self._reset_rings()
-        self._context.backend.reset_device()
+    def _reset(self) -> Outcome:
+        return self._reset_rings(self._context.backend.reset_device)
 
     # -- by device type -------------------------------------------------------------------------
 

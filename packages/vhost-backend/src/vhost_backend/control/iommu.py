@@ -8,13 +8,14 @@ in flight rests on what it takes away.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
 
 import vhost_protocol as vp
-from guest_memory import GuestMemoryError, Iotlb, Iova, UserAddress
-from virtqueue import Need
+from guest_memory import GuestMemory, GuestMemoryError, Iotlb, Iova, UserAddress
+from virtqueue import Need, Reason
 
 from ..errors import Refused
 from ..features import VirtioFeature
@@ -87,9 +88,9 @@ class Iommu:
         iova = Iova(message.iova)
         try:
             if message.type is vp.IotlbType.UPDATE:
-                iotlb.insert(
-                    iova, message.size, UserAddress(message.user_address), int(message.access)
-                )
+                user = UserAddress(message.user_address)
+                _check_within(context.memory.current, user, message.size)
+                iotlb.insert(iova, message.size, user, int(message.access))
             elif message.type is vp.IotlbType.INVALIDATE:
                 iotlb.invalidate(iova, message.size)
             else:
@@ -97,11 +98,34 @@ class Iommu:
         except GuestMemoryError as error:
             raise Refused("IOTLB_MSG", str(error)) from error
         if message.type is vp.IotlbType.UPDATE:
+            self._deny(message)
             context.use_memory(context.memory.current, (message.iova, message.size))
             return Answer(vp.Ack())
         context.use_memory(context.memory.current, (0, 0))
         self._watch_progress(context.wake)
         return Wait(self._settled, self._acknowledge, "they rest on an invalidated IOTLB entry")
+
+    def _deny(self, update: vp.IotlbMsg) -> None:
+        """End the wait of rings for an access that the entry which came does not permit.
+
+        They would only ask again, and be answered the same, as long as the driver likes.
+        """
+        for vring in self._context.vrings:
+            with vring.get_mut() as state:
+                need = state.need
+                if need is None or not update.iova <= need.address < update.iova + update.size:
+                    continue
+                denied = need.access & ~int(update.access)
+                if not denied:
+                    continue
+                self._tell(need.address, vp.IotlbAccess(denied))
+                state.fail_need(Reason.ACCESS)
+
+    def _tell(self, address: int, access: vp.IotlbAccess) -> None:
+        channel = self._context.channel
+        if channel is not None:
+            with contextlib.suppress(vp.ProtocolError, OSError):
+                channel.iotlb_access_fail(address, access, need_reply=False)
 
     def _watch_progress(self, wake: Callable[[], None] | None) -> None:
         for vring in self._context.vrings:
@@ -150,3 +174,15 @@ class Iommu:
                     MISS_TIMEOUT,
                 )
                 state.fail_need()
+
+
+def _check_within(memory: GuestMemory, address: int, size: int) -> None:
+    """Raise `Refused` unless a range of user addresses lies "within vhost memory regions"."""
+    end = address + size
+    while address < end:
+        for region in memory.regions:
+            if region.user_address <= address < region.user_address + region.size:
+                address = region.user_address + region.size
+                break
+        else:
+            raise Refused("IOTLB_MSG", f"user address {address:#x} is in no memory region")

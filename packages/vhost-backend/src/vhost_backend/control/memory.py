@@ -54,9 +54,12 @@ class MemoryTable:
     def offers(self) -> vp.ProtocolFeatures:
         """Memory slots, or postcopy; Xen mappings with a mapper that makes them.
 
-        A userfaultfd can only wait for pages of ordinary mappings.
+        A userfaultfd can only wait for pages of ordinary mappings. GPA_ADDRESSES takes nothing:
+        with it user addresses are guest addresses, regions repeat theirs, and what is looked up by
+        user address is found as ever. Front-ends that take the bit for another (rust-vmm's vhost
+        had SHMEM there) and send user addresses all the same are therefore served, too.
         """
-        features = vp.ProtocolFeatures(0)
+        features = vp.ProtocolFeatures.GPA_ADDRESSES
         if getattr(self._context.mapper, "xen_mmap", False):
             features |= vp.ProtocolFeatures.XEN_MMAP
         if self._slots:

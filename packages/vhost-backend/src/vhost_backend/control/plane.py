@@ -100,7 +100,7 @@ class ControlPlane:
 
     def begin_disconnect(self) -> list[int]:
         """Take no new chains; returns the rings that still have requests in flight."""
-        return self._rings.begin_disconnect()
+        return self._rings.begin_drain()
 
     def disconnect(self) -> None:
         """The front-end is gone: nothing of it stays, except the device's own state."""

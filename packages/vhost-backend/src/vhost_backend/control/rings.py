@@ -44,7 +44,7 @@ class Rings:
             | vp.ProtocolFeatures.GET_VRING_BASE_SKIP_DRAIN
         )
 
-    def begin_disconnect(self) -> list[int]:
+    def begin_drain(self) -> list[int]:
         """Take no new chains; returns the rings that still have requests in flight."""
         context = self._context
         busy = []
@@ -63,18 +63,30 @@ class Rings:
                 state.reset()
         self._context.device_stopped()
 
-    def reset(self) -> None:
-        """Rings stopped and disabled ("RESET_DEVICE"); what was negotiated stays.
+    def reset(self, then: Callable[[], None]) -> Outcome:
+        """Rings stopped and disabled ("RESET_DEVICE"), and `then`; what was negotiated stays.
 
-        So does where each ring stood: QEMU resets the status first and asks for the base after.
+        So does where each ring stood: QEMU 7.2 resets the status whenever its guest pauses, asks
+        for the base after, and lets the guest go on there, perhaps elsewhere. What is in flight is
+        therefore finished first; its requests are counted in the base and would be lost.
         """
-        for index, vring in enumerate(self._context.vrings):
-            self._context.unwatch(index)
+        if not self.begin_drain():
+            self._reset(then)
+            return None
+        return Wait(
+            lambda: not any(self._in_flight(index) for index in range(len(self._context.vrings))),
+            lambda: self._reset(then),
+            "a reset waits for them",
+        )
+
+    def _reset(self, then: Callable[[], None]) -> None:
+        for vring in self._context.vrings:
             with vring.get_mut() as state:
                 features, log, base = state.features, state.log, state.stop()
                 state.reset()
                 state.features, state.log, state.base = features, log, base
         self._context.device_stopped()
+        then()
 
     # -- configuration --------------------------------------------------------------------------
 
@@ -94,27 +106,43 @@ class Rings:
 
     def _set_addr(self, message: vp.SetVringAddr, fds: Descriptors) -> Outcome:
         context = self._context
+        index = message.index
         addresses = (message.descriptor, message.available, message.used)
         log_used = message.log if message.flags & vp.VringFlags.LOG else None
-        with context.vring("SET_VRING_ADDR", message.index).get_mut() as state:
-            moved = state.addresses != addresses
-            before, state.addresses = state.addresses, addresses
-            if state.started:
+        with context.vring("SET_VRING_ADDR", index).get_mut() as state:
+            moves = state.started and state.addresses != addresses
+            if moves:
+                descriptor, driver, device = addresses
+                config = state.config()._replace(
+                    descriptor_address=descriptor, driver_address=driver, device_address=device
+                )
                 try:
-                    state.config().check()
+                    config.check()
                 except UsageError as error:
-                    state.addresses = before
                     raise Refused("SET_VRING_ADDR", str(error)) from None
-            state.set_log(state.log, log_used)
-            if moved and state.started:
-                self._restart(state)
-        context.scan(message.index)
+                # What is in flight completes where it was taken.
+                state.begin_drain(context.wake)
+            else:
+                state.addresses = addresses
+                state.set_log(state.log, log_used)
+        if moves:
+            return Wait(
+                lambda: not self._in_flight(index),
+                lambda: self._move(index, addresses, log_used),
+                f"vring {index} moves",
+            )
+        context.scan(index)
         return None
 
-    def _restart(self, state: VringState) -> None:
-        """A started ring was moved: go on at the same index in the new place."""
-        state.stop()
-        state.set_queue_ready(self._context.memory.current)
+    def _move(self, index: int, addresses: tuple[int, int, int], log_used: int | None) -> None:
+        """A started ring goes on at the same index in a new place."""
+        context = self._context
+        with context.vrings[index].get_mut() as state:
+            state.stop()
+            state.addresses = addresses
+            state.set_log(state.log, log_used)
+            state.set_queue_ready(context.memory.current)
+        context.scan(index)
 
     def _set_base(self, message: vp.SetVringBase, fds: Descriptors) -> Outcome:
         context = self._context
@@ -201,7 +229,7 @@ class Rings:
             vp.ProtocolFeatures.GET_VRING_BASE_SKIP_DRAIN
         ):
             # Before it got a message of its own, bit 20 alone meant not to drain.
-            return self._stop(message.index)
+            return self._suspend(message.index)
         vring = context.vring("GET_VRING_BASE", message.index)
         # From here on a late kick finds nobody, and no new chain is taken.
         context.unwatch(message.index)
@@ -214,7 +242,28 @@ class Rings:
         )
 
     def _get_base_skip_drain(self, message: vp.GetVringBaseSkipDrain, fds: Descriptors) -> Outcome:
-        return self._stop(message.index)
+        return self._suspend(message.index)
+
+    def _suspend(self, index: int) -> Outcome:
+        """Stop a ring without waiting for its requests; whoever has the in-flight region goes on.
+
+        What a device cannot let go of is waited for all the same: it would touch the device's
+        medium when the guest has long got another answer elsewhere.
+        """
+        context = self._context
+        vring = context.vring("GET_VRING_BASE", index)
+        suspend = context.hook("suspend_queue")
+        if suspend is None:
+            return self._stop(index)
+        context.unwatch(index)
+        with vring.get_mut() as state:
+            state.begin_drain(context.wake)
+        suspended = suspend(index, context.wake)
+        return Wait(
+            lambda: suspended() or not self._in_flight(index),
+            lambda: self._stop(index),
+            f"vring {index} is suspended",
+        )
 
     def _stop(self, index: int) -> Answer:
         """Stop a ring now. What is in flight stays in the in-flight region, if there is one."""

@@ -61,6 +61,8 @@ class Migration:
         config = vring.config
         # The part that the device writes: the used ring, or all of a packed ring.
         used = vring.descriptor_area if config.packed else vring.device_area
+        if config.iommu:
+            used = config.descriptor_address if config.packed else config.device_address
         self._session.frontend.set_vring_addr(
             index,
             descriptor=config.descriptor_address,

@@ -69,10 +69,19 @@ class SessionError(VhostBackendError):
 class DriverVring:
     """The driver's side of one vring: its ring, and the descriptors to kick and be called on."""
 
-    def __init__(self, index: int, queue: DriverQueue, config: RingConfig, offset: int = 0) -> None:
+    def __init__(
+        self,
+        index: int,
+        queue: DriverQueue,
+        config: RingConfig,
+        offset: int = 0,
+        ring_offset: int = USER_BASE - GUEST_BASE,
+    ) -> None:
         self.index = index
         #: What the device calls guest address 0: IOVAs differ from guest addresses by this.
         self._offset = offset
+        #: The same of the ring's own addresses, which may be user addresses.
+        self._ring_offset = ring_offset
         self.queue = queue
         self.config = config
         self.kick_fd: int = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -149,7 +158,7 @@ class DriverVring:
         return self._place(self.config.device_address)
 
     def _place(self, address: int) -> int:
-        return address - (self._offset or USER_BASE - GUEST_BASE)
+        return address - self._ring_offset
 
 
 class DriverSession:
@@ -168,7 +177,8 @@ class DriverSession:
         indirect: accept INDIRECT_DESC when offered.
         iommu: use IOVAs (the back-end has to offer ACCESS_PLATFORM). Entries of the IOTLB are given
             page by page as the back-end asks for them; `invalidate` takes them away.
-        protocol_features: protocol features to accept besides the usual ones.
+        protocol_features: protocol features to accept besides the usual ones; with GPA_ADDRESSES
+            the back-end is told no user addresses (and has to offer it).
         handlers: what to do with the back-end's own requests, by message class; each returns
             whether it succeeded. A channel is made when there are handlers, or an IOMMU.
         inflight: have the back-end record its requests in flight in memory that the session keeps
@@ -194,7 +204,10 @@ class DriverSession:
     ) -> None:
         self.frontend: vp.Frontend = frontend
         self.channel: ChannelServer | None = None
+        #: IOVAs that the back-end has asked for.
         self.missed: list[int] = []
+        #: By the IOVA of a page: the access to grant when it is asked for, if not all.
+        self.granted: dict[int, vp.IotlbAccess] = {}
         self._wanted = _USUAL_FEATURES | protocol_features
         self._handlers = dict(handlers or {})
         self._iova = IOVA_BASE - GUEST_BASE if iommu else 0
@@ -203,7 +216,9 @@ class DriverSession:
         self.ring_memory: list[tuple[int, int]] = []
         self.protocol_features: vp.ProtocolFeatures = vp.ProtocolFeatures(0)
         self._memory_fd = allocate_memfd(memory_size) if memory_fd is None else memory_fd
-        region = Region(GuestAddress(GUEST_BASE), memory_size, UserAddress(USER_BASE))
+        gpa = bool(protocol_features & vp.ProtocolFeatures.GPA_ADDRESSES)
+        self._user_base = GUEST_BASE if gpa else USER_BASE
+        region = Region(GuestAddress(GUEST_BASE), memory_size, UserAddress(self._user_base))
         self.memory: GuestMemory = GuestMemory.map([(region, self._memory_fd)])
         self._next = GUEST_BASE
         self._end = GUEST_BASE + memory_size
@@ -262,6 +277,10 @@ class DriverSession:
                 frontend.get_protocol_features() & self._wanted
             )
             frontend.set_protocol_features(self.protocol_features)
+        if self._user_base != USER_BASE and not (
+            self.protocol_features & vp.ProtocolFeatures.GPA_ADDRESSES
+        ):
+            raise SessionError("the back-end does not offer to do without user addresses")
         frontend.set_owner()
         frontend.set_features(int(self.features))
 
@@ -299,7 +318,8 @@ class DriverSession:
         descriptor, driver, device, total = ring_layout(size, packed)
         place = self.allocate(total, align=_PAGE)
         self.ring_memory.append((place, total))
-        base = place + (self._iova or USER_BASE - GUEST_BASE)
+        distance = self._iova or self._user_base - GUEST_BASE
+        base = place + distance
         config = RingConfig(
             size=size,
             descriptor_address=base + descriptor,
@@ -318,10 +338,11 @@ class DriverSession:
         memory = self.memory
         if self._iova:
             everything = Iotlb()
-            everything.insert(Iova(IOVA_BASE), self._end - GUEST_BASE, UserAddress(USER_BASE), 3)
+            user = UserAddress(self._user_base)
+            everything.insert(Iova(IOVA_BASE), self._end - GUEST_BASE, user, 3)
             memory = memory.with_iotlb(everything)
         queue = DriverQueue(config, memory, tables=tables, table_length=_TABLE_LENGTH)
-        vring = DriverVring(index, queue, config, self._iova)
+        vring = DriverVring(index, queue, config, self._iova, distance)
         self.vrings.append(vring)
         self.start_ring(index)
 
@@ -435,7 +456,8 @@ class DriverSession:
         page = message.iova // _PAGE * _PAGE
         if not IOVA_BASE <= page < IOVA_BASE + self._end - GUEST_BASE:
             return False
-        self.frontend.iotlb_update(page, _PAGE, page - IOVA_BASE + USER_BASE)
+        access = self.granted.get(page, vp.IotlbAccess.READ_WRITE)
+        self.frontend.iotlb_update(page, _PAGE, page - IOVA_BASE + self._user_base, access)
         return True
 
     def invalidate(self, address: int, length: int) -> None:
