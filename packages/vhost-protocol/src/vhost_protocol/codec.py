@@ -1,7 +1,5 @@
 """Bytes to headers, payloads and messages, and back; no sockets and no negotiated state."""
 
-from __future__ import annotations
-
 from struct import Struct
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What both ends must remember of a connection to know which message is legal."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from . import replies as a

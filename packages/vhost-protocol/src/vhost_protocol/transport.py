@@ -37,13 +37,16 @@ def rights(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
     return found.tolist()
 
 
-def try_receive(sock: socket.socket, size: int, partial: int) -> tuple[bytes, list[int]]:
+def try_receive(
+    sock: socket.socket, size: int, partial: int, *, wait: bool = False
+) -> tuple[bytes, list[int]]:
     """Read at most ``size`` bytes now, with the descriptors that came with them.
 
     Args:
         sock: where to read.
         size: at most the rest of one message.
         partial: bytes of that message read before; descriptors are only taken with the first.
+        wait: wait for them, if the socket is one that does.
 
     Raises:
         BlockingIOError: there is nothing to read.
@@ -51,8 +54,10 @@ def try_receive(sock: socket.socket, size: int, partial: int) -> tuple[bytes, li
         BadDescriptors: descriptors came inside a message; the kernel has discarded them.
     """
     space = 0 if partial else _ANCILLARY
-    data, ancillary, flags, _ = sock.recvmsg(size, space, _DONTWAIT | _CLOEXEC)
-    fds = rights(ancillary)
+    data, ancillary, flags, _ = sock.recvmsg(
+        size, space, _CLOEXEC if wait else _DONTWAIT | _CLOEXEC
+    )
+    fds = rights(ancillary) if ancillary else []
     if flags & socket.MSG_CTRUNC:
         for fd in fds:
             os.close(fd)
@@ -142,9 +147,11 @@ class SocketTransport:
             ConnectionClosed: the connection was reset.
             ProtocolError: see ``try_receive``.
         """
+        # Without a time limit the kernel can do the waiting, in one call instead of three.
+        wait = deadline.seconds is None
         while True:
             try:
-                return try_receive(self._sock, size, partial)
+                return try_receive(self._sock, size, partial, wait=wait)
             except BlockingIOError:
                 deadline.wait(self._sock, select.POLLIN)
             except ConnectionResetError as error:
