@@ -98,7 +98,10 @@ class Context:
         return self._places[index]
 
     def scan(self, index: int) -> None:
-        """Have the ring looked at without a kick."""
+        """Have the ring looked at without a kick; one that is not started has nothing to show."""
+        with self.vrings[index].get_ref() as state:
+            if not state.started:
+                return
         worker, position = self._places[index]
         worker.scan(position)
 
