@@ -4,11 +4,12 @@ Derive from `VirtioDevice` and `serve` it; or implement `VhostUserBackend` and r
 `VhostUserDaemon` for full control of the rings.
 """
 
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-
 from ._version import __version__
 
-if _TYPE_CHECKING:
+# Type checkers take this name for true. To import it from `typing` would take longer than all else
+# that --print-capabilities does.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from .async_daemon import AsyncDaemon, serve_async
     from .backend import VhostUserBackend, VhostUserBackendBase
     from .counters import QueueCounters

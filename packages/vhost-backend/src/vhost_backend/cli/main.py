@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import sys
-from collections.abc import Sequence
-from functools import partial
-from importlib import import_module
-from types import SimpleNamespace
 
 from .capabilities import CAPABILITIES
+
+TYPE_CHECKING = False  # see the package's __init__
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import SimpleNamespace
 
 # What a command needs is imported when it is the one that was given.
 _COMMANDS = {
@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # "Backend program conventions": everything else on the command line is ignored.
         print(CAPABILITIES[arguments[0]])
         return 0
+    import gc
+
     # What parses is of no use later: 0.8 MiB, which the modules of the daemon take over.
     parsing = {"argparse", "gettext", "locale"} - sys.modules.keys()
     options = _parse(arguments)
@@ -56,6 +58,9 @@ def _run(options: SimpleNamespace) -> int:
 
 def _parse(arguments: Sequence[str]) -> SimpleNamespace:
     import argparse
+    from functools import partial
+    from importlib import import_module
+    from types import SimpleNamespace
 
     from .._version import __version__
 
