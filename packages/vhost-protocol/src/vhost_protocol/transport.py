@@ -1,8 +1,9 @@
 """Blocking sockets: whole messages out, exact pieces in, deadlines, and no descriptor lost.
 
-Every call passes MSG_DONTWAIT and waits in ``poll`` itself.  So a socket may be blocking or not,
+Calls pass MSG_DONTWAIT and wait in ``poll`` themselves.  So a socket may be blocking or not,
 its file status flags (shared with other processes when it was inherited) stay as they are, and a
-deadline holds for a whole message, not for each system call.
+deadline holds for a whole message, not for each system call.  Only reading without a deadline
+leaves the waiting to a blocking socket.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ _INT_SIZE = array.array("i").itemsize
 # Space for as many descriptors as the kernel can pass, and for the credentials a socket may be set
 # to deliver: truncation then means that this process may not open any more.
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * _INT_SIZE) + socket.CMSG_SPACE(64)
-_DONTWAIT = socket.MSG_DONTWAIT
-_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-_NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+# Plain numbers: `socket` has flags, which take a microsecond to combine, for each message anew.
+_CLOEXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+_CLOEXEC_DONTWAIT = _CLOEXEC | int(socket.MSG_DONTWAIT)
+_SEND = int(socket.MSG_DONTWAIT) | int(getattr(socket, "MSG_NOSIGNAL", 0))
+_TRUNCATED = int(socket.MSG_CTRUNC)
 
 
 def rights(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
@@ -54,11 +57,9 @@ def try_receive(
         BadDescriptors: descriptors came inside a message; the kernel has discarded them.
     """
     space = 0 if partial else _ANCILLARY
-    data, ancillary, flags, _ = sock.recvmsg(
-        size, space, _CLOEXEC if wait else _DONTWAIT | _CLOEXEC
-    )
+    data, ancillary, flags, _ = sock.recvmsg(size, space, _CLOEXEC if wait else _CLOEXEC_DONTWAIT)
     fds = rights(ancillary) if ancillary else []
-    if flags & socket.MSG_CTRUNC:
+    if flags & _TRUNCATED:
         for fd in fds:
             os.close(fd)
         if partial:
@@ -77,8 +78,8 @@ def try_send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int]) 
     """
     if fds:
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        return sock.sendmsg([data], control, _DONTWAIT | _NOSIGNAL)
-    return sock.send(data, _DONTWAIT | _NOSIGNAL)
+        return sock.sendmsg([data], control, _SEND)
+    return sock.send(data, _SEND)
 
 
 class Deadline:

@@ -65,7 +65,7 @@ class Context:
 
     def has(self, feature: vp.ProtocolFeatures) -> bool:
         """Whether a protocol feature is negotiated."""
-        return bool(self.protocol_features & feature)
+        return not int(feature) & ~int(self.protocol_features)
 
     def vring(self, request: str, index: int) -> Vring:
         """The vring of that index. Raises `Refused`."""
