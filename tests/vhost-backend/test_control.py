@@ -22,6 +22,7 @@ from vhost_backend import (
     VhostUserDaemon,
     VirtioDevice,
     VirtioFeature,
+    VringEpollHandler,
 )
 from vhost_backend import Queue as DeviceQueueView
 from vhost_backend.driver import BlockDriver, DriverSession, SessionError
@@ -491,3 +492,24 @@ def test_a_client_that_may_not_reconnect_says_why_it_ended(tmp_path: Path) -> No
         daemon.start_client(tmp_path / "nobody", reconnect=False)
         with pytest.raises(VhostBackendError, match="No such file"):
             daemon.wait()
+
+
+def test_a_worker_is_not_woken_for_rings_that_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wake-up has the control thread wait for the interpreter, on a guest's way up."""
+    woken: list[int] = []
+    watch, scan = VringEpollHandler.watch, VringEpollHandler.scan
+
+    def record_watch(self: VringEpollHandler, queue: int, fd: int, *, scan: bool = True) -> None:
+        if scan:
+            woken.append(queue)
+        watch(self, queue, fd, scan=scan)
+
+    def record_scan(self: VringEpollHandler, queue: int) -> None:
+        woken.append(queue)
+        scan(self, queue)
+
+    monkeypatch.setattr(VringEpollHandler, "watch", record_watch)
+    monkeypatch.setattr(VringEpollHandler, "scan", record_scan)
+    with attached(Echo()) as session:
+        assert exchange(session, b"hello") == b"hello"
+    assert woken == [0]  # when it was enabled
