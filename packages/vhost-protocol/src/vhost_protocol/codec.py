@@ -88,13 +88,13 @@ def find_rule(table: Table, header: Header, *, reply: bool) -> Rule:
     if size > table.max_payload:
         raise BadSize("size", size, f"at most {table.max_payload} bytes", request=name)
     kinds = rule.replies if reply else rule.messages
-    allowed = [kind._sizes for kind in kinds]
-    if reply and not any(size in sizes for sizes in allowed):
-        # A request that can be acknowledged, whatever its own answer is.
-        allowed.append(_ACK_SIZES)
-    if not any(size in sizes for sizes in allowed):
-        raise BadSize("size", size, f"must be {describe_sizes(kinds)}", request=name)
-    return rule
+    for kind in kinds:
+        if size in kind._sizes:
+            return rule
+    # Any request can be acknowledged, whatever its own answer is.
+    if reply and size in _ACK_SIZES:
+        return rule
+    raise BadSize("size", size, f"must be {describe_sizes(kinds)}", request=name)
 
 
 _ACK_SIZES = (8,)
