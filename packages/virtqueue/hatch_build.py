@@ -18,7 +18,6 @@ Run as a program, it builds the engine in place, for a source tree or an editabl
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import os
 import platform
@@ -26,6 +25,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from binascii import crc32
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +74,11 @@ def source_files(package: Path) -> list[Path]:
 
 def source_hash(package: Path) -> str:
     """What the library is built from, as the loader compares it in a source tree."""
-    digest = hashlib.sha256()
+    digest = 0
     for path in source_files(package):
         content = path.read_bytes()
-        digest.update(f"{path.name}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()[:32]
+        digest = crc32(content, crc32(f"{path.name}\0{len(content)}\0".encode(), digest))
+    return f"{digest:08x}"
 
 
 def cc_command() -> list[str]:

@@ -100,7 +100,7 @@ def test_a_library_from_other_sources_is_noticed(
     library.parent.mkdir(parents=True)
     build(package, library)
     monkeypatch.setattr(c_engine, "__file__", str(library.parents[1] / "c_engine.py"))
-    monkeypatch.setattr(c_engine, "LIBRARY_PATH", library)
+    monkeypatch.setattr(c_engine, "LIBRARY_PATH", str(library))
     c_engine.Library(library)
     with (package / "csrc" / "split.c").open("a") as file:
         file.write("/* changed */\n")

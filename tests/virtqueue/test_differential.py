@@ -92,7 +92,7 @@ class Side:
             pieces = [
                 (host - base, guest, length, kind, provision)
                 for host, guest, length, kind, provision in SEGMENT.iter_unpack(
-                    self.device._segments.raw[32 * first : 32 * (first + count)]
+                    result._segments[32 * first : 32 * (first + count)]
                 )
             ]
             records.append((record, pieces))

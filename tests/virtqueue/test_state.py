@@ -158,7 +158,7 @@ def test_a_snapshot_lives_as_long_as_a_chain_in_flight(make_rig: Any, packed: bo
     rig.device.take()
     memory = rig.memory
     assert memory.pins == 2
-    rig.device.set_memory(memory.with_iotlb(None))
+    rig.device.set_memory(memory.with_postcopy(False))
     gone = weakref.ref(memory)
     rig.memory = None
     del rig.driver

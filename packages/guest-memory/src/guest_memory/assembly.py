@@ -8,8 +8,12 @@ from typing import cast
 from .entry import Entry
 from .errors import GuestMemoryError, Overlap
 from .mapping import Mapper, WindowMapper, WindowMapping
+from .mmap_mapper import MmapMapper
 from .region import Region
 from .window import Window, WindowFull
+
+# The usual one first: asking a protocol is slow, and from Python 3.12 on imports `inspect`.
+_WINDOW_MAPPERS = (MmapMapper, WindowMapper)
 
 
 def map_all(
@@ -20,7 +24,7 @@ def map_all(
     Whatever is raised, nothing stays mapped.
     """
     window = None
-    if pairs and isinstance(mapper, WindowMapper):
+    if pairs and isinstance(mapper, _WINDOW_MAPPERS):
         window = Window.reserve(sum(_room(region) for region, _ in pairs))
     entries: list[Entry] = []
     try:
@@ -65,7 +69,7 @@ def map_another(
     """
     fresh: list[Entry] = []
     try:
-        if isinstance(mapper, WindowMapper):
+        if isinstance(mapper, _WINDOW_MAPPERS):
             if window is None:
                 window = Window.reserve(_room(region))
             try:

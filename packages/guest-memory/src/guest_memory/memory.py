@@ -173,8 +173,11 @@ class GuestMemory(Views, AtomicWords, FileTransfer):
     def with_iotlb(self, iotlb: Iotlb | None) -> "GuestMemory":
         """Return a snapshot that translates I/O virtual addresses by the IOTLB's present entries.
 
-        With None the snapshot takes guest-physical addresses again.
+        With None the snapshot takes guest-physical addresses again; one that does is returned
+        itself.
         """
+        if iotlb is None and self._state.iotlb is None:
+            return self
         frozen = None if iotlb is None else iotlb.freeze()
         return self._derive(self._state._replace(iotlb=frozen))
 
@@ -182,8 +185,10 @@ class GuestMemory(Views, AtomicWords, FileTransfer):
         """Return a snapshot whose `write`, `store` and `copy_from_fd` mark what they wrote.
 
         They do so while ``log.enabled`` is true. Writes through views and by other engines are
-        theirs to mark.
+        theirs to mark. A snapshot that has this log already is returned itself.
         """
+        if log is self._state.log:
+            return self
         return self._derive(self._state._replace(log=log))
 
     def with_postcopy(self, active: bool) -> "GuestMemory":

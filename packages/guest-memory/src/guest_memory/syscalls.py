@@ -3,7 +3,6 @@
 import ctypes
 import errno
 import os
-import platform
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import MappingFailed
@@ -70,8 +69,9 @@ syscall: Any = _function("syscall", _long, _long, _size, _size, _size, _size, _s
 ioctl: Any = _function("ioctl", _int, _int, ctypes.c_ulong, _pointer)
 
 # aarch64, riscv64 and loongarch64 share one table of system call numbers.
-_FUTEX = 202 if platform.machine() in ("x86_64", "AMD64") else 98
-USERFAULTFD = 323 if platform.machine() in ("x86_64", "AMD64") else 282
+_X86_64 = os.uname().machine == "x86_64"
+_FUTEX = 202 if _X86_64 else 98
+USERFAULTFD = 323 if _X86_64 else 282
 
 
 generation: int = 0

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
+from vhost_protocol import AsyncBackendConnection  # by name: imported before anybody connects
 
 from .async_worker import AsyncVringEpollHandler
 from .backend import VhostUserBackend
@@ -109,7 +110,7 @@ class AsyncDaemon(DaemonBase):
     async def serve_connection(self, sock: socket.socket) -> None:
         """Serve one connected socket, which is taken over, until the front-end hangs up."""
         self._connection = sock
-        connection = vp.AsyncBackendConnection(sock)
+        connection = AsyncBackendConnection(sock)
         self._control.connect(connection.session)
         log.info("%s: a front-end has connected", self.name)
         try:
@@ -126,7 +127,7 @@ class AsyncDaemon(DaemonBase):
                 connection.close()
                 log.info("%s: the front-end has gone", self.name)
 
-    async def _converse(self, connection: vp.AsyncBackendConnection) -> None:
+    async def _converse(self, connection: AsyncBackendConnection) -> None:
         while True:
             received = await connection.receive()
             if received is None:
@@ -160,7 +161,7 @@ class AsyncDaemon(DaemonBase):
     async def _wait_for(
         self,
         ready: Callable[[], bool],
-        connection: vp.AsyncBackendConnection | None,
+        connection: AsyncBackendConnection | None,
         what: str,
     ) -> None:
         """Wait until `ready()`, for the time a drain may take, or until the front-end hangs up."""

@@ -19,8 +19,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
+from vhost_protocol import BackendConnection  # by name: imported before anybody connects
 
 from .backend import VhostUserBackend
 from .composition import DaemonBase, close_lent
@@ -204,7 +204,7 @@ class VhostUserDaemon(DaemonBase):
 
     def _serve_connection(self, sock: socket.socket) -> None:
         self._connection = sock
-        connection = vp.BackendConnection(sock)
+        connection = BackendConnection(sock)
         self._control.connect(connection.session)
         log.info("%s: a front-end has connected", self.name)
         try:
@@ -218,7 +218,7 @@ class VhostUserDaemon(DaemonBase):
             connection.close()
             log.info("%s: the front-end has gone", self.name)
 
-    def _converse(self, connection: vp.BackendConnection) -> None:
+    def _converse(self, connection: BackendConnection) -> None:
         while not self._stopping:
             received = connection.receive()
             if received is None:
@@ -250,7 +250,7 @@ class VhostUserDaemon(DaemonBase):
         self._control.disconnect()
 
     def _wait_for(
-        self, ready: Callable[[], bool], connection: vp.BackendConnection | None, what: str
+        self, ready: Callable[[], bool], connection: BackendConnection | None, what: str
     ) -> None:
         """Wait until `ready()`, for the time a drain may take. Workers go on meanwhile.
 

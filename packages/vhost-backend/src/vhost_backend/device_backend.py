@@ -7,7 +7,6 @@ kicks, look once more, and sleep.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from vhost_protocol import BackendChannel, ProtocolFeatures
 from virtqueue import DONE, Batch, CHandler
 
 from .backend import VhostUserBackendBase
+from .coroutines import is_coroutine_function
 from .device import Queue, VirtioDevice
 from .features import RING_FEATURES
 from .queue_worker import QueueWorker
@@ -48,7 +48,7 @@ class DeviceBackend(VhostUserBackendBase):
     @staticmethod
     def of(device: VirtioDevice) -> DeviceBackend:
         """A back-end for `device`: on an event loop when its `handle` is a coroutine function."""
-        if inspect.iscoroutinefunction(device.handle):
+        if is_coroutine_function(device.handle):
             from .async_worker import AsyncDeviceBackend
 
             return AsyncDeviceBackend(device)

@@ -1,7 +1,5 @@
 """What the queues have done: as values, and as lines for a person."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 

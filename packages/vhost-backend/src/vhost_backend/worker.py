@@ -103,8 +103,10 @@ class VringEpollHandler:
 
     # -- called by the control plane ------------------------------------------------------------
 
-    def watch(self, queue: int, kick_fd: int) -> None:
+    def watch(self, queue: int, kick_fd: int, *, scan: bool = True) -> None:
         """Watch the kick descriptor of queue number `queue` of this worker; -1: poll the ring.
+
+        With `scan` the queue is looked at without a kick first.
 
         Raises `OSError` for a descriptor that cannot be waited on.
         """
@@ -120,8 +122,10 @@ class VringEpollHandler:
                 self._kick_of[queue] = kick_fd
                 if edge:
                     self._edges.add(kick_fd)
-            self._scan.add(queue)
-        self.wake()
+            if scan:
+                self._scan.add(queue)
+        if scan or kick_fd < 0:
+            self.wake()
 
     def unwatch(self, queue: int) -> None:
         """Stop watching; call it before the kick descriptor is closed."""

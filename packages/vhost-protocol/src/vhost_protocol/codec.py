@@ -1,7 +1,5 @@
 """Bytes to headers, payloads and messages, and back; no sockets and no negotiated state."""
 
-from __future__ import annotations
-
 from struct import Struct
 from typing import NamedTuple
 
@@ -90,13 +88,13 @@ def find_rule(table: Table, header: Header, *, reply: bool) -> Rule:
     if size > table.max_payload:
         raise BadSize("size", size, f"at most {table.max_payload} bytes", request=name)
     kinds = rule.replies if reply else rule.messages
-    allowed = [kind._sizes for kind in kinds]
-    if reply and not any(size in sizes for sizes in allowed):
-        # A request that can be acknowledged, whatever its own answer is.
-        allowed.append(_ACK_SIZES)
-    if not any(size in sizes for sizes in allowed):
-        raise BadSize("size", size, f"must be {describe_sizes(kinds)}", request=name)
-    return rule
+    for kind in kinds:
+        if size in kind._sizes:
+            return rule
+    # Any request can be acknowledged, whatever its own answer is.
+    if reply and size in _ACK_SIZES:
+        return rule
+    raise BadSize("size", size, f"must be {describe_sizes(kinds)}", request=name)
 
 
 _ACK_SIZES = (8,)
@@ -184,12 +182,12 @@ class Framer:
         self._buffer = bytearray()
         self._head: tuple[Header, Rule] | None = None
         self._error: RemoteProtocolError | None = None
+        self._missing = HEADER_SIZE
 
     @property
     def wanted(self) -> int:
         """Bytes missing to the next header or frame; 0 when one is ready."""
-        need = HEADER_SIZE if self._head is None else HEADER_SIZE + self._head[0].size
-        return max(0, need - len(self._buffer))
+        return self._missing
 
     @property
     def buffered(self) -> int:
@@ -202,12 +200,16 @@ class Framer:
         self._judge()
 
     def _judge(self) -> None:
-        if self._head is None and self._error is None and len(self._buffer) >= HEADER_SIZE:
+        need, have = HEADER_SIZE, len(self._buffer)
+        if self._head is None and self._error is None and have >= HEADER_SIZE:
             header = decode_header(self._buffer[:HEADER_SIZE], self._order)
             try:
                 self._head = header, find_rule(self._table, header, reply=self._replies)
             except RemoteProtocolError as error:
                 self._error = error
+        if self._head is not None:
+            need += self._head[0].size
+        self._missing = need - have if need > have else 0
 
     def next(self) -> Frame | None:
         """Return the next whole frame, or None when bytes are missing.
@@ -217,7 +219,7 @@ class Framer:
         """
         if self._error is not None:
             raise self._error
-        if self._head is None or self.wanted:
+        if self._head is None or self._missing:
             return None
         header, rule = self._head
         end = HEADER_SIZE + header.size

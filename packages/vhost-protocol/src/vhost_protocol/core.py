@@ -8,8 +8,6 @@ After a RemoteProtocolError a core refuses everything but being dropped: what fo
 has no meaning any more.  A LocalProtocolError changes nothing.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from enum import IntEnum
@@ -119,7 +117,7 @@ class Received(_WithFds):
         """Whether an answer is due that has not been given."""
         return bool(self.answers) and not self._answered
 
-    def __enter__(self) -> Received:
+    def __enter__(self) -> "Received":
         return self
 
     def __repr__(self) -> str:
@@ -142,7 +140,7 @@ class Answered(_WithFds, Generic[MessageT]):
         self.message: MessageT = message
         self.request: Request[Any] = request
 
-    def __enter__(self) -> Answered[MessageT]:
+    def __enter__(self) -> "Answered[MessageT]":
         return self
 
     def __repr__(self) -> str:

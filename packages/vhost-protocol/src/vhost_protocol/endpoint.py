@@ -247,18 +247,18 @@ class AnsweringEndpoint(_Endpoint):
         deadline = Deadline(None)
         try:
             while True:
-                received = core.next()
-                if received is not None:
-                    return received
+                wanted = core.wanted
+                if not wanted:
+                    return core.next()
                 partial = core.partial
-                data, fds = self._transport.receive(core.wanted, partial, deadline)
+                data, fds = self._transport.receive(wanted, partial, deadline)
                 if not data:
                     if partial:
                         raise ConnectionClosed(
                             "the peer closed the connection inside a message", partial=partial
                         )
                     return None
-                if not partial:
+                if not partial and self.timeout is not None:
                     deadline = Deadline(self.timeout)
                 core.receive(data, fds)
         except (ProtocolError, OSError):

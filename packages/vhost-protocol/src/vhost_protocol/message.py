@@ -10,8 +10,6 @@ Constructors raise ``LocalProtocolError``.  The codec calls the same checks for 
 turns what they raise into ``BadPayload``: one rule, two culprits.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -67,7 +65,7 @@ class MessageType(type):
         *,
         layout: str | None = None,
         **kwargs: Any,
-    ) -> MessageType:
+    ) -> "MessageType":
         own = [f for f in namespace.get("__annotations__", ()) if not f.startswith("_")]
         fields: tuple[str, ...] = ()
         defaults: dict[str, Any] = {}
@@ -216,12 +214,12 @@ class Message(metaclass=MessageType):
         return show(value)
 
     @classmethod
-    def _decode(cls, payload: bytes, wire: Wire) -> Message:
+    def _decode(cls, payload: bytes, wire: Wire) -> "Message":
         """Read a payload whose size is one of ``_sizes``; raises LocalProtocolError on values."""
         return cls._build(cls._structs[wire.order].unpack(payload))
 
     @classmethod
-    def _build(cls, values: tuple[Any, ...]) -> Message:
+    def _build(cls, values: tuple[Any, ...]) -> "Message":
         self = object.__new__(cls)
         self._store(values)
         return self

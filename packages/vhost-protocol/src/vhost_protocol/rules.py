@@ -24,8 +24,6 @@ same.  ``after_owner``: the specification gives SET_OWNER no place in the sequen
 QEMU up to 10 sends the postcopy messages although CONFIGURE_MEM_SLOTS is negotiated.
 """
 
-from __future__ import annotations
-
 from enum import Enum, IntEnum
 from typing import Any, Final, NamedTuple
 
@@ -96,7 +94,7 @@ class Rule(NamedTuple):
     @property
     def name(self) -> str:
         """The specification's name of the request, without its prefix."""
-        return self.code.name
+        return self.code._name_  # what the property `name` returns, which takes five times as long
 
     @property
     def messages(self) -> tuple[type[Request[Any]], ...]:

@@ -1,7 +1,5 @@
 """What both ends must remember of a connection to know which message is legal."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from . import replies as a
@@ -14,6 +12,20 @@ from .rules import REQUIRED_WITH, Answer, Rule, Table, fd_counts
 _XEN_MMAP = int(ProtocolFeatures.XEN_MMAP)
 _BACKEND_REQ = int(ProtocolFeatures.BACKEND_REQ)
 _BACKEND_SEND_FD = int(ProtocolFeatures.BACKEND_SEND_FD)
+
+# The messages that `Session` learns from; no message is an instance of another's class.
+_CHANGING = frozenset(
+    (
+        r.SetFeatures,
+        r.SetProtocolFeatures,
+        r.SetOwner,
+        r.ResetOwner,
+        r.PostcopyListen,
+        r.PostcopyEnd,
+        GpuSetProtocolFeatures,
+    )
+)
+_TELLING = frozenset((a.FeaturesReply, a.ProtocolFeaturesReply, GpuFeaturesReply))
 
 
 class Violation(NamedTuple):
@@ -192,6 +204,8 @@ class Session:
         What POSTCOPY_LISTEN and POSTCOPY_END change, and what is negotiated, holds for the messages
         after them.
         """
+        if type(message) not in _CHANGING:
+            return
         if isinstance(message, r.SetFeatures):
             self.features = message.features
         elif isinstance(message, r.SetProtocolFeatures):
@@ -209,6 +223,8 @@ class Session:
 
     def reply_sent(self, message: Message) -> None:
         """Take over what an answer tells."""
+        if type(message) not in _TELLING:
+            return
         if isinstance(message, a.FeaturesReply):
             self.offered_features = message.features
         elif isinstance(message, a.ProtocolFeaturesReply):

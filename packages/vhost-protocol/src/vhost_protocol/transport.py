@@ -1,8 +1,9 @@
 """Blocking sockets: whole messages out, exact pieces in, deadlines, and no descriptor lost.
 
-Every call passes MSG_DONTWAIT and waits in ``poll`` itself.  So a socket may be blocking or not,
+Calls pass MSG_DONTWAIT and wait in ``poll`` themselves.  So a socket may be blocking or not,
 its file status flags (shared with other processes when it was inherited) stay as they are, and a
-deadline holds for a whole message, not for each system call.
+deadline holds for a whole message, not for each system call.  Only reading without a deadline
+leaves the waiting to a blocking socket.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ _INT_SIZE = array.array("i").itemsize
 # Space for as many descriptors as the kernel can pass, and for the credentials a socket may be set
 # to deliver: truncation then means that this process may not open any more.
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * _INT_SIZE) + socket.CMSG_SPACE(64)
-_DONTWAIT = socket.MSG_DONTWAIT
-_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-_NOSIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+# Plain numbers: `socket` has flags, which take a microsecond to combine, for each message anew.
+_CLOEXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+_CLOEXEC_DONTWAIT = _CLOEXEC | int(socket.MSG_DONTWAIT)
+_SEND = int(socket.MSG_DONTWAIT) | int(getattr(socket, "MSG_NOSIGNAL", 0))
+_TRUNCATED = int(socket.MSG_CTRUNC)
 
 
 def rights(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
@@ -37,13 +40,16 @@ def rights(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
     return found.tolist()
 
 
-def try_receive(sock: socket.socket, size: int, partial: int) -> tuple[bytes, list[int]]:
+def try_receive(
+    sock: socket.socket, size: int, partial: int, *, wait: bool = False
+) -> tuple[bytes, list[int]]:
     """Read at most ``size`` bytes now, with the descriptors that came with them.
 
     Args:
         sock: where to read.
         size: at most the rest of one message.
         partial: bytes of that message read before; descriptors are only taken with the first.
+        wait: wait for them, if the socket is one that does.
 
     Raises:
         BlockingIOError: there is nothing to read.
@@ -51,9 +57,9 @@ def try_receive(sock: socket.socket, size: int, partial: int) -> tuple[bytes, li
         BadDescriptors: descriptors came inside a message; the kernel has discarded them.
     """
     space = 0 if partial else _ANCILLARY
-    data, ancillary, flags, _ = sock.recvmsg(size, space, _DONTWAIT | _CLOEXEC)
-    fds = rights(ancillary)
-    if flags & socket.MSG_CTRUNC:
+    data, ancillary, flags, _ = sock.recvmsg(size, space, _CLOEXEC if wait else _CLOEXEC_DONTWAIT)
+    fds = rights(ancillary) if ancillary else []
+    if flags & _TRUNCATED:
         for fd in fds:
             os.close(fd)
         if partial:
@@ -72,8 +78,8 @@ def try_send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int]) 
     """
     if fds:
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        return sock.sendmsg([data], control, _DONTWAIT | _NOSIGNAL)
-    return sock.send(data, _DONTWAIT | _NOSIGNAL)
+        return sock.sendmsg([data], control, _SEND)
+    return sock.send(data, _SEND)
 
 
 class Deadline:
@@ -142,9 +148,11 @@ class SocketTransport:
             ConnectionClosed: the connection was reset.
             ProtocolError: see ``try_receive``.
         """
+        # Without a time limit the kernel can do the waiting, in one call instead of three.
+        wait = deadline.seconds is None
         while True:
             try:
-                return try_receive(self._sock, size, partial)
+                return try_receive(self._sock, size, partial, wait=wait)
             except BlockingIOError:
                 deadline.wait(self._sock, select.POLLIN)
             except ConnectionResetError as error:

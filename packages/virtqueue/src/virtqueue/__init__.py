@@ -6,13 +6,14 @@ other end.  The ring work is done by an engine in C or, where that is not to be 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from ._version import __version__
 from .batch import DONE_FIELDS, RECORD_FIELDS, Batch, Chain, Segment
 from .c_handler import CHandler
 from .config import RingConfig, RingLayout, ring_layout
 from .counters import Counters
 from .device_queue import DeviceQueue, DirtyLog, RingState
-from .driver_queue import DriverQueue
 from .engines import available_engines, default_engine
 from .errors import (
     ChainCompleted,
@@ -28,7 +29,34 @@ from .inflight import InflightRegion, inflight_size
 from .layout import DONE, RECORD, SEGMENT, DoneFlags, Reason, RecordFlags, SegmentFlags
 from .server import Server
 from .table import Memory
-from .transfer import Operation, Transfer
+
+if _TYPE_CHECKING:
+    from .driver_queue import DriverQueue
+    from .transfer import Operation, Transfer
+
+# What a device that only takes and completes does without: most of all the driver's side, which
+# brings the Python engine along.
+_LAZY = {
+    "DriverQueue": "driver_queue",
+    "Operation": "transfer",
+    "Transfer": "transfer",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what is used for the first time."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 __all__ = [
     "DONE",

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import platform
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, Final
@@ -40,7 +40,7 @@ _OP_XOR: Final = 4 << 28
 _OPARG_SHIFT: Final = 8 << 28  # the argument is the number of a bit
 _MASK32: Final = 0xFFFFFFFF
 
-_MACHINE: Final = platform.machine()
+_MACHINE: Final = os.uname().machine
 STRONGLY_ORDERED: Final = _MACHINE in ("x86_64", "AMD64", "i686", "i386", "s390x")
 """Loads stay in order with loads, and stores with stores, without help."""
 

@@ -1,7 +1,5 @@
 """What a take returns: a batch of chains, in records for speed and as objects for comfort."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
@@ -90,7 +88,7 @@ class Chain:
     _shared: bool = False
     _shadows: list[Shadow] | None = None
 
-    def __init__(self, batch: Batch, record: tuple[Any, ...], index: int) -> None:
+    def __init__(self, batch: "Batch", record: tuple[Any, ...], index: int) -> None:
         self._batch: Batch | None = batch
         self.record: tuple[Any, ...] = record
         """The fields of its `RECORD`."""
@@ -326,6 +324,18 @@ def _copy_out(pieces: list[memoryview], position: int, count: int) -> bytes:
     return b"".join(parts)
 
 
+class _Views(dict[int, memoryview]):
+    """The first so many entries of an array, by their number; made when it is first asked for."""
+
+    def __init__(self, whole: memoryview, size: int) -> None:
+        self._whole = whole
+        self._size = size
+
+    def __missing__(self, count: int) -> memoryview:
+        view = self[count] = self._whole[: count * self._size]
+        return view
+
+
 class Batch:
     """The chains of one take, valid until the next.
 
@@ -363,9 +373,8 @@ class Batch:
         self, block: QueueBlock, records: memoryview, done: memoryview, segments: memoryview
     ) -> None:
         self._block = block
-        capacity = len(done) // DONE_SIZE
-        self._record_views = [records[: n * RECORD_SIZE] for n in range(capacity + 1)]
-        self._done_views = [done[: n * DONE_SIZE] for n in range(capacity + 1)]
+        self._record_views = _Views(records, RECORD_SIZE)
+        self._done_views = _Views(done, DONE_SIZE)
         self._segments = segments
         self.built = {}
         self._gone: set[int] = set()

@@ -8,11 +8,11 @@ nothing rebuilds it when they change.
 from __future__ import annotations
 
 import ctypes
-import hashlib
+import os
 import warnings
+from binascii import crc32
 from collections.abc import Callable
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, Final
 
 from .errors import EngineUnavailable
@@ -34,32 +34,37 @@ _CALLS: Final = (
     "vq_ready",
 )
 
-LIBRARY_PATH: Final = Path(__file__).parent / "_engine" / "libvirtqueue.so"
+LIBRARY_PATH: Final = os.path.join(os.path.dirname(__file__), "_engine", "libvirtqueue.so")
 
 
 class StaleEngine(RuntimeWarning):
     """The library was not built from the sources in this tree: ``hatch run build-engine``."""
 
 
-def source_hash(sources: Path) -> str:
-    """The hash that ``hatch_build.py`` puts into the library, of the sources in ``sources``."""
-    digest = hashlib.sha256()
-    for path in sorted([*sources.glob("*.c"), *sources.glob("*.h")]):
-        content = path.read_bytes()
-        digest.update(f"{path.name}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()[:32]
+def source_hash(sources: str) -> str:
+    """The hash that ``hatch_build.py`` puts into the library, of the sources in ``sources``.
+
+    It tells versions apart and guards nothing, so it is one that every process can afford:
+    ``hashlib`` would load OpenSSL, 3.7 MiB of an idle daemon.
+    """
+    digest = 0
+    for name in sorted(name for name in os.listdir(sources) if name.endswith((".c", ".h"))):
+        with open(os.path.join(sources, name), "rb") as file:
+            content = file.read()
+        digest = crc32(content, crc32(f"{name}\0{len(content)}\0".encode(), digest))
+    return f"{digest:08x}"
 
 
 class Library:
     """The loaded library, once with the GIL kept in calls and once with it released."""
 
-    def __init__(self, path: Path = LIBRARY_PATH) -> None:
-        if not path.exists():
+    def __init__(self, path: str | os.PathLike[str] = LIBRARY_PATH) -> None:
+        path = os.fspath(path)
+        if not os.path.exists(path):
             raise ImportError(f"{path} does not exist (built with VIRTQUEUE_BUILD=none?)")
         try:
-            self.held: Any = ctypes.PyDLL(str(path))
-            self.released: Any = ctypes.CDLL(str(path))
+            self.held: Any = ctypes.PyDLL(path)
+            self.released: Any = ctypes.CDLL(path)
             self.held.vq_abi.restype = ctypes.c_uint32
             self.held.vq_source_hash.restype = ctypes.c_char_p
             abi = self.held.vq_abi()
@@ -84,10 +89,14 @@ class Library:
             raise ImportError(f"{path} cannot be loaded: {error}") from error
         if abi != ABI:
             raise ImportError(f"{path} has ABI {abi}, this package needs {ABI}")
-        self.path = path
+        self.path: str = path
         self.source_hash: str = self.held.vq_source_hash().decode()
-        sources = Path(__file__).parents[2] / "csrc"
-        if path == LIBRARY_PATH and sources.is_dir() and source_hash(sources) != self.source_hash:
+        sources = os.path.normpath(os.path.join(os.path.dirname(__file__), "../../csrc"))
+        if (
+            path == LIBRARY_PATH
+            and os.path.isdir(sources)
+            and source_hash(sources) != self.source_hash
+        ):
             warnings.warn(
                 f"{path} was built from other sources than {sources}: run `hatch run build-engine`",
                 StaleEngine,
@@ -115,6 +124,7 @@ class CEngine:
         self.address: int = ctypes.addressof(block)
         """Host address of the block."""
         self._release_gil = release_gil
+        self._released: bool | None = None
         argument = ctypes.c_void_p(self.address)
         result = loaded.held.vq_create(argument)
         if result < 0:
@@ -123,6 +133,9 @@ class CEngine:
         self._bind(release_gil)
 
     def _bind(self, release_gil: bool) -> None:
+        if release_gil is self._released:
+            return
+        self._released = release_gil
         loaded, argument = library(), ctypes.c_void_p(self.address)
         functions = loaded.released if release_gil else loaded.held
         self.attach: Call = partial(functions.vq_attach, argument)

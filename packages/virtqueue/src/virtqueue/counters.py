@@ -9,9 +9,9 @@ class Counters(ctypes.Structure):
     """Counters of one queue (``struct vq_counters``, 48 bytes), from zero; reading needs no lock.
 
     requests: chains taken; batches: takes that returned any; bytes: readable ones of chains taken
-    and those that completions report as written, status bytes included; kicks: wake-ups by the driver;
-    notifications_sent and notifications_suppressed: completions that the driver was signalled
-    for, or did not want to be.
+    and those that completions report as written, status bytes included; kicks: wake-ups by the
+    driver; notifications_sent and notifications_suppressed: completions that the driver was
+    signalled for, or did not want to be.
     """
 
     requests: int

@@ -1,8 +1,7 @@
 """The device's side of one ring, whichever engine drives it."""
 
-from __future__ import annotations
-
 import ctypes
+import mmap
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Final, NamedTuple, Protocol
@@ -34,6 +33,8 @@ PROVISIONS: Final = 1024
 """Pieces mapped on demand that a queue can use at a time."""
 
 
+_ProvisionArray: Final = Provision * PROVISIONS
+
 _KEEP: Final = int(DoneFlags.KEEP)
 _WROTE_ALL: Final = int(DoneFlags.WROTE_ALL)
 
@@ -55,6 +56,24 @@ class RingState(NamedTuple):
     used_wrap: int
     signalled_used: int
     signalled_valid: int
+
+
+class _Arrays:
+    """Zeroed arrays that a queue shares with its engine, in pages of which untouched ones cost
+    nothing: a chain can be long, and few are.
+    """
+
+    def __init__(self, *sizes: int) -> None:
+        rounded = [-(-size // 64) * 64 for size in sizes]
+        whole = memoryview(mmap.mmap(-1, sum(rounded), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        address = ctypes.addressof(ctypes.c_uint8.from_buffer(whole))
+        self.views: list[memoryview] = []
+        self.addresses: list[int] = []
+        start = 0
+        for size, step in zip(sizes, rounded, strict=True):
+            self.views.append(whole[start : start + size])
+            self.addresses.append(address + start)
+            start += step
 
 
 class DeviceQueue:
@@ -103,24 +122,24 @@ class DeviceQueue:
         self._chains: dict[int, Chain] = {}
         self._staged_count = 0
         self._releases: dict[int, Callable[[], object]] = {}
+        self._provided = 0  # entries of the provisions that were ever used: the first so many
         self._closed = True
 
         # Room for the longest chain and the regions it may cross, and for usual batches.
         segments = max(size + 1024, 16 * batch)
         block = QueueBlock()
-        self._records = ctypes.create_string_buffer(batch * RECORD_SIZE)
-        self._segments = ctypes.create_string_buffer(segments * SEGMENT_SIZE)
-        self._done = ctypes.create_string_buffer(batch * DONE_SIZE)
-        self._staged = ctypes.create_string_buffer(size * DONE_SIZE)
-        self._provisions: ctypes.Array[Provision] = (Provision * PROVISIONS)()
+        arrays = _Arrays(
+            batch * RECORD_SIZE,
+            segments * SEGMENT_SIZE,
+            batch * DONE_SIZE,
+            size * DONE_SIZE,
+            ctypes.sizeof(_ProvisionArray),
+        )
+        self._provisions: ctypes.Array[Provision] = _ProvisionArray.from_buffer(arrays.views[4])
         block.magic, block.abi, block.size = MAGIC, ABI, ctypes.sizeof(QueueBlock)
         block.queue_size = size
         block.features = config.features
-        block.records = ctypes.addressof(self._records)
-        block.segments = ctypes.addressof(self._segments)
-        block.done = ctypes.addressof(self._done)
-        block.staged = ctypes.addressof(self._staged)
-        block.provisions = ctypes.addressof(self._provisions)
+        block.records, block.segments, block.done, block.staged, block.provisions = arrays.addresses
         block.record_capacity = batch
         block.segment_capacity = segments
         block.staged_capacity = size
@@ -138,14 +157,9 @@ class DeviceQueue:
         self._block = block
         self._used_known = config.packed or state is not None
         self._set_position(base, state)
-        self._batch = Batch(
-            block,
-            memoryview(self._records).cast("B"),
-            memoryview(self._done).cast("B"),
-            memoryview(self._segments).cast("B"),
-        )
+        self._batch = Batch(block, arrays.views[0], arrays.views[2], arrays.views[1])
         self._status_flag = int(DoneFlags.STATUS) if config.status_byte else 0
-        self._staged_view = memoryview(self._staged).cast("B")
+        self._staged_view = arrays.views[3]
         self._engine = make_engine(engine, block, memory)
         self._closed = False
         self._recovered = inflight is None
@@ -619,6 +633,7 @@ class DeviceQueue:
             for index in range(PROVISIONS):
                 entry = self._provisions[index]
                 if not entry.length:
+                    self._provided = max(self._provided, index + 1)
                     entry.guest_address = address
                     entry.host_address = host_address
                     entry.access = access
@@ -634,7 +649,7 @@ class DeviceQueue:
     def reclaim(self) -> int:
         """Release every provided piece that no chain in flight uses; how many."""
         count = 0
-        for index in range(PROVISIONS):
+        for index in range(self._provided):
             entry = self._provisions[index]
             if entry.length and not entry.uses and not self._holds_ring(entry):
                 self._release(index)
@@ -745,7 +760,7 @@ class DeviceQueue:
         self._batch._count = 0
         self._batch._memory = None
         self._take = self._cycle = _closed_call
-        for index in range(PROVISIONS):
+        for index in range(self._provided):
             if self._provisions[index].length:
                 self._release(index)
         self._former.clear()
@@ -756,7 +771,7 @@ class DeviceQueue:
         if not getattr(self, "_closed", True):
             self.close()
 
-    def __enter__(self) -> DeviceQueue:
+    def __enter__(self) -> "DeviceQueue":
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -4,8 +4,6 @@ The same bytes serve the C engine; nothing of guest_memory's Python is needed to
 structures mirror its ``abi.py`` and are refused when magic, version or size differ.
 """
 
-from __future__ import annotations
-
 import ctypes
 from bisect import bisect_right
 from typing import Any, Final, NamedTuple, Protocol
@@ -225,7 +223,7 @@ class Table:
         self._iovas = [entry[0] for entry in self._entries]
 
     @classmethod
-    def of(cls, memory: Memory) -> Table:
+    def of(cls, memory: Memory) -> "Table":
         """The table of a snapshot, parsed once for all queues that use it."""
         # A table keeps its snapshot alive, so that the address stands for one snapshot.
         table = _tables.get(memory.table_address)

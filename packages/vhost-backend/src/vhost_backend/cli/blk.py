@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
-from guest_memory import Mapper, MmapMapper
-from virtqueue import SigbusGuard, default_engine
-
-from ..devices.blk import SECTOR, BlockDevice
 from ..errors import VhostBackendError
-from ..listener import Listener
-from ..serve import serve
 
-HELP = "serve a file or block device as a virtio disk"
+if TYPE_CHECKING:
+    # Imported by who parses, and forgotten before the daemon starts.
+    import argparse
+
+    from guest_memory import Mapper
+
+    from ..devices import BlockDevice
+
 DESCRIPTION = "Serve a file or block device as a virtio disk, in the foreground, until SIGTERM."
 EPILOG = """\
 attach it to QEMU (guest memory has to be shared):
@@ -26,7 +27,6 @@ attach it to QEMU (guest memory has to be shared):
 
 SIGUSR1 prints what each queue has done; VIRTQUEUE_ENGINE=c|python chooses the ring engine.
 """
-CAPABILITIES = json.dumps({"type": "block", "features": ["read-only", "blk-file"]}, indent=2)
 
 MAX_QUEUES = 64
 
@@ -79,8 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: SimpleNamespace) -> int:
     """Serve until a signal."""
+    # Not before: --help needs none of it.
+    from ..devices import BlockDevice
+    from ..listener import Listener
+    from ..serving import serve
+
     mapper = _xen_mapper(options.no_mem_slots) if options.xen else None
     # The image first: nobody should find a socket behind which there is no disk.
     device = BlockDevice(
@@ -110,6 +115,9 @@ def run(options: argparse.Namespace) -> int:
 def _xen_mapper(postcopy: bool) -> Mapper:
     if postcopy:
         raise VhostBackendError("--xen and --no-mem-slots: there is no postcopy migration on Xen")
+    from guest_memory import MmapMapper
+    from virtqueue import SigbusGuard
+
     try:
         from vhost_xen import XenMapper, XenUnavailable, check_devices
     except ImportError:
@@ -124,7 +132,11 @@ def _xen_mapper(postcopy: bool) -> Mapper:
     return mapper
 
 
-def _describe(device: BlockDevice, options: argparse.Namespace) -> str:
+def _describe(device: BlockDevice, options: SimpleNamespace) -> str:
+    from virtqueue import default_engine
+
+    from ..devices.blk import SECTOR
+
     where = options.socket_path if options.fd is None else f"descriptor {options.fd}"
     access = "read-only" if device.read_only else "read-write"
     queues = "1 queue" if device.num_queues == 1 else f"{device.num_queues} queues"
@@ -135,9 +147,11 @@ def _describe(device: BlockDevice, options: argparse.Namespace) -> str:
 
 
 def _queues(text: str) -> int:
+    from argparse import ArgumentTypeError
+
     number = int(text) if text.isascii() and text.isdigit() else 0
     if not 1 <= number <= MAX_QUEUES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_QUEUES}")
+        raise ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_QUEUES}")
     return number
 
 
@@ -156,11 +170,13 @@ def _cpus(text: str) -> tuple[int, ...]:
 
 
 def _fd(text: str) -> int:
+    from argparse import ArgumentTypeError
+
     try:
         number = int(text)
         os.fstat(number)
     except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a descriptor number") from None
+        raise ArgumentTypeError(f"{text!r} is not a descriptor number") from None
     except OSError:
-        raise argparse.ArgumentTypeError(f"descriptor {text} is not open") from None
+        raise ArgumentTypeError(f"descriptor {text} is not open") from None
     return number

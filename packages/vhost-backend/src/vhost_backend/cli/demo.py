@@ -22,6 +22,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
 from virtqueue import default_engine
@@ -34,7 +35,6 @@ from ..errors import VhostBackendError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-HELP = "make a disk, serve it, use it and check it, without a virtual machine"
 DESCRIPTION = (
     "Make a disk image, serve it by the daemon in a process of its own, attach the embedded\n"
     "driver, write, read back and verify, and print how to give the same image to QEMU."
@@ -68,7 +68,7 @@ class Result(NamedTuple):
     seconds: float
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: SimpleNamespace) -> int:
     """Run the demo; 0 when every checksum was right."""
     if options.qemu:
         return _guest_tests()

@@ -65,7 +65,7 @@ class Context:
 
     def has(self, feature: vp.ProtocolFeatures) -> bool:
         """Whether a protocol feature is negotiated."""
-        return bool(self.protocol_features & feature)
+        return not int(feature) & ~int(self.protocol_features)
 
     def vring(self, request: str, index: int) -> Vring:
         """The vring of that index. Raises `Refused`."""
@@ -98,7 +98,10 @@ class Context:
         return self._places[index]
 
     def scan(self, index: int) -> None:
-        """Have the ring looked at without a kick."""
+        """Have the ring looked at without a kick; one that is not started has nothing to show."""
+        with self.vrings[index].get_ref() as state:
+            if not state.started:
+                return
         worker, position = self._places[index]
         worker.scan(position)
 

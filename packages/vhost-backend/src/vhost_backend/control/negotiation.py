@@ -11,6 +11,8 @@ from ..features import VirtioFeature
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome
 
+_ALWAYS = int(VirtioFeature.PROTOCOL_FEATURES | VirtioFeature.LOG_ALL)
+
 
 class Negotiation:
     """Which features both sides use. `offered` collects what all sections stand for."""
@@ -18,6 +20,8 @@ class Negotiation:
     def __init__(self, context: Context, offered: Callable[[], vp.ProtocolFeatures]) -> None:
         self._context = context
         self._offered = offered
+        #: What GET_PROTOCOL_FEATURES was answered with on this connection.
+        self._answered: vp.ProtocolFeatures | None = None
         self._owned = False
         self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
             vp.GetFeatures: self._get_features,
@@ -36,13 +40,13 @@ class Negotiation:
     def disconnect(self) -> None:
         """Nothing is negotiated any more."""
         self._owned = False
+        self._answered = None
         self._context.features = VirtioFeature(0)
         self._context.protocol_features = vp.ProtocolFeatures(0)
 
     @property
     def _features(self) -> int:
-        device = self._context.backend.features()
-        return device | int(VirtioFeature.PROTOCOL_FEATURES) | int(VirtioFeature.LOG_ALL)
+        return int(self._context.backend.features()) | _ALWAYS
 
     def _get_features(self, message: vp.GetFeatures, fds: Descriptors) -> Outcome:
         return Answer(vp.FeaturesReply(self._features))
@@ -66,10 +70,12 @@ class Negotiation:
         return None
 
     def _get_protocol_features(self, message: vp.GetProtocolFeatures, fds: Descriptors) -> Outcome:
-        return Answer(vp.ProtocolFeaturesReply(self._offered()))
+        self._answered = self._offered()
+        return Answer(vp.ProtocolFeaturesReply(self._answered))
 
     def _set_protocol_features(self, message: vp.SetProtocolFeatures, fds: Descriptors) -> Outcome:
-        unknown = int(message.features) & ~int(self._offered())
+        offered = self._offered() if self._answered is None else self._answered
+        unknown = int(message.features) & ~int(offered)
         if unknown:
             raise Refused("SET_PROTOCOL_FEATURES", f"bits {unknown:#x} were not offered")
         self._context.protocol_features = message.features

@@ -1,7 +1,5 @@
 """What handling a message comes to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

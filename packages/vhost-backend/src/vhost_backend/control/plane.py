@@ -74,10 +74,10 @@ class ControlPlane:
 
     def offered(self) -> vp.ProtocolFeatures:
         """Protocol features: what the sections stand for."""
-        features = vp.ProtocolFeatures(0)
+        features = 0
         for section in self._sections:
-            features |= section.offers()
-        return features
+            features |= int(section.offers())
+        return vp.ProtocolFeatures(features)
 
     def handle(self, message: vp.Message, fds: Descriptors) -> Outcome:
         """Apply one message; descriptors that are kept are detached or taken out of `fds`.

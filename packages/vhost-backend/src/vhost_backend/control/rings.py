@@ -178,16 +178,16 @@ class Rings:
         in_band = context.has(vp.ProtocolFeatures.INBAND_NOTIFICATIONS)
         with vring.get_mut() as state:
             state.set_kick(fds[0].detach() if fds else -1)
-            kick_fd = state.kick_fd
+            kick_fd, enabled = state.kick_fd, state.enabled
             if not state.started:
                 self._start(state)
         if kick_fd < 0 and in_band:
             context.scan(message.index)
             return None
         try:
-            # The worker looks at the ring at once: what was made available before the kick
-            # descriptor came is not announced again.
-            worker.watch(position, kick_fd)
+            # The worker looks at the ring at once, or when it is enabled: what was made available
+            # before the kick descriptor came is not announced again.
+            worker.watch(position, kick_fd, scan=enabled)
         except OSError as error:
             raise Refused("SET_VRING_KICK", f"cannot wait on the descriptor: {error}") from None
         return None
