@@ -230,7 +230,7 @@ static ALWAYS_INLINE enum outcome building_finish(struct engine *engine, struct 
         return STALLED;
 
     struct chain *chain = &taking->chains[head];
-    taking->readable += building.readable;
+    taking->readable += building->readable;
     chain->table = taking->table;
     chain->regions = building->regions;
     chain->writable_length = writable;
