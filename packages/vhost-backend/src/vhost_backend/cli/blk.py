@@ -8,12 +8,13 @@ import os
 import sys
 
 from guest_memory import Mapper, MmapMapper
-from virtqueue import SigbusGuard, default_engine
+from virtqueue import SigbusGuard
 
 from ..devices.blk import SECTOR, BlockDevice
 from ..errors import VhostBackendError
 from ..listener import Listener
 from ..serve import serve
+from .engine import chosen_engine
 
 HELP = "serve a file or block device as a virtio disk"
 DESCRIPTION = "Serve a file or block device as a virtio disk, in the foreground, until SIGTERM."
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal."""
+    engine = chosen_engine()
     mapper = _xen_mapper(options.no_mem_slots) if options.xen else None
     # The image first: nobody should find a socket behind which there is no disk.
     device = BlockDevice(
@@ -77,11 +79,12 @@ def run(options: argparse.Namespace) -> int:
     where = options.socket_path if options.fd is None else Listener.from_fd(options.fd)
 
     def announce() -> None:
-        print(f"vhost-backend: {_describe(device, options)}", file=sys.stderr, flush=True)
+        print(f"vhost-backend: {_describe(device, engine, options)}", file=sys.stderr, flush=True)
 
     serve(
         device,
         where,
+        engine=engine,
         mapper=mapper,
         memory_slots=not options.no_mem_slots,
         metrics=options.metrics,
@@ -107,13 +110,13 @@ def _xen_mapper(postcopy: bool) -> Mapper:
     return mapper
 
 
-def _describe(device: BlockDevice, options: argparse.Namespace) -> str:
+def _describe(device: BlockDevice, engine: str, options: argparse.Namespace) -> str:
     where = options.socket_path if options.fd is None else f"descriptor {options.fd}"
     access = "read-only" if device.read_only else "read-write"
     queues = "1 queue" if device.num_queues == 1 else f"{device.num_queues} queues"
     return (
         f"serving {device.path} ({device.capacity * SECTOR / 2**20:g} MiB, {access}, {queues}, "
-        f"engine {default_engine()}) on {where}"
+        f"engine {engine}) on {where}"
     )
 
 
