@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/*.md")])
+FOLDERS = ("", "docs/**/", "packages/*/", "examples/", "tests/*/", "benchmarks/**/")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.md"))
 PACKAGES = {path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")}
 SCRIPTS = sorted(
     path for path in [*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run"] if path.is_file()
@@ -47,12 +48,12 @@ def test_links_lead_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=identify)
 def test_hatch_scripts_and_own_scripts_exist(path: Path) -> None:
     text = path.read_text()
-    named = set(re.findall(r"hatch run ([a-z:-]*[a-z])", text))
-    named |= set(re.findall(r"`((?:check|build):[a-z]+)`", text))
-    assert named <= hatch_scripts()
+    named = set(re.findall(r"hatch run ([a-z0-9:-]*[a-z0-9])", text))
+    named |= set(re.findall(r"`((?:check|build):[a-z0-9]+)`", text))
+    assert named <= hatch_scripts() | {"python"}
     assert [
         name
-        for name in re.findall(r"\bscripts/([a-z-]+)", text)
+        for name in re.findall(r"\bscripts/([a-z0-9-]+)", text)
         if not (ROOT / "scripts" / name).exists()
     ] == []
 
@@ -74,6 +75,14 @@ def test_no_install_command_can_reach_the_index_for_our_names(path: Path) -> Non
                 ]
                 needed = {re.split(r"[<>=]", item)[0] for item in table["dependencies"]}
                 assert needed <= paths, line
+
+
+def test_the_front_page_leads_to_every_page_and_package() -> None:
+    """And to the folders a newcomer looks for."""
+    targets = set(re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text()))
+    pages = {identify(path) for path in ROOT.glob("docs/**/*.md")}
+    packages = {f"packages/{name}/README.md" for name in PACKAGES}
+    assert pages | packages | {"CONTRIBUTING.md", "SECURITY.md", "examples"} <= targets
 
 
 def test_the_commands_of_the_readme_can_be_found() -> None:
