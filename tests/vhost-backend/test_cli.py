@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import vhost_protocol as vp
+from vhost_backend.cli import main
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 
@@ -305,3 +306,25 @@ def test_a_demo_whose_daemon_dies_says_so_in_one_line(tmp_path: Path) -> None:
         said = process.stderr.read()
         assert said.startswith("vhost-backend: the daemon ended with status -9: ")
         assert said.count("\n") == 1
+
+
+def test_the_demo_under_qemu_runs_the_guest_tests_of_the_clone_it_is_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # a report of its own would replace ours
+    assert main(["demo", "--qemu"]) == 1
+    assert capfd.readouterr().err.startswith(
+        "vhost-backend: --qemu runs the guest tests of a clone"
+    )
+    (tmp_path / "tests" / "guest").mkdir(parents=True)
+    tests = tmp_path / "tests" / "guest" / "test_blk.py"
+    tests.write_text("def test_a_guest(): print('booted')")
+    assert main(["demo", "--qemu"]) == 0
+    assert "1 passed" in capfd.readouterr().out
+    tests.write_text("def test_a_guest(): assert False")
+    assert main(["demo", "--qemu"]) == 1
+    capfd.readouterr()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["demo", "--qemu"]) == 1
+    assert capfd.readouterr().err.endswith("pip install pytest pytest-timeout\n")

@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", type=Path, metavar="IMG", help="where to make the image (it is overwritten)"
     )
     parser.add_argument(
-        "--qemu", action="store_true", help="boot the guest tests of a checkout under QEMU instead"
+        "--qemu",
+        action="store_true",
+        help="boot a guest under QEMU and test the disk there instead (from a clone's folder)",
     )
 
 
@@ -292,11 +294,17 @@ the same image, for QEMU:
 
 
 def _guest_tests() -> int:
-    tests = Path("tests/guest")
-    if not tests.is_dir():
-        raise VhostBackendError("--qemu runs the guest tests of a checkout: start it there")
-    if importlib.util.find_spec("pytest") is None:
-        raise VhostBackendError("--qemu runs the guest tests with pytest: install it first")
+    tests = Path("tests/guest/test_blk.py")
+    if not tests.is_file():
+        raise VhostBackendError("--qemu runs the guest tests of a clone: start it in its folder")
+    missing = [
+        name
+        for name in ("pytest", "pytest-timeout")
+        if importlib.util.find_spec(name.replace("-", "_")) is None
+    ]
+    if missing:
+        command = shlex.join([sys.executable, "-m", "pip", "install", *missing])
+        raise VhostBackendError(f"--qemu runs the guest tests with pytest: {command}")
     return subprocess.call([sys.executable, "-m", "pytest", "-v", str(tests)])
 
 
