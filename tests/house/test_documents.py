@@ -102,6 +102,22 @@ def test_each_script_explains_itself(path: Path) -> None:
     assert done.stdout.lower().startswith("usage")
 
 
+@pytest.mark.parametrize(
+    "name", ["build-wheels", "check-ranges", "check-reproducible", "typecheck", "verify-types"]
+)
+def test_a_script_refuses_a_package_that_there_is_not(name: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / name), "virtqueues"]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 2
+    assert "error: no such" in done.stderr
+
+
+def test_the_verification_refuses_a_step_that_there_is_not() -> None:
+    done = subprocess.run([str(ROOT / ".ci" / "run"), "tset"], text=True, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("no such step: tset\n")
+
+
 @pytest.mark.parametrize("command", ["blk", "demo"])
 def test_each_command_of_the_readme_explains_itself(command: str) -> None:
     program = [sys.executable, "-m", "vhost_backend", command, "--help"]
