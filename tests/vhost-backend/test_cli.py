@@ -256,7 +256,9 @@ def test_an_image_that_the_demo_cannot_make_is_one_line(tmp_path: Path) -> None:
 
 
 @contextmanager
-def demo(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def demo(
+    folder: Path, hang_up: signal.Handlers = signal.SIG_DFL
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A demo that has begun to write, and a pidfd of its daemon."""
     process = subprocess.Popen(
         [*COMMAND, "demo", "--size=64", f"--image={folder / 'demo.img'}"],
@@ -264,6 +266,7 @@ def demo(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, hang_up),
     )
     with ExitStack() as stack:
         assert process.stderr is not None
@@ -296,6 +299,12 @@ def test_a_demo_that_is_ended_takes_its_daemon_along(
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
     assert [path.name for path in tmp_path.iterdir()] == ["demo.img"]
+
+
+def test_a_demo_under_nohup_does_not_hear_the_terminal_go(tmp_path: Path) -> None:
+    with demo(tmp_path, hang_up=signal.SIG_IGN) as (process, _):
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 0
 
 
 def test_a_demo_whose_daemon_dies_says_so_in_one_line(tmp_path: Path) -> None:
