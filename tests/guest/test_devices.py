@@ -24,7 +24,8 @@ from tests.support.guest import (
     build_initramfs,
     random_bytes,
 )
-from tests.support.guest.devices import text_source, two_disks, unordered_disk
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.needs(DEVICES)]
 
@@ -37,15 +38,14 @@ def initramfs(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serve(kind: str, tmp_path: Path) -> Iterator[Callable[..., Served]]:
-    """Run one of the programs in tests/support/guest/devices."""
+    """Run one of the examples."""
     with contextlib.ExitStack() as stack:
 
-        def serve(program: str | None, arguments: Sequence[str]) -> Served:
-            assert program is not None
+        def serve(example: str, arguments: Sequence[str]) -> Served:
             return stack.enter_context(
                 Served(
-                    Path(program).stem,
-                    [sys.executable, program, *arguments],
+                    example,
+                    [sys.executable, str(EXAMPLES / example), *arguments],
                     tmp_path,
                     environment={"VIRTQUEUE_ENGINE": kind},
                 )
@@ -66,7 +66,7 @@ def test_two_guests_at_two_sockets_of_one_process(
     for seed, image in enumerate(images):
         image.write_bytes(random_bytes(4 * MIB, seed))
     # The socket that is waited for is opened last.
-    both = serve(two_disks.__file__, [str(images[1]), "SOCKET.2", str(images[0]), "SOCKET"])
+    both = serve("two_disks.py", [str(images[1]), "SOCKET.2", str(images[0]), "SOCKET"])
     sockets = [both.socket, both.socket.with_suffix(".2")]
     with contextlib.ExitStack() as stack:
         guests = [
@@ -97,7 +97,7 @@ def test_coroutines_complete_out_of_order(
     image = tmp_path / "disk.img"
     content = random_bytes(4 * MIB, seed=5)
     image.write_bytes(content)
-    device = serve(unordered_disk.__file__, ["SOCKET", str(image)])
+    device = serve("unordered_disk.py", ["SOCKET", str(image)])
     disk = VhostUserDisk(device.socket, 5)
     with Guest(assets, qemu, initramfs, tmp_path, disks=[disk]) as guest:
         guest.boot()
@@ -111,6 +111,30 @@ def test_coroutines_complete_out_of_order(
     assert int(overtaken) > int(begun) // 10
 
 
+def test_a_disk_that_is_no_file(
+    assets: Assets,
+    qemu: Qemu,
+    initramfs: Path,
+    serve: Callable[..., Served],
+    tmp_path: Path,
+) -> None:
+    """A guest finds what it wrote, also after a reboot, and the image below is as it was."""
+    image = tmp_path / "disk.img"
+    content = random_bytes(4 * MIB, seed=6)
+    image.write_bytes(content)
+    device = serve("overlay_disk.py", ["SOCKET", str(image)])
+    with Guest(assets, qemu, initramfs, tmp_path, disks=[VhostUserDisk(device.socket, 5)]) as guest:
+        guest.boot()
+        read = "dd if=/dev/vda bs=64k status=none | sha256sum"
+        assert guest.check(read).split()[0] == hashlib.sha256(content).hexdigest()
+        guest.check("dd if=/dev/zero of=/dev/vda bs=64k seek=8 count=16 conv=fsync status=none")
+        guest.reboot()
+        expected = content[: MIB // 2] + bytes(MIB) + content[MIB // 2 + MIB :]
+        assert guest.check(read).split()[0] == hashlib.sha256(expected).hexdigest()
+    assert device.stop() == 0
+    assert image.read_bytes() == content
+
+
 def test_another_type_of_device(
     assets: Assets,
     qemu: Qemu,
@@ -119,11 +143,11 @@ def test_another_type_of_device(
     tmp_path: Path,
 ) -> None:
     """A device of a few lines under QEMU's vhost-user-rng front-end, and the kernel's driver."""
-    device = serve(text_source.__file__, ["SOCKET"])
+    device = serve("text_source.py", ["SOCKET"])
     attached = VhostUserDevice(device.socket, 6, driver="vhost-user-rng-pci")
     with Guest(assets, qemu, initramfs, tmp_path, disks=[attached]) as guest:
         guest.boot()
         assert "virtio_rng" in guest.check("cat /sys/class/misc/hw_random/rng_current")
         said = guest.check("head -c 200 /dev/hwrng")
-        assert said.count(text_source.TEXT.decode().strip()) >= 5
+        assert said.count("The quick brown fox.") >= 5
     assert device.running

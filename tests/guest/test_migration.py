@@ -31,7 +31,6 @@ from tests.support.guest import (
     random_bytes,
     skip_or_fail,
 )
-from tests.support.guest.devices import unordered_disk
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -198,11 +197,14 @@ def test_precopy_under_a_verifying_load(
     moving.finish()
 
 
+UNORDERED_DISK = str(Path(__file__).parents[2] / "examples" / "unordered_disk.py")
+
+
 def unordered(kind: str, image: Path, folder: Path) -> Served:
     """A disk of coroutines that take their time: it always has some when the guest pauses."""
     return Served(
         "unordered_disk",
-        [sys.executable, unordered_disk.__file__, "SOCKET", str(image)],
+        [sys.executable, UNORDERED_DISK, "SOCKET", str(image)],
         folder,
         environment={"VIRTQUEUE_ENGINE": kind},
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/*.md")])
+FOLDERS = ("", "docs/**/", "packages/*/", "examples/", "tests/*/", "benchmarks/**/")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.md"))
 PACKAGES = {path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")}
 SCRIPTS = sorted(
     path for path in [*(ROOT / "scripts").iterdir(), ROOT / ".ci" / "run"] if path.is_file()
@@ -47,12 +48,12 @@ def test_links_lead_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=identify)
 def test_hatch_scripts_and_own_scripts_exist(path: Path) -> None:
     text = path.read_text()
-    named = set(re.findall(r"hatch run ([a-z:-]*[a-z])", text))
-    named |= set(re.findall(r"`((?:check|build):[a-z]+)`", text))
-    assert named <= hatch_scripts()
+    named = set(re.findall(r"hatch run ([a-z0-9:-]*[a-z0-9])", text))
+    named |= set(re.findall(r"`((?:check|build):[a-z0-9]+)`", text))
+    assert named <= hatch_scripts() | {"python"}
     assert [
         name
-        for name in re.findall(r"\bscripts/([a-z-]+)", text)
+        for name in re.findall(r"\bscripts/([a-z0-9-]+)", text)
         if not (ROOT / "scripts" / name).exists()
     ] == []
 
@@ -76,6 +77,14 @@ def test_no_install_command_can_reach_the_index_for_our_names(path: Path) -> Non
                 assert needed <= paths, line
 
 
+def test_the_front_page_leads_to_every_page_and_package() -> None:
+    """And to the folders a newcomer looks for."""
+    targets = set(re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text()))
+    pages = {identify(path) for path in ROOT.glob("docs/**/*.md")}
+    packages = {f"packages/{name}/README.md" for name in PACKAGES}
+    assert pages | packages | {"CONTRIBUTING.md", "SECURITY.md", "examples"} <= targets
+
+
 def test_the_commands_of_the_readme_can_be_found() -> None:
     assert "vhost-backend demo" in readme_command("demo")
     assert "hatch run test" in readme_command("test")
@@ -91,6 +100,22 @@ def test_each_script_explains_itself(path: Path) -> None:
         stdin=subprocess.DEVNULL,
     )
     assert done.stdout.lower().startswith("usage")
+
+
+@pytest.mark.parametrize(
+    "name", ["build-wheels", "check-ranges", "check-reproducible", "typecheck", "verify-types"]
+)
+def test_a_script_refuses_a_package_that_there_is_not(name: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / name), "virtqueues"]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 2
+    assert "error: no such" in done.stderr
+
+
+def test_the_verification_refuses_a_step_that_there_is_not() -> None:
+    done = subprocess.run([str(ROOT / ".ci" / "run"), "tset"], text=True, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("no such step: tset\n")
 
 
 @pytest.mark.parametrize("command", ["blk", "demo"])

@@ -4,27 +4,36 @@ import importlib.util
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 import vhost_protocol as vp
+from vhost_backend.cli import main
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 
 COMMAND = [sys.executable, "-m", "vhost_backend"]
 
 
-def run(*arguments: str, fds: tuple[int, ...] = ()) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, fds: tuple[int, ...] = (), environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, timeout=60, pass_fds=fds
+        [*COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        pass_fds=fds,
+        env=os.environ | (environment or {}),
     )
 
 
@@ -111,6 +120,42 @@ def test_an_unusable_image_is_one_line_before_the_socket_exists(tmp_path: Path, 
     assert done.stderr.startswith(f"vhost-backend: {image}: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("", "1 to 107 bytes, not 0"),
+        ("x" * 200, "1 to 107 bytes, not 200"),
+        ("missing/s", "No such file or directory"),
+        ("disk.img/s", "Not a directory"),
+        ("disk.img", "exists and is not a socket"),
+        ("loose", "a symbolic link that leads nowhere"),
+    ],
+)
+def test_an_unusable_socket_path_is_one_line(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch, path: str, reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loose").symlink_to("nowhere")
+    before = sorted(tmp_path.iterdir())
+    done = run("blk", f"--socket-path={path}", f"--blk-file={image}")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"vhost-backend: cannot listen on {path}")
+    assert reason in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["blk", "demo"])
+def test_an_engine_that_there_is_not_is_one_line(tmp_path: Path, image: Path, command: str) -> None:
+    arguments = [f"--socket-path={tmp_path / 's'}", f"--blk-file={image}"]
+    if command == "demo":
+        arguments = [f"--image={tmp_path / 'demo.img'}"]
+    done = run(command, *arguments, environment={"VIRTQUEUE_ENGINE": "fortran"})
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "VIRTQUEUE_ENGINE is c or python" in done.stderr
+    assert list(tmp_path.iterdir()) == [image]  # nothing was made before that was known
 
 
 @pytest.mark.parametrize("kind", ["listening", "connected"])
@@ -202,3 +247,93 @@ def test_the_demo(tmp_path: Path) -> None:
     assert "ring engine" in done.stdout
     assert "vhost-user-blk-pci" in done.stdout
     assert (tmp_path / "demo.img").stat().st_size == 2 << 20
+
+
+def test_an_image_that_the_demo_cannot_make_is_one_line(tmp_path: Path) -> None:
+    done = run("demo", f"--image={tmp_path / 'missing' / 'demo.img'}")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "demo.img: No such file or directory" in done.stderr
+
+
+@contextmanager
+def demo(
+    folder: Path, hang_up: signal.Handlers = signal.SIG_DFL
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A demo that has begun to write, and a pidfd of its daemon."""
+    process = subprocess.Popen(
+        [*COMMAND, "demo", "--size=64", f"--image={folder / 'demo.img'}"],
+        env=os.environ | {"TMPDIR": str(folder)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, hang_up),
+    )
+    with ExitStack() as stack:
+        assert process.stderr is not None
+        stack.enter_context(process.stderr)
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        line = process.stderr.readline()
+        assert line.startswith("vhost-backend: serving"), line
+        while not os.stat(folder / "demo.img").st_blocks:
+            assert process.poll() is None
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        daemon = os.pidfd_open(int(children[0]))
+        stack.callback(os.close, daemon)
+        try:
+            yield process, daemon
+        finally:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(daemon, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_demo_that_is_ended_takes_its_daemon_along(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    with demo(tmp_path) as (process, daemon):
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+        assert select.select([daemon], [], [], 0)[0] == [daemon]  # it has ended
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.img"]
+
+
+def test_a_demo_under_nohup_does_not_hear_the_terminal_go(tmp_path: Path) -> None:
+    with demo(tmp_path, hang_up=signal.SIG_IGN) as (process, _):
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 0
+
+
+def test_a_demo_whose_daemon_dies_says_so_in_one_line(tmp_path: Path) -> None:
+    with demo(tmp_path) as (process, daemon):
+        signal.pidfd_send_signal(daemon, signal.SIGKILL)
+        assert process.wait(60) == 1
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert said.startswith("vhost-backend: the daemon ended with status -9: ")
+        assert said.count("\n") == 1
+
+
+def test_the_demo_under_qemu_runs_the_guest_tests_of_the_clone_it_is_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # a report of its own would replace ours
+    assert main(["demo", "--qemu"]) == 1
+    assert capfd.readouterr().err.startswith(
+        "vhost-backend: --qemu runs the guest tests of a clone"
+    )
+    (tmp_path / "tests" / "guest").mkdir(parents=True)
+    tests = tmp_path / "tests" / "guest" / "test_blk.py"
+    tests.write_text("def test_a_guest(): print('booted')")
+    assert main(["demo", "--qemu"]) == 0
+    assert "1 passed" in capfd.readouterr().out
+    tests.write_text("def test_a_guest(): assert False")
+    assert main(["demo", "--qemu"]) == 1
+    capfd.readouterr()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["demo", "--qemu"]) == 1
+    assert capfd.readouterr().err.endswith("pip install pytest pytest-timeout\n")

@@ -254,6 +254,22 @@ def test_a_process_is_killed_once(device_process: StartProcess) -> None:
         assert exchange(session, b"again") == b"again"
 
 
+def test_who_waits_for_a_device_that_was_killed_learns_it_at_once(
+    device_process: StartProcess,
+) -> None:
+    process = device_process(Echo)
+    with process.connect() as session:
+        vring = session.vrings[0]
+        vring.submit([(session.allocate(8), 8)], [(session.allocate(8), 8)])
+        process.kill()  # before the kick
+        vring.kick()
+        with pytest.raises(SessionError, match="the back-end has hung up"):
+            vring.completions(60)
+        process.start()
+        session.reconnect(process.frontend())
+        assert len(vring.completions()) == 1
+
+
 def test_a_device_that_cannot_be_made_ends_its_process(
     device_process: StartProcess, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,11 +135,15 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["--read", "a", "--listen", "b"],
         ["--read", "a", "--write", "b"],
         ["--read", "a", "--listen", "b", "--connect", "c"],
+        ["--listen", "a", "--connect", "a"],
     ):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert ended.value.code == 2
-    assert main(["--read", str(tmp_path / "missing")]) == 2
+    capsys.readouterr()
+    missing = tmp_path / "missing"
+    assert main(["--read", str(missing)]) == 2
+    assert capsys.readouterr().err == f"vhost-trace: {missing}: No such file or directory\n"
     taken = tmp_path / "file"
     taken.touch()
     assert main(["--listen", str(taken), "--connect", "x"]) == 2

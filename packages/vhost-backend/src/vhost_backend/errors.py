@@ -21,7 +21,7 @@ class ListenError(VhostBackendError):
     """The socket cannot be listened on. `path` is the socket's, `reason` a sentence."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"cannot listen on {path}: {reason}")
         self.path = path
         self.reason = reason
 

@@ -14,8 +14,12 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
+from typing import Final
 
 from .errors import ListenError
+
+# The bytes of a socket's path (unix(7): sun_path has 108, and ends in a zero byte).
+_LONGEST: Final = 107
 
 
 class Listener:
@@ -59,6 +63,11 @@ class Listener:
         return listener
 
     def _bind(self, path: str, backlog: int) -> None:
+        length = len(os.fsencode(path))
+        if not 1 <= length <= _LONGEST:
+            raise ListenError(
+                path or "''", f"the path of a socket has 1 to {_LONGEST} bytes, not {length}"
+            )
         try:
             with _directory_lock(os.path.dirname(path) or "."):
                 _remove_stale(path)
@@ -111,6 +120,8 @@ def _remove_stale(path: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
+        if os.path.islink(path):
+            raise ListenError(path, "a symbolic link that leads nowhere") from None
         return
     if not stat.S_ISSOCK(mode):
         raise ListenError(path, "exists and is not a socket")

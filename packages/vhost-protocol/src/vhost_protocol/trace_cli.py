@@ -464,7 +464,8 @@ def parser() -> argparse.ArgumentParser:
         prog="vhost-trace",
         description="Show the vhost-user messages between a front-end and a back-end.",
         epilog="The front-end connects to --listen; the back-end listens on --connect.  With"
-        " --read the exit status is 1 when a rule was broken, else 0.",
+        " --read the exit status is 1 when a rule was broken, 2 when the recording cannot be read,"
+        " else 0.",
     )
     made.add_argument("--listen", metavar="SOCKET", help="socket to make for the front-end")
     made.add_argument("--connect", metavar="SOCKET", help="socket of the back-end")
@@ -482,6 +483,8 @@ def main(argv: list[str] | None = None) -> int:
     live = options.listen is not None and options.connect is not None
     if live == (options.read is not None) or (options.read and (options.listen or options.connect)):
         arguments.error("either --listen and --connect, or --read")
+    if live and options.listen == options.connect:
+        arguments.error("--listen and --connect are two sockets")
     if options.read and options.write:
         arguments.error("--write records live traffic; it does not go with --read")
     try:
@@ -495,7 +498,11 @@ def main(argv: list[str] | None = None) -> int:
         # Whoever read our output has enough; keep the interpreter from writing more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (TraceError, OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else f"{error}"
+        print(f"vhost-trace: {what}", file=sys.stderr)
+        return 2
+    except (TraceError, UnicodeDecodeError) as error:
         print(f"vhost-trace: {error}", file=sys.stderr)
         return 2
 

@@ -21,7 +21,8 @@ from .layout import (
 )
 from .table import Memory, MemoryTable, Table
 
-RECORD_FIELDS: Final[dict[str, Any]] = {
+# Any, because numpy.dtype takes no dict but one of a type that only numpy has.
+RECORD_FIELDS: Final[Any] = {
     "names": [
         "header",
         "readable",
@@ -40,7 +41,7 @@ RECORD_FIELDS: Final[dict[str, Any]] = {
 }
 """``numpy.dtype(RECORD_FIELDS)`` describes `Batch.records`."""
 
-DONE_FIELDS: Final[dict[str, Any]] = {
+DONE_FIELDS: Final[Any] = {
     "names": ["head", "status", "flags", "written"],
     "formats": ["u2", "u1", "u1", "u4"],
     "offsets": [0, 2, 3, 4],

@@ -37,7 +37,7 @@ def make_engine(name: str | None, block: QueueBlock, memory: Memory) -> Engine:
             return create_c(block, memory)
         except (ImportError, EngineUnavailable) as error:
             if wanted == "c":
-                raise EngineUnavailable(f"the C engine cannot be used: {error}") from error
+                raise _unavailable(error) from error
     from .python_engine import create
 
     return create(block, memory)
@@ -55,5 +55,21 @@ def available_engines() -> tuple[EngineName, ...]:
 
 
 def default_engine() -> EngineName:
-    """The engine that a queue gets when nothing else is said: VIRTQUEUE_ENGINE's, or the best."""
-    return wanted_engine(None) or available_engines()[0]
+    """The engine that a queue gets when nothing else is said: VIRTQUEUE_ENGINE's, or the best.
+
+    Raises `UsageError` when VIRTQUEUE_ENGINE names no engine, and `EngineUnavailable` when it asks
+    for the C engine in vain.
+    """
+    wanted = wanted_engine(None)
+    if wanted == "c":
+        try:
+            from .c_engine import library
+
+            library()
+        except (ImportError, EngineUnavailable) as error:
+            raise _unavailable(error) from error
+    return wanted or available_engines()[0]
+
+
+def _unavailable(error: Exception) -> EngineUnavailable:
+    return EngineUnavailable(f"the C engine cannot be used: {error}")

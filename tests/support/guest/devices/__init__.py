@@ -1,1 +1,1 @@
-"""Programs that serve devices to test guests; each runs in a process of its own."""
+"""Programs that serve devices to test guests, where no example does."""

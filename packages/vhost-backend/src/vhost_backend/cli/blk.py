@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from ..errors import VhostBackendError
+from .engine import chosen_engine
 
 if TYPE_CHECKING:
     # Imported by who parses, and forgotten before the daemon starts.
@@ -86,6 +87,7 @@ def run(options: SimpleNamespace) -> int:
     from ..listener import Listener
     from ..serving import serve
 
+    engine = chosen_engine()
     mapper = _xen_mapper(options.no_mem_slots) if options.xen else None
     # The image first: nobody should find a socket behind which there is no disk.
     device = BlockDevice(
@@ -97,11 +99,12 @@ def run(options: SimpleNamespace) -> int:
     where = options.socket_path if options.fd is None else Listener.from_fd(options.fd)
 
     def announce() -> None:
-        print(f"vhost-backend: {_describe(device, options)}", file=sys.stderr, flush=True)
+        print(f"vhost-backend: {_describe(device, engine, options)}", file=sys.stderr, flush=True)
 
     serve(
         device,
         where,
+        engine=engine,
         mapper=mapper,
         memory_slots=not options.no_mem_slots,
         metrics=options.metrics,
@@ -132,9 +135,7 @@ def _xen_mapper(postcopy: bool) -> Mapper:
     return mapper
 
 
-def _describe(device: BlockDevice, options: SimpleNamespace) -> str:
-    from virtqueue import default_engine
-
+def _describe(device: BlockDevice, engine: str, options: SimpleNamespace) -> str:
     from ..devices.blk import SECTOR
 
     where = options.socket_path if options.fd is None else f"descriptor {options.fd}"
@@ -142,7 +143,7 @@ def _describe(device: BlockDevice, options: SimpleNamespace) -> str:
     queues = "1 queue" if device.num_queues == 1 else f"{device.num_queues} queues"
     return (
         f"serving {device.path} ({device.capacity * SECTOR / 2**20:g} MiB, {access}, {queues}, "
-        f"engine {default_engine()}) on {where}"
+        f"engine {engine}) on {where}"
     )
 
 

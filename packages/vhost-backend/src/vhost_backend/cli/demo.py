@@ -22,15 +22,17 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
-from virtqueue import default_engine
+from vhost_protocol import ProtocolError
+from virtqueue import VirtqueueError
 
 from ..devices.blk import S_OK, SECTOR, T_IN, T_OUT
 from ..driver import BlockDriver, DriverSession
 from ..driver.block import DRIVER_FEATURES
 from ..errors import VhostBackendError
+from .engine import chosen_engine
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -55,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", type=Path, metavar="IMG", help="where to make the image (it is overwritten)"
     )
     parser.add_argument(
-        "--qemu", action="store_true", help="boot the guest tests of a checkout under QEMU instead"
+        "--qemu",
+        action="store_true",
+        help="boot a guest under QEMU and test the disk there instead (from a clone's folder)",
     )
 
 
@@ -76,18 +80,40 @@ def run(options: SimpleNamespace) -> int:
         raise VhostBackendError(
             "the demo draws with rich: install vhost-backend with its [cli] extra"
         )
+    engine = chosen_engine()
     image = options.image if options.image is not None else _default_image()
     blocks = options.size * 2**20 // BLOCK
-    with open(image, "wb") as file:
-        file.truncate(blocks * BLOCK)
-    with tempfile.TemporaryDirectory(prefix="vhost-demo-") as directory:
+    try:
+        with open(image, "wb") as file:
+            file.truncate(blocks * BLOCK)
+    except OSError as error:
+        raise VhostBackendError(f"{image}: {error.strerror}") from None
+    with _tidy_end(), tempfile.TemporaryDirectory(prefix="vhost-demo-") as directory:
         path = os.path.join(directory, "disk.sock")
         with _daemon(path, image):
             results = _exercise(path, blocks)
     _check_image(image, blocks)
-    _report(results)
+    _report(results, engine)
     _print_qemu(image)
     return 0
+
+
+@contextlib.contextmanager
+def _tidy_end() -> Iterator[None]:
+    """When this process is told to end, the daemon and its folder go as well, as for Ctrl-C."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    # What is ignored stays so: that is how nohup works.
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -- the daemon, in its own process ---------------------------------------------------------------
@@ -106,7 +132,12 @@ def _daemon(path: str, image: Path) -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise VhostBackendError("the daemon did not listen within 20 s")
             time.sleep(0.01)
-        yield
+        try:
+            yield
+        except (ProtocolError, VirtqueueError, VhostBackendError) as error:
+            ended = process.poll()
+            what = f"{error}" if ended is None else f"the daemon ended with status {ended}: {error}"
+            raise VhostBackendError(what) from None
         process.send_signal(signal.SIGTERM)
         if process.wait(20) != 0:
             raise VhostBackendError(f"the daemon ended with status {process.returncode}")
@@ -229,11 +260,11 @@ def _check_image(image: Path, blocks: int) -> None:
 # -- what it prints -------------------------------------------------------------------------------
 
 
-def _report(results: list[Result]) -> None:
+def _report(results: list[Result], engine: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"embedded driver and daemon, 4 KiB random, ring engine {default_engine()}")
+    table = Table(title=f"embedded driver and daemon, 4 KiB random, ring engine {engine}")
     table.add_column("phase")
     for name in ("operations", "MiB/s", "p50 µs", "p99 µs"):
         table.add_column(name, justify="right")
@@ -265,11 +296,17 @@ the same image, for QEMU:
 
 
 def _guest_tests() -> int:
-    tests = Path("tests/guest")
-    if not tests.is_dir():
-        raise VhostBackendError("--qemu runs the guest tests of a checkout: start it there")
-    if importlib.util.find_spec("pytest") is None:
-        raise VhostBackendError("--qemu runs the guest tests with pytest: install it first")
+    tests = Path("tests/guest/test_blk.py")
+    if not tests.is_file():
+        raise VhostBackendError("--qemu runs the guest tests of a clone: start it in its folder")
+    missing = [
+        name
+        for name in ("pytest", "pytest-timeout")
+        if importlib.util.find_spec(name.replace("-", "_")) is None
+    ]
+    if missing:
+        command = shlex.join([sys.executable, "-m", "pip", "install", *missing])
+        raise VhostBackendError(f"--qemu runs the guest tests with pytest: {command}")
     return subprocess.call([sys.executable, "-m", "pytest", "-v", str(tests)])
 
 

@@ -88,6 +88,15 @@ class DriverVring:
         self.call_fd: int = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poller = select.poll()
         self._poller.register(self.call_fd, select.POLLIN)
+        self._connection = -1
+
+    def watch(self, connection: int) -> None:
+        """End the wait for completions when the back-end hangs up this socket (-1: none)."""
+        if self._connection >= 0:
+            self._poller.unregister(self._connection)
+        self._connection = connection
+        if connection >= 0:
+            self._poller.register(connection, select.POLLRDHUP)
 
     def submit(
         self,
@@ -116,7 +125,8 @@ class DriverVring:
         """Wait for at least one completion; (id, bytes written) for each there is.
 
         With a `timeout` of 0 the ring is only looked at. Raises `SessionError` after `timeout`
-        seconds without a completion, and when there is one that no signal follows.
+        seconds without a completion, when the back-end has hung up, and when there is a completion
+        that no signal follows.
         """
         while True:
             done = self.queue.collect()
@@ -124,8 +134,11 @@ class DriverVring:
                 return done
             if self.queue.enable_notification():
                 continue
-            if not self._poller.poll(timeout * 1000):
+            ready = dict(self._poller.poll(timeout * 1000))
+            if self.call_fd not in ready:
                 done = self.queue.collect()
+                if not done and ready:
+                    raise SessionError(f"vring {self.index}: the back-end has hung up")
                 if not done:
                     raise SessionError(f"vring {self.index}: nothing completed in {timeout:g} s")
                 if timeout and not self._poller.poll(_SIGNAL_DELAY * 1000):
@@ -362,6 +375,7 @@ class DriverSession:
             available=config.driver_address,
         )
         frontend.set_vring_call(index, vring.call_fd)
+        vring.watch(frontend.fileno())
         frontend.set_vring_kick(index, vring.kick_fd)
         if self.features & VirtioFeature.PROTOCOL_FEATURES:
             frontend.set_vring_enable(index, True)
@@ -429,6 +443,8 @@ class DriverSession:
         self.share_memory()
 
     def _hang_up(self) -> None:
+        for vring in self.vrings:
+            vring.watch(-1)
         self.frontend.close()
         if self.channel is not None:
             self.channel.join()

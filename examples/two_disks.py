@@ -1,4 +1,9 @@
-"""Two disks on two sockets, served by one process. Usage: two_disks IMAGE SOCKET IMAGE SOCKET."""
+"""Two disks on two sockets, served by one process.
+
+    python examples/two_disks.py IMAGE SOCKET IMAGE SOCKET
+
+Each has a daemon of its own: threads, memory and front-ends are not shared. Any number will do.
+"""
 
 from __future__ import annotations
 

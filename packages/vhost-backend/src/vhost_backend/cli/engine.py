@@ -1,0 +1,15 @@
+"""Which ring engine a command will use, asked before it makes anything."""
+
+from __future__ import annotations
+
+from virtqueue import VirtqueueError, default_engine
+
+from ..errors import VhostBackendError
+
+
+def chosen_engine() -> str:
+    """The engine that VIRTQUEUE_ENGINE asks for, or the best there is."""
+    try:
+        return default_engine()
+    except VirtqueueError as error:
+        raise VhostBackendError(str(error)) from None
