@@ -113,6 +113,7 @@ static const struct vq_layout_entry layout[] = {
     FIELD(vq_io, result),
     FIELD(vq_io, segment_count),
     FIELD(vq_io, operation),
+    FIELD(vq_io, flags),
     FIELD(vq_io, reserved),
     STRUCTURE(gm_region),
     FIELD(gm_region, guest_address),

@@ -317,7 +317,11 @@ VQ_API int vq_wait(struct vq_wait *wait);
 #define VQ_IO_WRITE 1u    /* device-readable pieces to file */
 #define VQ_IO_COPY_IN 2u  /* buffer to device-writable pieces */
 #define VQ_IO_COPY_OUT 3u /* device-readable pieces to buffer */
+#define VQ_IO_SYNC 4u     /* fdatasync: after the items before it, before those behind it */
 #define VQ_IO_STREAM UINT64_MAX
+
+/* vq_io.flags */
+#define VQ_IO_DSYNC 1u /* WRITE: on the medium when it ends (RWF_DSYNC) */
 
 /* One chain's part of a transfer, 56 bytes. */
 struct vq_io {
@@ -328,15 +332,35 @@ struct vq_io {
     int64_t result;    /* out: bytes moved, or -errno */
     uint32_t segment_count;
     uint32_t operation;
-    uint64_t reserved;
+    uint32_t flags; /* others than those above: -EINVAL */
+    uint32_t reserved;
 };
 
 /*
- * Do all items in their order.  Returns how many moved all of `length`; each has its result.  A
- * positioned read or write that comes up short goes on until nothing is moved; one on a stream is a
- * single call.  The chains must be in flight.  May block on the file: call it without the
- * interpreter's lock unless the work is short.
+ * Do all items in their order.  Returns how many did all they were to do (moved `length`; SYNC: no
+ * error); each has its result.  A positioned read or write that comes up short goes on until nothing
+ * is moved; one on a stream is a single call.  The chains must be in flight.  May block on the file:
+ * call it without the interpreter's lock unless the work is short.
  */
 VQ_API int vq_transfer(int fd, struct vq_io *items, uint32_t count);
+
+/*
+ * An io_uring of the kernel, to do the same with: READ and WRITE items that would wait for the file
+ * wait together, in no order between two SYNC items.  Up to `entries` (1 to 4096) are in flight at a
+ * time, however many there are.  0 and *ring, or -errno of the kernel that refuses: ENOSYS (none, or
+ * too old), EPERM (the sysctl kernel.io_uring_disabled, a seccomp filter), ENOMEM (RLIMIT_MEMLOCK),
+ * EMFILE.  One call at a time; any thread may make it, and a child after fork gets a ring of its own.
+ */
+struct uring;
+VQ_API int vq_uring_open(uint32_t entries, struct uring **ring);
+
+/*
+ * vq_transfer by the ring.  Returns when nothing is in flight.  Where the ring fails the items are
+ * done by plain calls.
+ */
+VQ_API int vq_uring_transfer(struct uring *ring, int fd, struct vq_io *items, uint32_t count);
+
+/* Give the ring back; not during a call. */
+VQ_API void vq_uring_close(struct uring *ring);
 
 #endif

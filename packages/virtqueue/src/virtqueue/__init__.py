@@ -17,6 +17,7 @@ from .errors import (
     EngineUnavailable,
     Need,
     QueueBroken,
+    UringUnavailable,
     UsageError,
     VirtqueueError,
 )
@@ -24,7 +25,7 @@ from .guard import SigbusGuard
 from .inflight import InflightRegion, inflight_size
 from .layout import DONE, RECORD, SEGMENT, DoneFlags, Reason, RecordFlags, SegmentFlags
 from .table import Memory
-from .transfer import Operation, Transfer
+from .transfer import STREAM, Operation, Transfer, TransferFlags
 from .waiting import Waiter, WaitResult
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "RECORD",
     "RECORD_FIELDS",
     "SEGMENT",
+    "STREAM",
     "Batch",
     "Chain",
     "ChainCompleted",
@@ -55,6 +57,8 @@ __all__ = [
     "SegmentFlags",
     "SigbusGuard",
     "Transfer",
+    "TransferFlags",
+    "UringUnavailable",
     "UsageError",
     "VirtqueueError",
     "WaitResult",

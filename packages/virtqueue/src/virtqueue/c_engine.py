@@ -74,6 +74,9 @@ class Library:
                 functions.vq_guard_events.restype = ctypes.c_uint32
                 functions.vq_wait.restype = ctypes.c_int
                 functions.vq_transfer.restype = ctypes.c_int
+                functions.vq_uring_open.restype = ctypes.c_int
+                functions.vq_uring_transfer.restype = ctypes.c_int
+                functions.vq_uring_close.restype = None
         except (OSError, AttributeError) as error:
             raise ImportError(f"{path} cannot be loaded: {error}") from error
         if abi != ABI:
