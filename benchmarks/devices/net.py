@@ -228,7 +228,7 @@ class Records(Net):
                 self.packets += 1
 
 
-RECORDS: Any = np.dtype(RECORD_FIELDS)  # type: ignore[call-overload]
+RECORDS: Any = np.dtype(RECORD_FIELDS)
 ENTRIES = np.dtype([("rest", "V4"), ("written", "u4")])
 
 

@@ -14,7 +14,7 @@ from virtqueue.c_engine import library
 from virtqueue.counters import Counters
 from virtqueue.file_handler import FileBlock
 from virtqueue.server import ServerBlock
-from virtqueue.transfer import Operation, TransferItem
+from virtqueue.transfer import Operation, TransferFlags, TransferItem
 
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "gm_region": table.MemoryRegion,
@@ -88,12 +88,12 @@ def test_packed_formats_are_equal(compiled: dict[str, tuple[int, int]], name: st
 
 
 HEADER = Path(__file__).parents[2] / "packages" / "virtqueue" / "csrc" / "virtqueue.h"
-PREFIXES: dict[str, type[IntEnum] | type[IntFlag]] = {
-    "VQ_REASON_": layout.Reason,
-    "VQ_MORE_": layout.More,
-    "VQ_DONE_": layout.DoneFlags,
-    "VQ_SEGMENT_": layout.SegmentFlags,
-    "VQ_IO_": Operation,
+PREFIXES: dict[str, tuple[type[IntEnum] | type[IntFlag], ...]] = {
+    "VQ_REASON_": (layout.Reason,),
+    "VQ_MORE_": (layout.More,),
+    "VQ_DONE_": (layout.DoneFlags,),
+    "VQ_SEGMENT_": (layout.SegmentFlags,),
+    "VQ_IO_": (Operation, TransferFlags),
 }
 
 
@@ -102,7 +102,7 @@ PREFIXES: dict[str, type[IntEnum] | type[IntFlag]] = {
 def test_constants_are_equal(prefix: str) -> None:
     found = re.findall(rf"\b{prefix}(\w+)\s*=?\s*(\d+)u?\b", HEADER.read_text())
     assert {name: int(value) for name, value in found} == {
-        each.name: each.value for each in PREFIXES[prefix]
+        each.name: each.value for enum in PREFIXES[prefix] for each in enum
     }
 
 

@@ -6,13 +6,22 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <limits.h>
-#include <sys/uio.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
-#include "engine.h"
+#include "bulk.h"
 
-#define VECTORS 256
+/* Newer than glibc 2.17, which the release build is for; so are their names. */
+#if defined(SYS_preadv2) && defined(SYS_pwritev2)
+#define CALL_PREADV2 SYS_preadv2
+#define CALL_PWRITEV2 SYS_pwritev2
+#elif defined(__x86_64__)
+#define CALL_PREADV2 327
+#define CALL_PWRITEV2 328
+#else /* what architectures since aarch64 share */
+#define CALL_PREADV2 286
+#define CALL_PWRITEV2 287
+#endif
 
 struct cursor {
     const struct vq_segment *segment, *end;
@@ -78,62 +87,160 @@ static int64_t copy(const struct vq_io *io)
     return done;
 }
 
-/* One system call's worth; what it moved, 0 at the end of the file, or -errno. */
-static int64_t move(int fd, const struct vq_io *io, uint64_t moved)
+int bulk_pieces(const struct vq_io *io, uint64_t moved, struct iovec *vectors, int room)
 {
     struct vq_io rest = *io;
     rest.skip += moved;
     rest.length -= moved;
     struct cursor cursor = cursor_start(&rest);
-    struct iovec vectors[VECTORS];
     int count = 0;
-    while (count < VECTORS && cursor_next(&cursor, &vectors[count]))
+    while (count < room && cursor_next(&cursor, &vectors[count]))
         count++;
+    return count;
+}
+
+static int64_t with_flags(long call, int fd, const struct iovec *vectors, int count, off_t offset,
+                          int flags)
+{
+    /* The upper half counts where a long has 32 bits; elsewhere the kernel shifts it out. */
+    return syscall(call, fd, vectors, count, (unsigned long)offset,
+                   (unsigned long)((uint64_t)offset >> 32), flags);
+}
+
+static int64_t sync_file(int fd)
+{
+    int done;
+    do
+        done = fdatasync(fd);
+    while (done < 0 && errno == EINTR);
+    return done < 0 ? -errno : 0;
+}
+
+/* A write that is on the medium when it returns. */
+static int64_t write_durably(int fd, const struct iovec *vectors, int count, off_t offset)
+{
+    int64_t done = with_flags(CALL_PWRITEV2, fd, vectors, count, offset, BULK_DSYNC);
+    if (done >= 0 || (errno != ENOSYS && errno != EOPNOTSUPP && errno != EPERM))
+        return done;
+    done = offset == -1 ? writev(fd, vectors, count) : pwritev(fd, vectors, count, offset);
+    const int64_t failed = done > 0 ? sync_file(fd) : 0;
+    if (failed)
+        errno = (int)-failed;
+    return failed ? -1 : done;
+}
+
+int64_t bulk_step(int fd, const struct vq_io *io, uint64_t moved, bool nowait)
+{
+    struct iovec vectors[BULK_VECTORS];
+    const int count = bulk_pieces(io, moved, vectors, BULK_VECTORS);
     if (!count)
         return 0;
-    const off_t offset = (off_t)(io->offset + moved);
     const bool stream = io->offset == VQ_IO_STREAM;
-    ssize_t done;
+    const off_t offset = stream ? -1 : (off_t)(io->offset + moved);
+    int64_t done;
     do {
-        if (io->operation == VQ_IO_READ)
+        if (io->operation == VQ_IO_READ && nowait)
+            done = with_flags(CALL_PREADV2, fd, vectors, count, offset, BULK_NOWAIT);
+        else if (io->operation == VQ_IO_READ)
             done = stream ? readv(fd, vectors, count) : preadv(fd, vectors, count, offset);
+        else if (io->flags & VQ_IO_DSYNC)
+            done = write_durably(fd, vectors, count, offset);
         else
-            done = stream ? writev(fd, vectors, count)
-                          : pwritev2(fd, vectors, count, offset, io->flags & VQ_IO_DSYNC ? 2 : 0);
+            done = stream ? writev(fd, vectors, count) : pwritev(fd, vectors, count, offset);
     } while (done < 0 && errno == EINTR);
     return done < 0 ? -errno : done;
 }
 
+bool bulk_try(int fd, struct vq_io *io, uint64_t *moved, bool *tries)
+{
+    int64_t step = 0;
+    *moved = 0;
+    while (*tries && *moved < io->length && (step = bulk_step(fd, io, *moved, true)) > 0)
+        *moved += (uint64_t)step;
+    /* Another error may be the file's, or mean that it cannot do this: a plain call finds out. */
+    if (step < 0 && step != -EAGAIN)
+        *tries = false;
+    if (step < 0 || !*tries)
+        return false;
+    io->result = (int64_t)*moved;
+    return true;
+}
+
+void bulk_finish(int fd, struct vq_io *io, uint64_t moved)
+{
+    int64_t step = 0;
+    while (moved < io->length && (step = bulk_step(fd, io, moved, false)) > 0) {
+        moved += (uint64_t)step;
+        if (io->offset == VQ_IO_STREAM)
+            break; /* a stream's boundaries are its own */
+    }
+    /* What was moved before an error counts; the error comes back at the next try. */
+    io->result = step < 0 && !moved ? step : (int64_t)moved;
+}
+
+void bulk_do(int fd, struct vq_io *io)
+{
+    if (io->flags & ~VQ_IO_DSYNC) {
+        io->result = -EINVAL;
+        return;
+    }
+    switch (io->operation) {
+    case VQ_IO_COPY_IN:
+    case VQ_IO_COPY_OUT:
+        io->result = copy(io);
+        break;
+    case VQ_IO_READ:
+    case VQ_IO_WRITE:
+        bulk_finish(fd, io, 0);
+        break;
+    case VQ_IO_SYNC:
+        io->result = sync_file(fd);
+        break;
+    default:
+        io->result = -EINVAL;
+    }
+}
+
+/*
+ * A batch of reads goes in two rounds: the first takes what is in the page cache and has the rest
+ * read ahead, all of it at the same time, and the second waits for that.  An item that is left for
+ * the second has LEFT plus the bytes that were moved as its result meanwhile.
+ */
+#define LEFT INT64_MIN
+
+static void second_round(int fd, struct vq_io *items, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++)
+        if (items[i].result < LEFT / 2)
+            bulk_finish(fd, &items[i], (uint64_t)(items[i].result - LEFT));
+}
+
+static bool reads_at(const struct vq_io *io)
+{
+    return io->operation == VQ_IO_READ && io->offset != VQ_IO_STREAM && !(io->flags & ~VQ_IO_DSYNC);
+}
+
 int vq_transfer(int fd, struct vq_io *items, uint32_t count)
 {
-    int finished = 0;
+    bool tries = BULK_CHOOSES && count > 1;
+    uint32_t first = 0; /* nothing before it is left for a second round */
     for (uint32_t i = 0; i < count; i++) {
         struct vq_io *io = &items[i];
-        switch (io->operation) {
-        case VQ_IO_COPY_IN:
-        case VQ_IO_COPY_OUT:
-            io->result = copy(io);
-            break;
-        case VQ_IO_SYNC:
-            io->result = fdatasync(fd) < 0 ? -errno : 0;
-            break;
-        case VQ_IO_READ:
-        case VQ_IO_WRITE: {
-            int64_t step = 0;
-            uint64_t moved = 0;
-            while (moved < io->length && (step = move(fd, io, moved)) > 0) {
-                moved += (uint64_t)step;
-                if (io->offset == VQ_IO_STREAM)
-                    break; /* a stream's boundaries are its own */
-            }
-            /* What was moved before an error counts; the error comes back at the next try. */
-            io->result = step < 0 && !moved ? step : (int64_t)moved;
-            break;
+        uint64_t moved;
+        if (tries && reads_at(io)) {
+            if (!bulk_try(fd, io, &moved, &tries))
+                io->result = LEFT + (int64_t)moved;
+            continue;
         }
-        default:
-            io->result = -EINVAL;
+        if (io->operation != VQ_IO_COPY_IN && io->operation != VQ_IO_COPY_OUT) {
+            second_round(fd, items + first, i - first);
+            first = i + 1;
         }
-        finished += io->result == (int64_t)io->length;
+        bulk_do(fd, io);
     }
+    second_round(fd, items + first, count - first);
+    int finished = 0;
+    for (uint32_t i = 0; i < count; i++)
+        finished += bulk_complete(&items[i]);
     return finished;
 }

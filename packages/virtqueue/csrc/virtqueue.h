@@ -419,11 +419,30 @@ struct vq_io {
 };
 
 /*
- * Do all items in their order.  Returns how many moved all of `length`; each has its result.  A
- * positioned read or write that comes up short goes on until nothing is moved; one on a stream is a
- * single call.  The chains must be in flight.  May block on the file: call it without the
- * interpreter's lock unless the work is short.
+ * Do all items in their order.  Returns how many did all they were to do (moved `length`; SYNC: no
+ * error); each has its result.  A positioned read or write that comes up short goes on until nothing
+ * is moved; one on a stream is a single call.  The chains must be in flight.  May block on the file:
+ * call it without the interpreter's lock unless the work is short.
  */
 VQ_API int vq_transfer(int fd, struct vq_io *items, uint32_t count);
+
+/*
+ * An io_uring of the kernel, to do the same with: READ and WRITE items that would wait for the file
+ * wait together, in no order between two SYNC items.  Up to `entries` (1 to 4096) are in flight at a
+ * time, however many there are.  0 and *ring, or -errno of the kernel that refuses: ENOSYS (none, or
+ * too old), EPERM (the sysctl kernel.io_uring_disabled, a seccomp filter), ENOMEM (RLIMIT_MEMLOCK),
+ * EMFILE.  One call at a time; any thread may make it, and a child after fork gets a ring of its own.
+ */
+struct uring;
+VQ_API int vq_uring_open(uint32_t entries, struct uring **ring);
+
+/*
+ * vq_transfer by the ring.  Returns when nothing is in flight.  Where the ring fails the items are
+ * done by plain calls.
+ */
+VQ_API int vq_uring_transfer(struct uring *ring, int fd, struct vq_io *items, uint32_t count);
+
+/* Give the ring back; not during a call. */
+VQ_API void vq_uring_close(struct uring *ring);
 
 #endif

@@ -20,6 +20,7 @@ from .errors import (
     EngineUnavailable,
     Need,
     QueueBroken,
+    UringUnavailable,
     UsageError,
     VirtqueueError,
 )
@@ -32,14 +33,16 @@ from .table import Memory
 
 if _TYPE_CHECKING:
     from .driver_queue import DriverQueue
-    from .transfer import Operation, Transfer
+    from .transfer import STREAM, Operation, Transfer, TransferFlags
 
 # What a device that only takes and completes does without: most of all the driver's side, which
 # brings the Python engine along.
 _LAZY = {
     "DriverQueue": "driver_queue",
     "Operation": "transfer",
+    "STREAM": "transfer",
     "Transfer": "transfer",
+    "TransferFlags": "transfer",
 }
 
 
@@ -64,6 +67,7 @@ __all__ = [
     "RECORD",
     "RECORD_FIELDS",
     "SEGMENT",
+    "STREAM",
     "Batch",
     "CHandler",
     "Chain",
@@ -91,6 +95,8 @@ __all__ = [
     "Server",
     "SigbusGuard",
     "Transfer",
+    "TransferFlags",
+    "UringUnavailable",
     "UsageError",
     "VirtqueueError",
     "__version__",

@@ -85,6 +85,9 @@ class Library:
                 functions.vq_give_back.restype = None
                 functions.vq_file_handle.restype = ctypes.c_int
                 functions.vq_transfer.restype = ctypes.c_int
+                functions.vq_uring_open.restype = ctypes.c_int
+                functions.vq_uring_transfer.restype = ctypes.c_int
+                functions.vq_uring_close.restype = None
         except (OSError, AttributeError) as error:
             raise ImportError(f"{path} cannot be loaded: {error}") from error
         if abi != ABI:

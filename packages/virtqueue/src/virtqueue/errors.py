@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from .layout import Reason
 
 
@@ -50,6 +52,22 @@ class Need(VirtqueueError):
 
 class EngineUnavailable(VirtqueueError):
     """The engine that was asked for cannot be loaded; the message says why."""
+
+
+class UringUnavailable(VirtqueueError):
+    """The kernel gives no io_uring.
+
+    ``errno`` is its answer: ENOSYS (it has none, or an older one than 5.6), EPERM (the sysctl
+    ``kernel.io_uring_disabled`` or a seccomp filter, which may answer otherwise, too), ENOMEM
+    (RLIMIT_MEMLOCK, before 5.12), EMFILE or ENFILE.
+    """
+
+    def __init__(self, errno: int) -> None:
+        super().__init__(errno)
+        self.errno: int = errno
+
+    def __str__(self) -> str:
+        return f"no io_uring: {os.strerror(self.errno)}"
 
 
 class UsageError(VirtqueueError):

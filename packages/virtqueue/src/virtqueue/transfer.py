@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from enum import IntEnum
-from typing import Final
+import weakref
+from collections.abc import Callable
+from enum import IntEnum, IntFlag
+from functools import partial
+from types import TracebackType
+from typing import Final, Self
 
 from .c_engine import library
-from .errors import EngineUnavailable, UsageError
+from .errors import EngineUnavailable, UringUnavailable, UsageError
 from .layout import SEGMENT_SIZE
 
 STREAM: Final = 0xFFFF_FFFF_FFFF_FFFF
@@ -25,6 +29,19 @@ class Operation(IntEnum):
     """Buffer to the device-writable pieces; ``offset`` is its host address."""
     COPY_OUT = 3
     """The device-readable pieces to the buffer; ``offset`` is its host address."""
+    SYNC = 4
+    """fdatasync(2), after the items before it and before those behind it; moves nothing."""
+
+
+class TransferFlags(IntFlag):
+    """How an item is done."""
+
+    DSYNC = 1
+    """A write is on the medium when it ends (RWF_DSYNC)."""
+
+
+_NO_FLAGS: Final = TransferFlags(0)
+_ENTRIES: Final = 256
 
 
 class TransferItem(ctypes.Structure):
@@ -53,15 +70,41 @@ class TransferItem(ctypes.Structure):
     ]
 
 
+def _nothing() -> None:
+    """Close what has no ring."""
+
+
+def _closed(*_: object) -> int:
+    raise UsageError("the transfer is closed")
+
+
+def _open(entries: int) -> ctypes.c_void_p:
+    ring = ctypes.c_void_p()
+    result: int = library().held.vq_uring_open(ctypes.c_uint32(entries), ctypes.byref(ring))
+    if result < 0:
+        raise UringUnavailable(-result)
+    return ring
+
+
 class Transfer:
     """Up to ``capacity`` moves, done by one call into C.
 
     ``add`` names a chain by its segments (host address and count, as a batch's record has them),
-    `run` does what was added, in order, and `results` says how each ended.  The chains must be
-    in flight while it runs.
+    `run` does what was added, and `results` says how each ended.  The chains must be in flight
+    while it runs.
+
+    Without ``uring`` the moves are system calls, one after the other.  With it, those that would
+    wait for the file are given to an io_uring, up to 256 of them at a time, and wait together; the
+    others are calls as before.  Reads and writes then end in no order, but for `Operation.SYNC`,
+    so two of one run must not overlap in the file unless a SYNC is between them.  `run` returns
+    when all have ended.  The ring is given back by `close`, the end of a ``with`` block, or the
+    collector.  One run at a time; any thread may make it, though a transfer that stays with one
+    thread is a little faster.  A child after fork may use its copy of the transfer.
+
+    Raises `EngineUnavailable` without the C engine, `UringUnavailable` when the kernel refuses.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, uring: bool = False) -> None:
         if capacity < 1:
             raise UsageError(f"a transfer of {capacity} items")
         try:
@@ -71,10 +114,41 @@ class Transfer:
         self._items: ctypes.Array[TransferItem] = (TransferItem * capacity)()
         self._count = 0
         self._ran = 0
-        argument = ctypes.c_void_p(ctypes.addressof(self._items))
-        self._run = loaded.released.vq_transfer
-        self._run_short = loaded.held.vq_transfer
-        self._argument = argument
+        self._argument = ctypes.c_void_p(ctypes.addressof(self._items))
+        self._run: Callable[..., int] = loaded.released.vq_transfer
+        self._run_short: Callable[..., int] = loaded.held.vq_transfer
+        self._close: Callable[[], object] = _nothing
+        if uring:
+            ring = _open(min(capacity, _ENTRIES))
+            self._run = partial(loaded.released.vq_uring_transfer, ring)
+            self._run_short = partial(loaded.held.vq_uring_transfer, ring)
+            self._close = finalizer = weakref.finalize(self, loaded.released.vq_uring_close, ring)
+            finalizer.atexit = False  # a daemon thread may be in a run then; exit gives it back
+
+    @staticmethod
+    def uring_available() -> bool:
+        """Whether ``uring=True`` works here now: the C engine is there and the kernel agrees."""
+        try:
+            library().released.vq_uring_close(_open(1))
+        except (ImportError, UringUnavailable):
+            return False
+        return True
+
+    def close(self) -> None:
+        """Give the ring back; the transfer cannot run any more.  Not during a run."""
+        self._run = self._run_short = _closed
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def __len__(self) -> int:
         return self._count
@@ -87,6 +161,7 @@ class Transfer:
         length: int,
         offset: int,
         skip: int = 0,
+        flags: TransferFlags = _NO_FLAGS,
     ) -> None:
         """Move ``length`` bytes of a chain, passing over ``skip`` bytes of its side first.
 
@@ -102,7 +177,12 @@ class Transfer:
         item.length = length
         item.offset = offset
         item.skip = skip
+        item.flags = flags
         self._count += 1
+
+    def add_sync(self) -> None:
+        """fdatasync(2) the file after what was added before, and before what is added next."""
+        self.add(Operation.SYNC, 0, 0, 0, 0)
 
     def add_record(
         self,
@@ -113,14 +193,14 @@ class Transfer:
         length: int,
         offset: int,
         skip: int = 0,
+        flags: TransferFlags = _NO_FLAGS,
     ) -> None:
         """`add` with a record's own fields; ``segments`` is the address of the batch's array."""
-        self.add(
-            operation, segments + SEGMENT_SIZE * first_segment, segment_count, length, offset, skip
-        )
+        address = segments + SEGMENT_SIZE * first_segment
+        self.add(operation, address, segment_count, length, offset, skip, flags)
 
     def run(self, fd: int = -1, *, short: bool = False) -> int:
-        """Do what was added since the last run; how many moved all of their bytes.
+        """Do what was added since the last run; how many did all that they were to do.
 
         The GIL is released unless ``short`` says that the work is bounded and small: a few
         kilobytes out of the page cache take less time than getting the GIL back from a busy
@@ -128,10 +208,9 @@ class Transfer:
         """
         count, self._ran, self._count = self._count, self._count, 0
         call = self._run_short if short else self._run
-        result: int = call(ctypes.c_int(fd), self._argument, ctypes.c_uint32(count))
-        return result
+        return call(ctypes.c_int(fd), self._argument, ctypes.c_uint32(count))
 
     @property
     def results(self) -> list[int]:
-        """For each item of the last run the bytes that were moved, or a negative errno."""
+        """For each item of the last run the bytes it moved (SYNC: 0), or a negative errno."""
         return [self._items[index].result for index in range(self._ran)]
