@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import errno as error_numbers
 import os
+from typing import Final
 
 from .layout import Reason
+
+_URING_REASONS: Final = {
+    error_numbers.ENOSYS: " (needs Linux 5.6)",
+    error_numbers.EPERM: " (sysctl kernel.io_uring_disabled, or a seccomp filter)",
+    error_numbers.ENOMEM: " (RLIMIT_MEMLOCK)",
+}
 
 
 class VirtqueueError(Exception):
@@ -67,7 +75,7 @@ class UringUnavailable(VirtqueueError):
         self.errno: int = errno
 
     def __str__(self) -> str:
-        return f"no io_uring: {os.strerror(self.errno)}"
+        return f"no io_uring: {os.strerror(self.errno)}{_URING_REASONS.get(self.errno, '')}"
 
 
 class UsageError(VirtqueueError):
