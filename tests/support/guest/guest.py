@@ -85,11 +85,15 @@ class VhostUserDevice:
         """The name of the QEMU device."""
         return f"dev{self.slot}"
 
-    def arguments(self) -> list[str]:
-        """QEMU's arguments for it."""
+    def arguments(self, version: tuple[int, ...]) -> list[str]:
+        """The arguments for it of a QEMU of this version."""
         chardev = f"socket,id=chardev-{self.name},path={self.socket}"
         if self.reconnect:
-            chardev += f",reconnect={self.reconnect}"
+            # Since 9.2 in milliseconds; 11.1 has unlearned the seconds.
+            if version < (9, 2):
+                chardev += f",reconnect={self.reconnect}"
+            else:
+                chardev += f",reconnect-ms={self.reconnect * 1000}"
         device = f"{self.driver},id={self.name},chardev=chardev-{self.name},addr={self.slot:#x}"
         for name, value in self.properties().items():
             device += f",{name}={value}"
@@ -205,7 +209,7 @@ class Guest:
             *("-chardev", f"socket,id=agent,fd={agent_peer.fileno()}"),
             *("-device", "virtserialport,chardev=agent,name=agent"),
             *extra,
-            *(word for disk in disks for word in disk.arguments()),
+            *(word for disk in disks for word in disk.arguments(qemu.version)),
         ]
         if incoming:
             command += ["-incoming", "defer"]
