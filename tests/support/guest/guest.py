@@ -86,12 +86,14 @@ class VhostUserDevice:
         return f"dev{self.slot}"
 
     def arguments(self, version: tuple[int, ...]) -> list[str]:
-        """The arguments for it of a QEMU of that version."""
+        """The arguments for it of a QEMU of this version."""
         chardev = f"socket,id=chardev-{self.name},path={self.socket}"
-        if self.reconnect and version >= (9, 2):
-            chardev += f",reconnect-ms={1000 * self.reconnect}"
-        elif self.reconnect:
-            chardev += f",reconnect={self.reconnect}"
+        if self.reconnect:
+            # Since 9.2 in milliseconds; 11.1 has unlearned the seconds.
+            if version < (9, 2):
+                chardev += f",reconnect={self.reconnect}"
+            else:
+                chardev += f",reconnect-ms={self.reconnect * 1000}"
         device = f"{self.driver},id={self.name},chardev=chardev-{self.name},addr={self.slot:#x}"
         for name, value in self.properties().items():
             device += f",{name}={value}"
