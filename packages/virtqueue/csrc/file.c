@@ -89,7 +89,10 @@ int vq_file_handle(void *context, const struct vq_queue *queue)
     }
     if (!count)
         return left;
-    vq_transfer(file->fd, items, count);
+    if (file->uring)
+        vq_uring_transfer(pointer(file->uring), file->fd, items, count);
+    else
+        vq_transfer(file->fd, items, count);
     for (uint32_t i = 0; i < count; i++) {
         if (likely(items[i].result == (int64_t)items[i].length)) {
             file->moved += items[i].length;

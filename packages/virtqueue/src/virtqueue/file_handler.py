@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Mapping
 from enum import IntEnum
 from typing import Final
@@ -10,7 +11,7 @@ from typing import Final
 from .c_engine import library
 from .c_handler import CHandler
 from .errors import EngineUnavailable, UsageError
-from .transfer import TransferItem
+from .transfer import MAX_ENTRIES, TransferItem, open_ring
 
 TYPES: Final = 16
 """Request types that can be given an action are smaller."""
@@ -70,12 +71,13 @@ class FileHandler(CHandler):
     ``fd`` is the file, which stays the caller's and open; ``length`` what of it may be read and
     written, in bytes; a position counts units of ``unit`` bytes, a power of two, and requests move
     whole units. ``actions`` says what each type means; types that are not in it are left. With
-    ``durable`` a write completes when it is on the disk. One worker uses a handler at a time.
+    ``durable`` a write completes when it is on the disk, and with ``uring`` requests that would wait
+    for the file wait together (see `Transfer`). One worker uses a handler at a time.
 
     A request that is not plain is left to the caller as well: an unknown type, a length that is no
     whole number of units, the end of the file, an error of the file. It may have been done in part.
 
-    Raises `EngineUnavailable` without the C engine, `UsageError`.
+    Raises `EngineUnavailable` without the C engine, `UringUnavailable`, `UsageError`.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class FileHandler(CHandler):
         *,
         unit: int = 512,
         durable: bool = False,
+        uring: bool = False,
         capacity: int = 128,
     ) -> None:
         if unit < 1 or unit & (unit - 1):
@@ -109,6 +112,11 @@ class FileHandler(CHandler):
             *(actions.get(kind, FileAction.LEAVE) for kind in range(TYPES))
         )
         self.durable = durable
+        if uring:
+            ring = open_ring(min(capacity, MAX_ENTRIES))
+            block.uring = ring.value or 0
+            finalizer = weakref.finalize(self, loaded.released.vq_uring_close, ring)
+            finalizer.atexit = False  # a worker may be using it; the exit gives it back
         function = ctypes.cast(loaded.released.vq_file_handle, ctypes.c_void_p).value
         assert function is not None
         super().__init__(function, ctypes.addressof(block))

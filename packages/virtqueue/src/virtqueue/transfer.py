@@ -41,7 +41,7 @@ class TransferFlags(IntFlag):
 
 
 _NO_FLAGS: Final = TransferFlags(0)
-_ENTRIES: Final = 256
+MAX_ENTRIES: Final = 256
 
 
 class TransferItem(ctypes.Structure):
@@ -78,7 +78,8 @@ def _closed(*_: object) -> int:
     raise UsageError("the transfer is closed")
 
 
-def _open(entries: int) -> ctypes.c_void_p:
+def open_ring(entries: int) -> ctypes.c_void_p:
+    """An io_uring of the kernel, for `vq_uring_transfer`; raises `UringUnavailable`."""
     ring = ctypes.c_void_p()
     result: int = library().held.vq_uring_open(ctypes.c_uint32(entries), ctypes.byref(ring))
     if result < 0:
@@ -119,7 +120,7 @@ class Transfer:
         self._run_short: Callable[..., int] = loaded.held.vq_transfer
         self._close: Callable[[], object] = _nothing
         if uring:
-            ring = _open(min(capacity, _ENTRIES))
+            ring = open_ring(min(capacity, MAX_ENTRIES))
             self._run = partial(loaded.released.vq_uring_transfer, ring)
             self._run_short = partial(loaded.held.vq_uring_transfer, ring)
             self._close = finalizer = weakref.finalize(self, loaded.released.vq_uring_close, ring)
@@ -129,7 +130,7 @@ class Transfer:
     def uring_available() -> bool:
         """Whether ``uring=True`` works here now: the C engine is there and the kernel agrees."""
         try:
-            library().released.vq_uring_close(_open(1))
+            library().released.vq_uring_close(open_ring(1))
         except (ImportError, UringUnavailable):
             return False
         return True

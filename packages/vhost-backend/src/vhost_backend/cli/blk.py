@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--serial", default="", metavar="S", help="serial number, 20 ASCII bytes at most"
     )
     parser.add_argument(
+        "--direct",
+        action="store_true",
+        help="pass by the page cache (O_DIRECT), with an io_uring where the kernel permits one",
+    )
+    parser.add_argument(
         "--busy-poll",
         type=_microseconds,
         default=0.0,
@@ -95,6 +100,7 @@ def run(options: SimpleNamespace) -> int:
         read_only=options.read_only,
         num_queues=options.num_queues,
         serial=options.serial,
+        direct=options.direct,
     )
     where = options.socket_path if options.fd is None else Listener.from_fd(options.fd)
 
