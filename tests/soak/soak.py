@@ -320,8 +320,6 @@ def check(measured: list[tuple[float, Usage]]) -> None:
 
 def soak(seconds: float, *, engine: str | None = None, seed: int = 1) -> str:
     """Make trouble for `seconds`; a report. Raises what went wrong."""
-    # The guest's faults are logged, as they should be: not what is looked for here.
-    logging.getLogger("vhost_backend").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder, "disk.img")
         with open(image, "wb") as file:
@@ -355,6 +353,8 @@ def main() -> int:
     parser.add_argument("--engine", choices=("c", "python"))
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    # The guest's faults are logged, as they should be: not what is looked for here.
+    logging.getLogger("vhost_backend").setLevel(logging.ERROR)
     try:
         print(soak(options.minutes * 60, engine=options.engine, seed=options.seed))
     except (Grown, SessionError) as error:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import threading
 from typing import Any, ClassVar, Final
 
@@ -73,7 +72,7 @@ class _Context:
         self.error: int = 0
         """Why there is none."""
         self._local = threading.local()
-        numbers = _NUMBERS.get(platform.machine())
+        numbers = _NUMBERS.get(os.uname().machine)
         if numbers is None or ctypes.sizeof(ctypes.c_long) != 8:
             self.error = errno.ENOSYS
             return

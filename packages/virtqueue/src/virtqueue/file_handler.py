@@ -71,8 +71,8 @@ class FileHandler(CHandler):
     ``fd`` is the file, which stays the caller's and open; ``length`` what of it may be read and
     written, in bytes; a position counts units of ``unit`` bytes, a power of two, and requests move
     whole units. ``actions`` says what each type means; types that are not in it are left. With
-    ``durable`` a write completes when it is on the disk, and with ``uring`` requests that would wait
-    for the file wait together (see `Transfer`). One worker uses a handler at a time.
+    ``durable`` a write completes when it is on the disk, and with ``uring`` requests that would
+    wait for the file wait together (see `Transfer`). One worker uses a handler at a time.
 
     A request that is not plain is left to the caller as well: an unknown type, a length that is no
     whole number of units, the end of the file, an error of the file. It may have been done in part.

@@ -135,7 +135,11 @@ def _daemon(path: str, image: Path) -> Iterator[None]:
         try:
             yield
         except (ProtocolError, VirtqueueError, VhostBackendError) as error:
-            ended = process.poll()
+            # A process that is killed hangs up a moment before it has ended.
+            try:
+                ended: int | None = process.wait(0.5)
+            except subprocess.TimeoutExpired:
+                ended = None
             what = f"{error}" if ended is None else f"the daemon ended with status {ended}: {error}"
             raise VhostBackendError(what) from None
         process.send_signal(signal.SIGTERM)

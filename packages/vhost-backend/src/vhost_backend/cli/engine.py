@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from virtqueue import VirtqueueError, default_engine
-
 from ..errors import VhostBackendError
 
 
 def chosen_engine() -> str:
     """The engine that VIRTQUEUE_ENGINE asks for, or the best there is."""
+    from virtqueue import VirtqueueError, default_engine
+
     try:
         return default_engine()
     except VirtqueueError as error:

@@ -121,7 +121,7 @@ class BlockDevice(VirtioDevice):
         if len(self.serial) > ID_LENGTH:
             raise DeviceError(f"serial {serial!r} is longer than {ID_LENGTH} bytes")
         self._fd, size = _open_image(self.path, read_only)
-        #: For plain requests; misaligned ones go through the page cache, which the kernel keeps true.
+        #: For plain requests; misaligned ones go through the page cache.
         self._direct_fd = _open_direct(self.path, read_only) if direct else -1
         self.capacity: int = size // SECTOR
         if size % SECTOR:
