@@ -82,7 +82,7 @@ def read(rig: Any, address: int, length: int = 1) -> bytes:
     return data
 
 
-# -- looking and sleeping ---------------------------------------------------------------------------
+# --- looking and sleeping ---
 
 
 def test_what_is_there_is_taken_at_once(rig: Any, fds: Fds) -> None:
@@ -175,7 +175,7 @@ def test_a_long_sleep_shortens_the_next_look(rig: Any, fds: Fds) -> None:
 
 
 def test_no_wake_up_is_lost(rig: Any, fds: Fds) -> None:
-    """One chain at a time, kicks and signals only when they are asked for, and nobody looks twice."""
+    """One chain at a time; kicks and signals only when they are asked for."""
     rounds = 1000
     server = serving(rig, fds, spin_max=0.00002)
     text, room = rig.text(b"x"), rig.room(8)
@@ -205,7 +205,7 @@ def test_no_wake_up_is_lost(rig: Any, fds: Fds) -> None:
     assert not thread.is_alive()
 
 
-# -- completing and signalling ----------------------------------------------------------------------
+# --- completing and signalling ---
 
 
 def test_what_was_staged_one_by_one_is_signalled(rig: Any, fds: Fds) -> None:
@@ -295,7 +295,7 @@ def test_a_wrong_completion_is_said_by_the_long_way(rig: Any, fds: Fds) -> None:
         rig.device.cycle()
 
 
-# -- handlers in C ----------------------------------------------------------------------------------
+# --- handlers in C ---
 
 HANDLER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
@@ -358,7 +358,7 @@ def test_a_queue_is_borrowed_while_a_handler_works(rig: Any, fds: Fds) -> None:
     assert len(rig.driver.collect()) == 2
 
 
-# -- requests that read and write a file ------------------------------------------------------------
+# --- requests that read and write a file ---
 
 IN, OUT, FLUSH = 0, 1, 4
 ACTIONS = {IN: FileAction.READ, OUT: FileAction.WRITE, FLUSH: FileAction.SYNC}
