@@ -387,7 +387,7 @@ def test_past_the_page_cache(image: Path, engine: str) -> None:
             driver.write(4096 * block, bytes([block]) * 4096)
         driver.flush()
         page = session.allocate(8192)
-        page += -page % 4096
+        page = GuestAddress(page + -page % 4096)
         header, status = session.allocate(16), session.allocate(1)
         vring = session.vrings[0]
         for offset in (0, 512, 100):  # aligned for a page, for a sector, for nothing
