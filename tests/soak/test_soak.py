@@ -29,7 +29,8 @@ def test_the_command_ends_with_a_verdict(
 ) -> None:
     module = _load()
     monkeypatch.setattr(sys, "argv", ["soak.py", "--minutes=0.5", "--engine=python"])
-    outcomes = iter((None, module.Grown("threads"), module.VhostBackendError("lost"), SystemExit("510")))
+    faults = (module.Grown("threads"), module.VhostBackendError("lost"), SystemExit("510"))
+    outcomes = iter((None, *faults))
 
     def soak(seconds: float, *, engine: str, seed: int) -> str:
         assert (seconds, engine, seed) == (30, "python", 1)
