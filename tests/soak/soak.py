@@ -21,21 +21,24 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import vhost_protocol as vp
-from guest_memory import GuestAddress, allocate_memfd
-from vhost_backend import BlockDevice
+from guest_memory import GuestAddress, GuestMemoryError, allocate_memfd
+from vhost_backend import BlockDevice, VhostBackendError, VirtioFeature
 from vhost_backend.devices.blk import F_FLUSH, F_MQ
-from vhost_backend.testing import BLOCK, BlockWorkload, DeviceProcess, DriverSession, SessionError
+from vhost_backend.testing import BLOCK, BlockWorkload, DeviceProcess, DriverSession
+from virtqueue import VirtqueueError
 
 BLOCKS = 256
 #: A part of the disk for front-ends whose writes nobody checks.
 SCRATCH = BLOCKS
 SIZE = 2 * BLOCKS * BLOCK
 QUEUES = 2
+MEMORY = 4 << 20
 #: What the back-end may grow by between the end of the warm-up and the end.
 MOST_GROWTH_KIB = 8 << 10
 MOST_MAPPINGS = 12
@@ -80,17 +83,21 @@ class Soak:
         self.work = BlockWorkload(self.session, blocks=BLOCKS, depth=16, seed=seed)
         self.lowest = self.quiet()
 
-    def _connect(self) -> DriverSession:
+    def _connect(self, **options: Any) -> DriverSession:
         rng = self.rng
         return self.process.connect(
+            **options,
             features=F_FLUSH | F_MQ,
             num_queues=rng.randint(1, QUEUES),
             queue_size=rng.choice((64, 128, 256)),
             packed=rng.random() < 0.5,
             event_idx=rng.random() < 0.5,
             inflight=rng.random() < 0.5,
-            memory_size=4 << 20,
-            protocol_features=vp.ProtocolFeatures.CONFIGURE_MEM_SLOTS | vp.ProtocolFeatures.STATUS,
+            memory_size=MEMORY,
+            protocol_features=vp.ProtocolFeatures.CONFIGURE_MEM_SLOTS
+            | vp.ProtocolFeatures.STATUS
+            | vp.ProtocolFeatures.LOG_SHMFD
+            | vp.ProtocolFeatures.INFLIGHT_SHMFD,
         )
 
     def live(self) -> DriverSession:
@@ -250,6 +257,36 @@ class Soak:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
+    def truncated(self) -> None:
+        """Take memory, dirty log or in-flight records away under requests."""
+        self.hang_up()
+        what = self.rng.choice(("memory", "log", "inflight"))
+        fd = os.memfd_create(what)
+        os.ftruncate(fd, MEMORY)
+        options = {"memory_fd": os.dup(fd)} if what == "memory" else {}
+        with (
+            # Nobody knows what the scratch blocks hold: wrong data is none there.
+            contextlib.suppress(
+                VhostBackendError, VirtqueueError, GuestMemoryError, vp.ProtocolError
+            ),
+            self._connect(**options) as session,
+        ):
+            if what == "log":
+                session.frontend.set_log_base(MEMORY, 0, fd)
+                session.frontend.set_features(int(session.features | VirtioFeature.LOG_ALL))
+            elif what == "inflight":
+                bases = [session.stop_ring(vring.index) for vring in session.vrings]
+                size = session.vrings[0].config.size
+                session.frontend.set_inflight_fd(1 << 17, 0, len(bases), size, fd)
+                for index, base in enumerate(bases):
+                    session.start_ring(index, base)
+            work = BlockWorkload(session, blocks=BLOCKS, first=SCRATCH, depth=16)
+            work.submit()
+            os.ftruncate(fd, self.rng.choice((0, 4096)))
+            work.submit()
+            work.collect(0.2)
+        os.close(fd)
+
     # -- figures --------------------------------------------------------------------------------
 
     def quiet(self) -> Usage:
@@ -301,6 +338,7 @@ TROUBLES = {
     "garbage": 4,
     "hostile_ring": 8,
     "killed_front_end": 4,
+    "truncated": 4,
 }
 
 
@@ -347,7 +385,7 @@ def soak(seconds: float, *, engine: str | None = None, seed: int = 1) -> str:
 
 
 def main() -> int:
-    """Run for `--minutes`."""
+    """Run for `--minutes`; the last line is the verdict, and the status is 0 when it is good."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--engine", choices=("c", "python"))
@@ -357,9 +395,18 @@ def main() -> int:
     logging.getLogger("vhost_backend").setLevel(logging.ERROR)
     try:
         print(soak(options.minutes * 60, engine=options.engine, seed=options.seed))
-    except (Grown, SessionError) as error:
-        print(f"failed: {error}", *getattr(error, "__notes__", ()), file=sys.stderr)
+    except Grown as error:
+        print(f"verdict: FAILED, the back-end has grown: {error}")
         return 1
+    except KeyboardInterrupt:
+        print("verdict: none, it was interrupted")
+        return 1
+    except BaseException as error:
+        traceback.print_exc()
+        place = ", ".join(getattr(error, "__notes__", ()))
+        print(f"verdict: FAILED, {type(error).__name__}: {error} {place}".rstrip())
+        return 1
+    print("verdict: passed: nothing lost, nothing repeated, nothing has grown")
     return 0
 
 

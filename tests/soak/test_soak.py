@@ -24,6 +24,27 @@ def test_twenty_seconds_of_trouble() -> None:
     assert "requests checked" in report
 
 
+def test_the_command_ends_with_a_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = _load()
+    monkeypatch.setattr(sys, "argv", ["soak.py", "--minutes=0.5", "--engine=python"])
+    faults = (module.Grown("threads"), module.VhostBackendError("lost"), SystemExit("510"))
+    outcomes = iter((None, *faults))
+
+    def soak(seconds: float, *, engine: str, seed: int) -> str:
+        assert (seconds, engine, seed) == (30, "python", 1)
+        outcome = next(outcomes)
+        if outcome is not None:
+            raise outcome
+        return "figures"
+
+    monkeypatch.setattr(module, "soak", soak)
+    for status, words in ((0, "passed"), (1, "FAILED"), (1, "FAILED"), (1, "FAILED")):
+        assert module.main() == status
+        assert capsys.readouterr().out.splitlines()[-1].startswith(f"verdict: {words}")
+
+
 def test_what_grows_is_noticed() -> None:
     module = _load()
     usage = module.Usage(10_000, 10, 100, 4)

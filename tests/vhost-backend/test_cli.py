@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -62,10 +61,8 @@ def test_serve_use_and_end(tmp_path: Path, image: Path) -> None:
             driver = BlockDriver(session)
             driver.write(0, b"x" * 512)
             assert driver.get_id() == b"abc"
-            begin = time.monotonic()
             process.send_signal(signal.SIGTERM)  # while a front-end is connected
             assert process.wait(10) == 0
-            assert time.monotonic() - begin < 2
         assert process.stderr is not None
         assert process.stderr.read() == ""
     assert not path.exists()

@@ -38,7 +38,7 @@ def test_counters_count(image: Path) -> None:
             assert 1 <= entry.counters["batches"] <= 5
             assert entry.counters["notifications_sent"] >= 1
             assert entry.counters["errors"] == 0
-            # Header, data, status byte. A ring that is stopped keeps its numbers.
+            # Header, data and status byte; they are kept when the ring is stopped.
             assert entry.counters["bytes"] == 5 * (16 + 512 + 1)
             driver.write(0, bytes(1024))
             session.stop_ring(0)

@@ -31,85 +31,23 @@ def test_the_examples() -> None:
 
 
 #: Every public name of rust-vmm's crate: types, traits, and what can be called on them.
-REFERENCE = [
-    "VhostUserBackend",
-    "VhostUserBackendMut",
-    "Bitmap",
-    "Vring",
-    "num_queues",
-    "max_queue_size",
-    "features",
-    "acked_features",
-    "protocol_features",
-    "reset_device",
-    "set_event_idx",
-    "get_config",
-    "set_config",
-    "update_memory",
-    "set_backend_req_fd",
-    "get_shared_object",
-    "set_gpu_socket",
-    "queues_per_thread",
-    "exit_event",
-    "handle_event",
-    "set_device_state_fd",
-    "check_device_state",
-    "get_shmem_config",
-    "VhostUserDaemon",
-    "start",
-    "start_client",
-    "wait",
-    "serve",
-    "get_epoll_handlers",
-    "ShutdownHandle",
-    "VringEpollHandler",
-    "register_listener",
-    "unregister_listener",
-    "send_exit_event",
-    "VringState",
-    "VringMutex",
-    "VringRwLock",
-    "VringT",
-    "VringStateGuard",
-    "VringStateMutGuard",
-    "get_ref",
-    "get_mut",
-    "add_used",
-    "signal_used_queue",
-    "enable_notification",
-    "disable_notification",
-    "needs_notification",
-    "set_enabled",
-    "set_queue_info",
-    "queue_next_avail",
-    "set_queue_next_avail",
-    "set_queue_next_used",
-    "queue_used_idx",
-    "set_queue_size",
-    "set_queue_event_idx",
-    "set_queue_ready",
-    "set_kick",
-    "read_kick",
-    "set_call",
-    "set_err",
-    "is_enabled",
-    "get_kick",
-    "get_call",
-    "get_queue",
-    "get_queue_mut",
-    "BitmapMmapRegion",
-    "AtomicBitmapMmap",
-    "MmapLogReg",
-    "BitmapReplace",
-    "MemRegionBitmap",
-    "Error",
-    "Result",
-    "VhostUserHandlerError",
-    "VringEpollError",
-    "VringEpollResult",
-    "GuestMemoryAtomic",
-    "process_queue",
-]
+REFERENCE = """
+    VhostUserBackend VhostUserBackendMut Bitmap Vring
+    num_queues max_queue_size features acked_features protocol_features reset_device set_event_idx
+    get_config set_config update_memory set_backend_req_fd get_shared_object set_gpu_socket
+    queues_per_thread exit_event handle_event set_device_state_fd check_device_state
+    get_shmem_config
+    VhostUserDaemon start start_client wait serve get_epoll_handlers ShutdownHandle
+    VringEpollHandler register_listener unregister_listener send_exit_event
+    VringState VringMutex VringRwLock VringT VringStateGuard VringStateMutGuard
+    get_ref get_mut add_used signal_used_queue enable_notification disable_notification
+    needs_notification set_enabled set_queue_info queue_next_avail set_queue_next_avail
+    set_queue_next_used queue_used_idx set_queue_size set_queue_event_idx set_queue_ready set_kick
+    read_kick set_call set_err is_enabled get_kick get_call get_queue get_queue_mut
+    BitmapMmapRegion AtomicBitmapMmap MmapLogReg BitmapReplace MemRegionBitmap
+    Error Result VhostUserHandlerError VringEpollError VringEpollResult GuestMemoryAtomic
+    process_queue
+"""
 
 
 def _rows() -> list[tuple[str, str]]:
@@ -122,7 +60,7 @@ def _rows() -> list[tuple[str, str]]:
 
 def test_the_table_names_all_that_the_reference_has() -> None:
     there = set(re.findall(r"\w+", " ".join(left for left, _ in _rows())))
-    assert not set(REFERENCE) - there
+    assert not set(REFERENCE.split()) - there
 
 
 def test_what_has_the_same_name_is_there() -> None:
