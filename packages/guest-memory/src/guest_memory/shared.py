@@ -77,10 +77,10 @@ class SharedMapping:
             start,
         )
         self.size = size
-        self.page_size = page
+        self.page_size: int = page
         # A sealed hugetlb file may still run out of large pages once somebody has punched a hole.
-        self.sealed = seals.cannot_shrink(fd) and not hugetlb
-        self.direct = self.sealed or guarded
+        self.sealed: bool = seals.cannot_shrink(fd) and not hugetlb
+        self.direct: bool = self.sealed or guarded
         self._address = base + offset - start
         self._range: _Range | None = _Range(base, length)
 
