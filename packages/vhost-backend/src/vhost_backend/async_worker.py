@@ -50,7 +50,7 @@ class AsyncVringEpollHandler(VringEpollHandler):
 class AsyncDeviceBackend(DeviceBackend):
     """A device whose `handle` is a coroutine function, each request a task of the worker's loop."""
 
-    worker_type = AsyncVringEpollHandler
+    worker_type: type[VringEpollHandler] = AsyncVringEpollHandler
 
     def __init__(self, device: VirtioDevice) -> None:
         super().__init__(device)

@@ -29,22 +29,17 @@ CALL_BACK_PATIENCE: Final = 1.0
 
 
 class Vring(Protocol):
-    """A vring that threads share: the state behind a lock of its own."""
+    """A vring that threads share: the state behind a lock of its own, and single operations on it.
+
+    Both flavours derive from it; a flavour of your own needs `get_ref` and `get_mut` only.
+    """
 
     def get_ref(self) -> AbstractContextManager[VringState]:
         """The state for reading; held until the context ends."""
-
-    def get_mut(self) -> AbstractContextManager[VringState]:
-        """The state for reading and changing; held until the context ends."""
-
-
-class _Operations:
-    """Single operations, each under the flavour's lock."""
-
-    def get_ref(self) -> AbstractContextManager[VringState]:
         raise NotImplementedError
 
     def get_mut(self) -> AbstractContextManager[VringState]:
+        """The state for reading and changing; held until the context ends."""
         raise NotImplementedError
 
     def add_used(self, chain: Chain | int, written: int) -> None:
@@ -128,7 +123,7 @@ class _Operations:
             state.set_err(fd)
 
 
-class VringMutex(_Operations):
+class VringMutex(Vring):
     """A vring behind one lock: the flavour for a ring that one worker serves (the default).
 
     A worker may `claim` it and hold it while it serves the queue from C, asleep or not, as long as
@@ -224,7 +219,7 @@ class _Visit:
         self._vring._leave()
 
 
-class VringRwLock(_Operations):
+class VringRwLock(Vring):
     """A vring that many may read at once and one may change.
 
     Writers go first: once one waits, new readers wait behind it.

@@ -381,7 +381,7 @@ class Batch:
         self._gone: set[int] = set()
         self._count = 0
         self._left = 0
-        self.serial = 0
+        self.serial: int = 0
         self._memory: Memory | None = None
         self.records = self._record_views[0]
         self.done = self._done_views[0]
