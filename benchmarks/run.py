@@ -214,9 +214,12 @@ def prepare(wanted: set[str]) -> tuple[dict[str, str], dict[str, str]]:
 
 @contextlib.contextmanager
 def image_file(folder: Path | None) -> Iterator[tuple[Path, Path]]:
-    """A folder for sockets and an image with random content, on tmpfs where there is one."""
-    shm = Path("/dev/shm")
-    base = folder or (shm if os.access(shm, os.W_OK) else None)
+    """A folder for sockets and an image of random content, which is in the page cache afterwards.
+
+    On a disk's file system: on tmpfs, past the page cache (O_DIRECT) is through it all the same.
+    """
+    disk = Path("/var/tmp")
+    base = folder or (disk if os.access(disk, os.W_OK) else None)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=base) as name:
         image = Path(name) / "image"
         with image.open("wb") as file:
@@ -277,7 +280,7 @@ def arguments() -> argparse.Namespace:
         metavar="FOLDER",
         help="have perf watch the back-ends in the first round, and write where their time went",
     )
-    parser.add_argument("--image-folder", type=Path, help="where the image is made (tmpfs)")
+    parser.add_argument("--image-folder", type=Path, help="where the image is made (/var/tmp)")
     parser.add_argument(
         "--output",
         type=Path,

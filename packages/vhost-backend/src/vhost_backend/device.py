@@ -27,7 +27,10 @@ from .ratelimit import RateLimited
 log: logging.Logger = logging.getLogger("vhost_backend")
 
 _HEADER: Final = 16
+_RECORD_SIZE: Final = RECORD.size
 _unpack: Final = RECORD.unpack
+_unpack_all: Final = RECORD.iter_unpack
+_pack_done: Final = DONE.pack_into
 _SHORT_HEADER: Final = int(RecordFlags.SHORT_HEADER)
 
 
@@ -188,19 +191,18 @@ class VirtioDevice:
         The entries (`virtqueue.DONE`: head, status, flags, written) are filled in beforehand as
         success with everything written; the default calls `handle` for each and records the rest.
         """
-        done, handle, pack = batch.done, self.handle, DONE.pack_into
+        done, packed, handle = batch.done, batch.records, self.handle
         flags = 1 if self.status_byte else 0
-        packed = batch.records
-        # One request is what a driver that waits for each brings: an iterator would be dear.
-        records = (_unpack(packed),) if len(packed) == RECORD.size else RECORD.iter_unpack(packed)
-        for position, record in enumerate(records):
+        # One request is what a driver that waits for each brings: iterators would be dear.
+        one = len(packed) == _RECORD_SIZE
+        for position, record in ((0, _unpack(packed)),) if one else enumerate(_unpack_all(packed)):
             request = Request(batch, record, position)
             try:
                 handle(queue, request)
                 status, written = request.status, request.written + flags
             except Exception as error:
                 status, written = self.failed(queue, error), flags
-            pack(done, 8 * position, record[6], status, flags, written)
+            _pack_done(done, 8 * position, record[6], status, flags, written)
 
     def batch_handler(self, queue: int) -> CHandler | None:
         """A handler in C for the batches of that queue, or None; asked once for each queue.

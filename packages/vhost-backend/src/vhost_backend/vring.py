@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from typing import Final
 
 from guest_memory import DirtyLog, GuestMemory
 from vhost_protocol import BackendChannel, BackendVringCall, BackendVringErr, ProtocolError
@@ -36,6 +37,12 @@ from .on_demand import OnDemand
 from .ratelimit import RateLimited
 
 log: logging.Logger = logging.getLogger("vhost_backend")
+
+_RING_PACKED: Final = int(VirtioFeature.RING_PACKED)
+_EVENT_IDX: Final = int(VirtioFeature.EVENT_IDX)
+_INDIRECT_DESC: Final = int(VirtioFeature.INDIRECT_DESC)
+_IN_ORDER: Final = int(VirtioFeature.IN_ORDER)
+_ACCESS_PLATFORM: Final = int(VirtioFeature.ACCESS_PLATFORM)
 
 
 class VringState:
@@ -187,17 +194,17 @@ class VringState:
         """The ring as it would be started now."""
         if self.addresses is None:
             raise BackendUsageError(f"vring {self.index} has no addresses")
-        features = self.features
+        features = int(self.features)  # numbers: flags would cost a microsecond each
         return RingConfig(
             size=self.size,
             descriptor_address=self.addresses[0],
             driver_address=self.addresses[1],
             device_address=self.addresses[2],
-            packed=bool(features & VirtioFeature.RING_PACKED),
-            event_idx=bool(features & VirtioFeature.EVENT_IDX),
-            indirect=bool(features & VirtioFeature.INDIRECT_DESC),
-            in_order=bool(features & VirtioFeature.IN_ORDER),
-            iommu=bool(features & VirtioFeature.ACCESS_PLATFORM),
+            packed=bool(features & _RING_PACKED),
+            event_idx=bool(features & _EVENT_IDX),
+            indirect=bool(features & _INDIRECT_DESC),
+            in_order=bool(features & _IN_ORDER),
+            iommu=bool(features & _ACCESS_PLATFORM),
             big_endian=self.big_endian,
             status_byte=self.status_byte,
             log_used=self.log_used,

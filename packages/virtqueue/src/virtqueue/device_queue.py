@@ -512,11 +512,12 @@ class DeviceQueue:
         """The batch of ``count`` chains that the engine took; ``left`` of them, or all, are for the
         caller."""
         batch = self._batch
-        batch._count = count
+        if batch._count != count:
+            batch._count = count
+            batch.records = batch._record_views[count]
+            batch.done = batch._done_views[count]
         batch._left = count if left is None else left
         batch.serial += 1
-        batch.records = batch._record_views[count]
-        batch.done = batch._done_views[count]
         if batch._gone:
             batch._gone = set()
         return batch
