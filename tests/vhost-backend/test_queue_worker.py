@@ -146,6 +146,31 @@ def test_whoever_wants_the_ring_has_it_under_load(daemon: Daemon) -> None:
         assert len(counted) > 20
 
 
+def test_no_kick_is_lost_between_the_two_ways(daemon: Daemon) -> None:
+    """What makes the worker go the long way comes and goes; C may have taken the kick before."""
+    with DriverSession.connect(daemon.path) as session:
+        stop = threading.Event()
+
+        def change() -> None:
+            while not stop.is_set():
+                for progress in (lambda: None, None):
+                    with daemon.daemon.vrings[0].get_mut() as state:
+                        state.on_progress = progress
+
+        vring = session.vrings[0]
+        source, target = session.allocate(4), session.allocate(4)
+        thread = threading.Thread(target=change)
+        thread.start()
+        try:
+            for _ in range(2000):
+                vring.submit([(source, 4)], [(target, 4)])
+                vring.kick()
+                assert vring.completions(10)
+        finally:
+            stop.set()
+            thread.join()
+
+
 def test_memory_may_change_under_load(daemon: Daemon) -> None:
     with DriverSession.connect(daemon.path) as session:
         vring = session.vrings[0]

@@ -18,7 +18,16 @@ from typing import Any, Final
 
 from guest_memory import GuestMemory
 from vhost_protocol import BackendChannel, ProtocolError, ProtocolFeatures
-from virtqueue import DONE, RECORD, Batch, Chain, ChainCompleted, CHandler, RecordFlags
+from virtqueue import (
+    DONE,
+    RECORD,
+    Batch,
+    Chain,
+    ChainCompleted,
+    CHandler,
+    Memory,
+    RecordFlags,
+)
 
 from .counters import QueueCounters
 from .errors import Refused
@@ -38,16 +47,18 @@ class Queue:
     """A queue as a handler sees it.
 
     `index` is its number, `counters` what it has done. `window` is the flat view of guest memory
-    that the offsets in a batch's records refer to (None when there is no such view), valid for the
-    batch that came with it.
+    that the offsets in a batch's records refer to (None when there is no such view), `memory` the
+    snapshot of guest memory that it belongs to; both are valid for the batch that came with them.
     """
 
-    __slots__ = ("counters", "index", "window")
+    __slots__ = ("counters", "index", "memory", "window")
 
     def __init__(self, index: int, counters: QueueCounters) -> None:
         self.index: int = index
         self.counters: QueueCounters = counters
         self.window: memoryview | None = None
+        # Held here, it stays mapped for what a handler in C works on, whatever becomes of the ring.
+        self.memory: Memory | None = None
 
 
 class Request:

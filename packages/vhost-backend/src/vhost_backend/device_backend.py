@@ -192,7 +192,7 @@ class DeviceBackend(VhostUserBackendBase):
                     return False
                 if not batch:
                     return False  # the driver has been asked for kicks
-                view.window = queue.window
+                view.window, view.memory = queue.window, queue.memory
                 unusable = state.on_demand.has_stand_ins and not state.on_demand.usable(batch[0])
             if unusable:
                 self._fail(batch, self.device.error_status)

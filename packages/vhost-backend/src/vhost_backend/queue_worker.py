@@ -59,6 +59,8 @@ class QueueWorker(VringEpollHandler):
             assert self._server is not None
             # Before looking: who asks from here on is noticed in the next round.
             self._server.clear_interrupt()
+            # A kick that came along was taken by C, and the next look may be the long way's.
+            self._again.add(0)
             timeout = 0
         return super()._round(timeout)
 
@@ -78,7 +80,6 @@ class QueueWorker(VringEpollHandler):
         except Exception:
             # The queue may be in any state: the long way finds out.
             log.exception("queue %d cannot be served", state.index)
-            self._again.add(0)
         finally:
             vring.server = None
             vring.release()
@@ -101,7 +102,7 @@ class QueueWorker(VringEpollHandler):
         visits, generation = vring.visits, state.generation
         device = self._device
         view = device.view(state)
-        view.window = server.queue.window
+        view.window, view.memory = server.queue.window, server.queue.memory
         handle_batch = device.device.handle_batch
         turn, serve, begin = server.turn, server.serve, server.begin
         release, reclaim = vring.release, vring.reclaim
@@ -119,7 +120,8 @@ class QueueWorker(VringEpollHandler):
                     handle_batch(view, batch)
                 except Exception as error:
                     device.fail_batch(view, batch, error)
-                reclaim()
+                finally:
+                    reclaim()
                 if vring.visits != visits:
                     self._finish(vring, state, generation, count)
                     return
@@ -128,9 +130,7 @@ class QueueWorker(VringEpollHandler):
                 # Often the next batch is there already: no need to let go of the interpreter.
                 count = turn() or serve()
             else:
-                if count < 0:
-                    # The same call says what it is when it is made the long way.
-                    self._again.add(0)
+                # Where it is negative, the same call made the long way says what that is.
                 return
         # Somebody has been here while C was at work, or waits.
         release()
@@ -139,8 +139,10 @@ class QueueWorker(VringEpollHandler):
             begin(count)
             if not server.handled or server.left:
                 release()
-                device.serve_batch(view, batch)
-                reclaim()
+                try:
+                    device.serve_batch(view, batch)
+                finally:
+                    reclaim()
             self._finish(vring, state, generation, count)
 
     def _finish(self, vring: VringMutex, state: VringState, generation: int, count: int) -> None:
