@@ -392,7 +392,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     # The guest's faults are logged, as they should be: not what is looked for here.
-    logging.getLogger("vhost_backend").setLevel(logging.ERROR)
+    logger = logging.getLogger("vhost_backend")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         print(soak(options.minutes * 60, engine=options.engine, seed=options.seed))
     except Grown as error:
@@ -406,6 +408,8 @@ def main() -> int:
         place = ", ".join(getattr(error, "__notes__", ()))
         print(f"verdict: FAILED, {type(error).__name__}: {error} {place}".rstrip())
         return 1
+    finally:
+        logger.setLevel(level)
     print("verdict: passed: nothing lost, nothing repeated, nothing has grown")
     return 0
 

@@ -7,6 +7,7 @@ import os
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -425,3 +426,26 @@ def test_past_the_page_cache(image: Path, engine: str) -> None:
             assert session.memory.read(status, 1) == b"\0"
             assert session.memory.read(GuestAddress(target), 2048) == bytes([3]) * 2048
     assert image.read_bytes()[: 16 * 4096] == b"".join(bytes([b]) * 4096 for b in range(16))
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_memory_goes_with_its_front_end(
+    tmp_path: Path, engine: str, image: Path, disk: bool
+) -> None:
+    """What serves a queue does not keep memory mapped when there is nothing to serve."""
+    device = BlockDevice(image, num_queues=2) if disk else Echo()
+    made = Daemon(device, tmp_path, engine=engine)
+    seen: list[weakref.ref[object]] = []
+    try:
+        for _ in range(2):
+            with DriverSession.connect(made.path, num_queues=device.num_queues) as session:
+                if disk:
+                    BlockDriver(session).write(0, b"x" * 512)
+                else:
+                    exchange(session, b"used")
+                seen.append(weakref.ref(made.daemon.memory.current))
+                session.share_memory()
+                seen.append(weakref.ref(made.daemon.memory.current))
+        until(lambda: not any(ref() for ref in seen), "memory of a front-end that has gone")
+    finally:
+        made.close()

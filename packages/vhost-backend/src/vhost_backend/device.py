@@ -60,6 +60,10 @@ class Queue:
         # Held here, it stays mapped for what a handler in C works on, whatever becomes of the ring.
         self.memory: Memory | None = None
 
+    def forget(self) -> None:
+        """Let go of the memory: the worker has done what there was."""
+        self.window = self.memory = None
+
 
 class Request:
     """One request: the driver's bytes to read, and room for the device's answer.

@@ -183,21 +183,23 @@ class DeviceBackend(VhostUserBackendBase):
             assert queue is not None
             handler = self.batch_handler(state.index) if queue.engine == "c" else None
             state.disable_notification()
-        for _ in range(TURN):
-            with vring.get_mut() as state:
-                if state.generation != generation:
-                    return False
-                batch = state.cycle(BATCH)
-                if batch is None:
-                    return False
-                if not batch:
-                    return False  # the driver has been asked for kicks
-                view.window, view.memory = queue.window, queue.memory
-                unusable = state.on_demand.has_stand_ins and not state.on_demand.usable(batch[0])
-            if unusable:
-                self._fail(batch, self.device.error_status)
-            elif handler is None or handler.handle(queue):
-                self.serve_batch(view, batch)
+        try:
+            for _ in range(TURN):
+                with vring.get_mut() as state:
+                    if state.generation != generation:
+                        return False
+                    batch = state.cycle(BATCH)
+                    if not batch:
+                        return False  # broken, or empty, and the driver has been asked for kicks
+                    view.window, view.memory = queue.window, queue.memory
+                    on_demand = state.on_demand
+                    unusable = on_demand.has_stand_ins and not on_demand.usable(batch[0])
+                if unusable:
+                    self._fail(batch, self.device.error_status)
+                elif handler is None or handler.handle(queue):
+                    self.serve_batch(view, batch)
+        finally:
+            view.forget()
         with vring.get_mut() as state:
             if state.generation == generation:
                 state.cycle(0)

@@ -56,9 +56,9 @@ class QueueWorker(VringEpollHandler):
 
     def _round(self, timeout: float | None) -> float | None:
         if self._only is not None and self._serve(self._only):
-            assert self._server is not None
             # Before looking: who asks from here on is noticed in the next round.
-            self._server.clear_interrupt()
+            if self._server is not None:
+                self._server.clear_interrupt()
             # A kick that came along was taken by C, and the next look may be the long way's.
             self._again.add(0)
             timeout = 0
@@ -68,10 +68,11 @@ class QueueWorker(VringEpollHandler):
         """Serve the queue from C until there is something else to do; False when it cannot be."""
         kick_fd = self._kick_of.get(0, -1)
         if kick_fd not in self._edges or len(self._watched) > 1 or self._stopping:
+            self._server = None  # and with it the ring and its memory
             return False
         state = vring.claim()
         try:
-            server = self._adopt(state)
+            server = self._server = self._adopt(state)
             if server is None:
                 return False
             vring.server = server
@@ -82,6 +83,7 @@ class QueueWorker(VringEpollHandler):
             log.exception("queue %d cannot be served", state.index)
         finally:
             vring.server = None
+            self._device.view(state).forget()
             vring.release()
         return True
 
@@ -94,7 +96,6 @@ class QueueWorker(VringEpollHandler):
         if server is None or server.queue is not queue:
             handler = self._device.batch_handler(state.index)
             server = Server(queue, self._epoll.fileno(), handler=handler, spin_max=self._busy_poll)
-            self._server = server
         return server
 
     def _turns(self, vring: VringMutex, state: VringState, server: Server, kick_fd: int) -> None:

@@ -117,8 +117,12 @@ class VringEpollHandler:
             else:
                 edge = eventfd.is_eventfd(kick_fd)
                 events = select.EPOLLIN | (select.EPOLLET if edge else 0)
-                self._epoll.register(kick_fd, events)
                 self._watched[kick_fd] = queue
+                try:
+                    self._epoll.register(kick_fd, events)
+                except BaseException:
+                    del self._watched[kick_fd]
+                    raise
                 self._kick_of[queue] = kick_fd
                 if edge:
                     self._edges.add(kick_fd)
@@ -150,8 +154,15 @@ class VringEpollHandler:
         if data <= len(self.vrings):
             raise BackendUsageError(f"listener data {data} could be a queue's index")
         with self._lock:
-            self._epoll.register(fd, events)
+            if fd in self._watched:
+                raise FileExistsError(f"descriptor {fd} is registered already")
+            # Known first: the thread may see what there is at once, and an edge comes only once.
             self._watched[fd] = data
+            try:
+                self._epoll.register(fd, events)
+            except BaseException:
+                del self._watched[fd]
+                raise
         self.wake()
 
     def unregister_listener(self, fd: int) -> None:

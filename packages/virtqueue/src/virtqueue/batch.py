@@ -415,6 +415,8 @@ class Batch:
         if index < 0:
             index += self._count
         if not 0 <= index < self._count:
+            if self._memory is None:
+                raise ChainCompleted("the batch has ended with its queue, or has not begun")
             raise IndexError(f"the batch has {self._count} chains")
         chain = self.built.get(index)
         if chain is not None:

@@ -760,6 +760,7 @@ class DeviceQueue:
         self._batch.built = {}
         self._batch._count = 0
         self._batch._memory = None
+        self._batch.serial += 1
         self._take = self._cycle = _closed_call
         for index in range(self._provided):
             if self._provisions[index].length:
