@@ -305,6 +305,7 @@ def test_a_full_and_blocking_call_descriptor_holds_up_its_own_ring_only(
         vring = session.vrings[0]
         os.set_blocking(vring.call_fd, True)
         os.eventfd_write(vring.call_fd, (1 << 64) - 2)
+        assert not vring.queue.enable_notification()
         vring.submit([(session.allocate(4), 4)], [(session.allocate(4), 4)])
         vring.kick()
         until(vring.queue.collect, "nothing completed")

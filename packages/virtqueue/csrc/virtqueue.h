@@ -352,6 +352,12 @@ struct vq_server {
 VQ_API int vq_turn(struct vq_server *server);
 
 /*
+ * vq_turn for a caller who must not wait, as one with the interpreter's lock: where the driver is to be
+ * signalled it takes nothing and returns 0, and vq_turn or vq_serve has to follow, which signals.
+ */
+VQ_API int vq_turn_held(struct vq_server *server);
+
+/*
  * vq_turn until there is something for the caller: a batch (of which the handler, if there is one,
  * has left `left` requests), 0 for an interruption, a signal or another descriptor of epoll_fd, or
  * a negative result.  Sleeps when there is nothing to do.  Call it without the interpreter's lock.
