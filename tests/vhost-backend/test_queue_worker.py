@@ -22,6 +22,7 @@ from vhost_backend import (
     Request,
     VhostUserDaemon,
     VirtioDevice,
+    eventfd,
     report,
     vring_locks,
 )
@@ -288,6 +289,109 @@ def test_a_batch_is_completed_after_a_visit(tmp_path: Path) -> None:
             assert not vring.queue.collect()
             device.go_on.set()
             assert len(vring.completions(10)) == 1
+    finally:
+        device.go_on.set()
+        made.close()
+
+
+def hold(worker: QueueWorker, name: str, action: object) -> None:
+    """Have the worker do `action` once, right after its next call of a method."""
+    method, pending = getattr(worker, name), [action]
+
+    def held(*arguments: object) -> object:
+        result = method(*arguments)
+        while pending:
+            pending.pop()()  # type: ignore[operator]
+        return result
+
+    setattr(worker, name, held)
+
+
+def submit(session: DriverSession) -> None:
+    session.vrings[0].submit([(session.allocate(4), 4)], [(session.allocate(4), 4)])
+    session.vrings[0].queue.publish()
+
+
+def test_nothing_is_completed_while_somebody_borrows_the_queue(tmp_path: Path) -> None:
+    """Who came while the worker was about to serve from C is noticed, too."""
+    device = Slow()
+    made = Daemon(device, tmp_path)
+    vring = made.daemon.vrings[0]
+    assert isinstance(vring, vring_locks.VringMutex)
+    inside, leave = threading.Event(), threading.Event()
+
+    def visit() -> None:
+        with vring.get_ref():
+            inside.set()
+            leave.wait(10)
+
+    visitor = threading.Thread(target=visit)
+    try:
+        with DriverSession.connect(made.path) as session:
+            until(made.served_from_c, "the worker does not serve from C")
+
+            def come_early() -> None:
+                visits = vring.visits
+                visitor.start()
+                until(lambda: vring.visits > visits, "nobody came")
+                submit(session)
+
+            hold(made.worker, "_adopt", come_early)
+            made.worker.wake()
+            assert inside.wait(10)
+            assert device.begun.is_set()
+            device.go_on.set()
+            time.sleep(0.05)
+            assert not session.vrings[0].queue.collect()
+            leave.set()
+            assert len(session.vrings[0].completions(10)) == 1
+    finally:
+        leave.set()
+        device.go_on.set()
+        visitor.join(10)
+        made.close()
+
+
+def test_a_queue_that_was_borrowed_is_not_borrowed_while_its_batch_is_completed(
+    tmp_path: Path,
+) -> None:
+    device = Slow()
+    made = Daemon(device, tmp_path)
+    vring = made.daemon.vrings[0]
+    assert isinstance(vring, vring_locks.VringMutex)
+    inside = threading.Event()
+    seen: list[bool] = []
+
+    def visit() -> None:
+        with vring.get_ref():
+            inside.set()
+
+    visitor = threading.Thread(target=visit)
+    try:
+        with DriverSession.connect(made.path) as session:
+            borrowed = False
+            while not borrowed:  # a request may also go the long way, which lends nothing
+                device.begun.clear()
+                device.go_on.clear()
+                submit(session)
+                eventfd.signal(session.vrings[0].kick_fd)
+                assert device.begun.wait(10)
+                with vring.get_mut() as state:
+                    borrowed = vring._visit.borrowed is not None
+                    if borrowed:
+                        finish = state.finish
+
+                        def finish_later(taken: int) -> None:
+                            visitor.start()
+                            seen.append(inside.wait(0.1))
+                            finish(taken)
+
+                        state.finish = finish_later  # type: ignore[method-assign]
+                device.go_on.set()
+                assert len(session.vrings[0].completions(10)) == 1
+            assert inside.wait(10)
+            assert seen == [False]
+            visitor.join(10)
     finally:
         device.go_on.set()
         made.close()

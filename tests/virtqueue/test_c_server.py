@@ -376,6 +376,8 @@ def test_a_queue_is_borrowed_while_a_handler_works(rig: Any, fds: Fds) -> None:
     assert found == [2]
     assert server.left == 0
     assert not rig.driver.collect()
+    server.own()
+    assert not server.borrow()
     server.resume(fds.kick, fds.call)
     server.begin(2)
     assert server.turn() == 0

@@ -100,7 +100,7 @@ class QueueWorker(VringEpollHandler):
 
     def _turns(self, vring: VringMutex, state: VringState, server: Server, kick_fd: int) -> None:
         batch = server.resume(kick_fd, state.call_fd)
-        visits, generation = vring.visits, state.generation
+        visits, generation = vring.claimed, state.generation
         device = self._device
         view = device.view(state)
         view.window, view.memory = server.queue.window, server.queue.memory

@@ -142,8 +142,10 @@ class VringMutex(Vring):
         self.release: Callable[[], None] = self._lock.release
         #: After `release`: have it again, also before those who wait. See `visits`.
         self.reclaim: Callable[[], object] = self._lock.acquire
-        #: How many visitors came: a worker that finds it changed looks at the state anew.
+        #: How many visitors came: a worker that finds it changed since it `claimed` looks at the
+        #: state anew.
         self.visits: int = 0
+        self.claimed: int = 0
         #: What serves the queue from C while it is claimed, and what wakes that from its sleep.
         self.server: Server | None = None
         self.wake: Callable[[], None] | None = None
@@ -162,6 +164,11 @@ class VringMutex(Vring):
         """Have the state until `release`, after those who wait for it."""
         with self._gate:
             self._lock.acquire()
+            # In here nobody can come: who does from here on is noticed, and nobody borrows what
+            # was borrowed before.
+            self.claimed = self.visits
+            if self.server is not None:
+                self.server.own()
         return self._state
 
     # -- for visitors ---------------------------------------------------------------------------

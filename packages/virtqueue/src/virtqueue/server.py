@@ -171,6 +171,13 @@ class Server:
         """Before looking at what the epoll descriptor has: a later `interrupt` counts again."""
         self._block.interrupt = 0
 
+    def own(self) -> None:
+        """With the lock, and when nobody has borrowed it: have the queue back after it was.
+
+        Until then others may borrow it again.
+        """
+        self._block.owner = _ENGINE
+
     def borrow(self) -> bool:
         """From any thread: take the queue while a handler in C works. False when none does."""
         return bool(self._borrow())
