@@ -26,7 +26,7 @@ from vhost_backend import (
     report,
     vring_locks,
 )
-from vhost_backend.devices.blk import S_IOERR, S_OK, T_IN, T_OUT
+from vhost_backend.devices.blk import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.listener import Listener
@@ -339,7 +339,6 @@ def test_nothing_is_completed_while_somebody_borrows_the_queue(tmp_path: Path) -
             hold(made.worker, "_adopt", come_early)
             made.worker.wake()
             assert inside.wait(10)
-            assert device.begun.is_set()
             device.go_on.set()
             time.sleep(0.05)
             assert not session.vrings[0].queue.collect()
@@ -488,6 +487,31 @@ def test_a_subclass_takes_over_a_type_of_request(image: Path) -> None:
         assert statuses == {T_OUT: S_IOERR, T_IN: S_OK}
         assert driver.read(0, 4096) == b"a" * 4096
         assert driver.read(4096, 512) == bytes(512)
+
+
+def test_a_flush_that_failed_is_not_tried_again(image: Path, tmp_path: Path) -> None:
+    """The kernel says once that data was lost: a second fdatasync would report success."""
+
+    class Failing(BlockDevice):
+        def batch_handler(self, queue: int) -> CHandler | None:
+            good, self._fd = self._fd, os.eventfd(0)  # that cannot be synced: EINVAL
+            try:
+                return super().batch_handler(queue)
+            finally:
+                self.bad, self._fd = self._fd, good
+
+    device = Failing(image)
+    with attached(device, features=DRIVER_FEATURES) as session:
+        driver = BlockDriver(session)
+        driver.submit(T_FLUSH, 0, tag=T_FLUSH)
+        driver.kick()
+        statuses = []
+        while driver.in_flight:
+            statuses += [completion.status for completion, _ in driver.collect()]
+        assert statuses == [S_IOERR]
+        driver.write(0, b"w" * 512)  # what can be tried again is
+        assert driver.read(0, 512) == b"w" * 512
+    os.close(device.bad)
 
 
 def test_a_subclass_with_batches_of_its_own_is_asked_for_all(image: Path) -> None:

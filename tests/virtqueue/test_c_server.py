@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import select
 import struct
@@ -463,7 +464,9 @@ def test_an_error_of_the_file_is_left(rig: Any, fds: Fds, image: int, tmp_path: 
         block_request(rig, IN, 8, room=512)
         block_request(rig, IN, 0, room=512)
         assert server.serve() == 3
-        assert list(server.begin(3).left) == [0, 1]
+        batch = server.begin(3)
+        assert list(batch.left) == [0, 1]
+        assert [entry[1] for entry in DONE.iter_unpack(batch.done)] == [errno.EBADF, 0, 0]
     finally:
         os.close(readable)
 

@@ -395,7 +395,9 @@ struct vq_file {
 
 /*
  * The handler.  What is not plain (another type, a length that is no whole number of units, the end
- * of the file, an error) is left; a request that was left may have been executed in part.
+ * of the file, an error) is left; a request that was left may have been executed in part.  The entry of
+ * one that the file failed has the errno (255 for a larger one) as its status.  A SYNC must not be tried
+ * again then: the kernel reports a failed write-back once.
  */
 VQ_API int vq_file_handle(void *file, const struct vq_queue *queue);
 
