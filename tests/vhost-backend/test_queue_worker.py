@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import struct
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from guest_memory import GuestAddress
+from guest_memory import GuestAddress, allocate_memfd
 from vhost_backend import (
     BackendUsageError,
     BlockDevice,
@@ -22,16 +24,19 @@ from vhost_backend import (
     Request,
     VhostUserDaemon,
     VirtioDevice,
+    VirtioFeature,
     eventfd,
     report,
     vring_locks,
 )
+from vhost_backend.control.dirty_log import Logging
 from vhost_backend.devices.blk import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.listener import Listener
 from vhost_backend.queue_worker import QueueWorker
 from vhost_backend.testing import attached, served
+from vhost_protocol import ProtocolFeatures
 from virtqueue import Batch, Chain, CHandler, available_engines
 
 pytestmark = pytest.mark.skipif(
@@ -173,6 +178,32 @@ def test_no_kick_is_lost_between_the_two_ways(daemon: Daemon) -> None:
             thread.join()
 
 
+def test_an_edge_of_a_listener_that_c_saw_is_not_lost(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is ready when it is registered, and the worker sleeps in C: nobody else sees the edge."""
+    seen = threading.Event()
+    handle_event = DeviceBackend.handle_event
+
+    def handle(self: DeviceBackend, event: int, *rest: Any) -> bool:
+        if event == 7:
+            seen.set()
+            return False
+        return handle_event(self, event, *rest)
+
+    monkeypatch.setattr(DeviceBackend, "handle_event", handle)
+    fd = os.eventfd(1)
+    with DriverSession.connect(daemon.path) as session:
+        for _ in range(5):
+            seen.clear()
+            assert exchange(session, b"between") == b"between"
+            until(daemon.served_from_c, "the worker does not serve from C")
+            daemon.worker.register_listener(fd, select.EPOLLIN | select.EPOLLET, 7)
+            assert seen.wait(10)
+            daemon.worker.unregister_listener(fd)
+    os.close(fd)
+
+
 def test_memory_may_change_under_load(daemon: Daemon) -> None:
     with DriverSession.connect(daemon.path) as session:
         vring = session.vrings[0]
@@ -188,6 +219,32 @@ def test_memory_may_change_under_load(daemon: Daemon) -> None:
                 done += len(vring.completions(10))
             assert session.memory.read(target, 4) == b"data"
             session.memory.write(target, b"\0\0\0\0")
+
+
+def test_logging_is_switched_on_under_it(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then there is a descriptor to signal beside the call's, which C does not do."""
+    switch = Logging.features_changed
+
+    def switch_late(self: Logging) -> None:
+        until(daemon.served_from_c, "the worker does not serve from C")
+        time.sleep(0.05)  # and sleeps there
+        switch(self)
+
+    event = os.eventfd(0, os.EFD_NONBLOCK)
+    log, features = allocate_memfd(1 << 20), ProtocolFeatures.LOG_SHMFD
+    with DriverSession.connect(daemon.path, protocol_features=features, memory_size=1 << 20) as session:
+        exchange(session, b"before")
+        session.frontend.set_log_base(1 << 20, 0, log)
+        session.frontend.set_log_fd(event)
+        monkeypatch.setattr(Logging, "features_changed", switch_late)
+        session.frontend.set_features(int(session.features | VirtioFeature.LOG_ALL))
+        session.frontend.get_features()  # that one has been worked on
+        exchange(session, b"logged")
+        poller = select.poll()
+        poller.register(event, select.POLLIN)
+        assert poller.poll(10_000), "the log's descriptor was not signalled"
+    os.close(event)
+    os.close(log)
 
 
 def test_a_ring_is_stopped_and_started_under_it(daemon: Daemon) -> None:
@@ -271,6 +328,29 @@ def test_a_handler_in_c_that_hangs_holds_up_nobody(
             assert len(vring.completions(10)) == 1
     finally:
         device.go_on.set()
+        made.close()
+
+
+def test_a_device_whose_handler_in_c_cannot_be_made_does_not_spin(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Hopeless(Echo):
+        asked = 0
+
+        def batch_handler(self, queue: int) -> CHandler | None:
+            self.asked += 1
+            raise RuntimeError("not today")
+
+    device = Hopeless()
+    made = Daemon(device, tmp_path)
+    try:
+        with DriverSession.connect(made.path) as session:
+            submit(session)
+            eventfd.signal(session.vrings[0].kick_fd)
+            until(lambda: "cannot be served" in caplog.text, "nothing was logged")
+            time.sleep(0.1)
+            assert device.asked < 20
+    finally:
         made.close()
 
 
