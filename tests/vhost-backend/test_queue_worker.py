@@ -38,6 +38,7 @@ from vhost_backend.queue_worker import QueueWorker
 from vhost_backend.testing import attached, served
 from vhost_protocol import ProtocolFeatures
 from virtqueue import Batch, Chain, CHandler, available_engines
+from virtqueue.layout import QueueBlock
 
 pytestmark = pytest.mark.skipif(
     "c" not in available_engines(), reason="this installation has no C engine"
@@ -329,6 +330,34 @@ def test_a_handler_in_c_that_hangs_holds_up_nobody(
     finally:
         device.go_on.set()
         made.close()
+
+
+def test_the_default_serves_only_what_a_handler_in_c_left(tmp_path: Path) -> None:
+    class Half(Slow):
+        """Its handler in C leaves every other request."""
+
+        def __init__(self) -> None:
+            def work(context: int, queue: int) -> int:
+                block = QueueBlock.from_address(queue)
+                for position in range(1, block.count, 2):
+                    ctypes.c_uint8.from_address(block.done + 8 * position + 3).value |= 8
+                return int(block.count) // 2
+
+            self._function = HANDLER(work)
+
+        def handle(self, queue: Queue, request: Request) -> None:
+            request.write(b"left")
+
+    with attached(Half()) as session:
+        vring = session.vrings[0]
+        targets = [session.allocate(4) for _ in range(6)]
+        for target in targets:
+            vring.submit([(session.allocate(4), 4)], [(target, 4)])
+        vring.kick()
+        done = 0
+        while done < 6:
+            done += len(vring.completions(10))
+        assert [session.memory.read(target, 4) for target in targets] == [bytes(4), b"left"] * 3
 
 
 def test_a_device_whose_handler_in_c_cannot_be_made_does_not_spin(

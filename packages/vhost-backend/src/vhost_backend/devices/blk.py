@@ -219,6 +219,7 @@ class BlockDevice(VirtioDevice):
             log.info("%s: requests wait for the disk one at a time: %s", self.path, error)
             handler = make()
         self._handlers.append(handler)
+        handler.durable = self._durable_writes  # which may just have changed
         return handler
 
     def handle_batch(self, queue: Queue, batch: Batch) -> None:
