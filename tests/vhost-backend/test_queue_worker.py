@@ -233,7 +233,7 @@ def test_logging_is_switched_on_under_it(daemon: Daemon, monkeypatch: pytest.Mon
 
     event = os.eventfd(0, os.EFD_NONBLOCK)
     log, features = allocate_memfd(1 << 20), ProtocolFeatures.LOG_SHMFD
-    with DriverSession.connect(daemon.path, protocol_features=features, memory_size=1 << 20) as session:
+    with DriverSession.connect(daemon.path, protocol_features=features) as session:
         exchange(session, b"before")
         session.frontend.set_log_base(1 << 20, 0, log)
         session.frontend.set_log_fd(event)
@@ -475,6 +475,13 @@ def test_a_queue_that_was_borrowed_is_not_borrowed_while_its_batch_is_completed(
             inside.set()
 
     visitor = threading.Thread(target=visit)
+    finish = vring._state.finish
+
+    def finish_later(taken: int) -> None:
+        visitor.start()
+        seen.append(inside.wait(0.1))
+        finish(taken)
+
     try:
         with DriverSession.connect(made.path) as session:
             borrowed = False
@@ -487,13 +494,6 @@ def test_a_queue_that_was_borrowed_is_not_borrowed_while_its_batch_is_completed(
                 with vring.get_mut() as state:
                     borrowed = vring._visit.borrowed is not None
                     if borrowed:
-                        finish = state.finish
-
-                        def finish_later(taken: int) -> None:
-                            visitor.start()
-                            seen.append(inside.wait(0.1))
-                            finish(taken)
-
                         state.finish = finish_later  # type: ignore[method-assign]
                 device.go_on.set()
                 assert len(session.vrings[0].completions(10)) == 1

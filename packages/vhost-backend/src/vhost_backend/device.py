@@ -204,8 +204,8 @@ class VirtioDevice:
         """Serve every chain of the batch; `batch.done` says how each one went.
 
         The entries (`virtqueue.DONE`: head, status, flags, written) are filled in beforehand as
-        success with everything written; the default calls `handle` for each that is `Batch.left` and
-        records the rest.
+        success with everything written; the default calls `handle` for each that is `Batch.left`
+        and records the rest.
         """
         done, packed, handle = batch.done, batch.records, self.handle
         flags = 1 if self.status_byte else 0
