@@ -526,6 +526,39 @@ def test_a_full_and_blocking_call_descriptor_holds_up_its_own_ring_only(
         assert exchange(session, b"the next") == b"the next"
 
 
+def test_a_signal_that_a_visitor_read_is_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits long for a worker reads its call eventfd; the long way may be next."""
+
+    class Stuck:
+        def interrupt(self) -> None: ...
+        def own(self) -> None: ...
+        def borrow(self) -> bool:
+            return False
+
+    monkeypatch.setattr(vring_locks, "CALL_BACK_PATIENCE", 0)
+    call = os.eventfd(1, os.EFD_NONBLOCK)
+    state = vring_locks.VringState()
+    state.set_call(os.dup(call))
+    vring = vring_locks.VringMutex(state)
+    vring.server, vring.wake = Stuck(), lambda: None  # type: ignore[assignment]
+    vring.claim()
+    poller = select.poll()
+    poller.register(call, select.POLLIN)
+
+    def visit() -> None:
+        with vring.get_ref():
+            pass
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    until(lambda: not poller.poll(0), "nobody read it")
+    vring.release()
+    visitor.join(10)
+    assert os.eventfd_read(call) == 1
+    state.reset()
+    os.close(call)
+
+
 # --- polling, processors ---
 
 

@@ -183,6 +183,7 @@ class VringMutex(Vring):
     def _call_back(self) -> None:
         """The worker has it: in C, asleep or at work, or for a moment in Python."""
         patience = time.monotonic() + CALL_BACK_PATIENCE
+        drained = False
         while True:
             server, wake = self.server, self.wake
             if server is not None and wake is not None:
@@ -190,15 +191,17 @@ class VringMutex(Vring):
                 wake()
                 if server.borrow():
                     self._visit.borrowed = server
-                    return
+                    break
             if self._lock.acquire(timeout=CALL_BACK_INTERVAL):
-                return
+                break
             if server is not None and time.monotonic() > patience:
                 # A hostile front-end may have filled the call eventfd and made it blocking, so that
-                # the worker waits to signal: reading it lets the worker go. What was read is made
-                # good, should it have been somebody's signal after all.
+                # the worker waits to signal: reading it lets the worker go.
                 eventfd.drain(self._state.call_fd)
-                server.signal()
+                drained = True
+        if drained:
+            # It may have been somebody's signal after all, and the ring goes the long way next.
+            self._state.signal_call()
 
     def _leave(self) -> None:
         server, self._visit.borrowed = self._visit.borrowed, None
