@@ -36,6 +36,7 @@ from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.listener import Listener
 from vhost_backend.queue_worker import QueueWorker
 from vhost_backend.testing import attached, served
+from vhost_backend.vring import VringState
 from vhost_protocol import ProtocolFeatures
 from virtqueue import Batch, Chain, CHandler, available_engines
 from virtqueue.layout import QueueBlock
@@ -537,10 +538,11 @@ def test_a_signal_that_a_visitor_read_is_given_again(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(vring_locks, "CALL_BACK_PATIENCE", 0)
     call = os.eventfd(1, os.EFD_NONBLOCK)
-    state = vring_locks.VringState()
+    state = VringState()
     state.set_call(os.dup(call))
     vring = vring_locks.VringMutex(state)
-    vring.server, vring.wake = Stuck(), lambda: None  # type: ignore[assignment]
+    vring.server = Stuck()  # type: ignore[assignment]
+    vring.wake = lambda: None
     vring.claim()
     poller = select.poll()
     poller.register(call, select.POLLIN)
