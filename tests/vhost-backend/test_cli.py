@@ -145,6 +145,33 @@ def test_an_unusable_socket_path_is_one_line(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_processors_that_there_are_not_are_one_line(tmp_path: Path, image: Path) -> None:
+    done = run("blk", f"--socket-path={tmp_path / 's'}", f"--blk-file={image}", "--cpus=0,70000")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "may not run on processors [70000]" in done.stderr
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_disk_with_every_option_serves(tmp_path: Path, image: Path) -> None:
+    path = tmp_path / "s"
+    options = ["--direct", "--busy-poll=50", "--cpus=0", "--num-queues=2"]
+    command = [sys.executable, "-m", "vhost_backend", "blk", f"--socket-path={path}"]
+    process = subprocess.Popen([*command, f"--blk-file={image}", *options])
+    try:
+        while not path.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        with DriverSession.connect(path, features=DRIVER_FEATURES, num_queues=2) as session:
+            driver = BlockDriver(session)
+            driver.write(8192, b"x" * 4096)
+            assert driver.read(8192, 4096) == b"x" * 4096
+        process.terminate()
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("command", ["blk", "demo"])
 def test_an_engine_that_there_is_not_is_one_line(tmp_path: Path, image: Path, command: str) -> None:
     arguments = [f"--socket-path={tmp_path / 's'}", f"--blk-file={image}"]
@@ -208,6 +235,9 @@ def test_help_shows_how_to_attach_qemu() -> None:
         ("blk", "--fd=987", "--blk-file=x"),
         ("blk", "--socket-path=s", "--blk-file=x", "--num-queues=0"),
         ("blk", "--socket-path=s", "--blk-file=x", "--num-queues=many"),
+        ("blk", "--socket-path=s", "--blk-file=x", "--busy-poll=long"),
+        ("blk", "--socket-path=s", "--blk-file=x", "--busy-poll=1000000"),
+        ("blk", "--socket-path=s", "--blk-file=x", "--cpus=0,one"),
         ("demo", "--size=0"),
     ],
 )

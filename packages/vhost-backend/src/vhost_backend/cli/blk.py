@@ -163,16 +163,20 @@ def _queues(text: str) -> int:
 
 
 def _microseconds(text: str) -> float:
+    from argparse import ArgumentTypeError
+
     number = int(text) if text.isascii() and text.isdigit() else -1
     if not 0 <= number < 1_000_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 999999")
+        raise ArgumentTypeError(f"{text!r} is not a number from 0 to 999999")
     return number / 1e6
 
 
 def _cpus(text: str) -> tuple[int, ...]:
+    from argparse import ArgumentTypeError
+
     parts = text.split(",")
     if not all(part.isascii() and part.isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of processor numbers")
+        raise ArgumentTypeError(f"{text!r} is not a list of processor numbers")
     return tuple(int(part) for part in parts)
 
 
