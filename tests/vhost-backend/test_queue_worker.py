@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import struct
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from guest_memory import GuestAddress
+from guest_memory import GuestAddress, allocate_memfd
 from vhost_backend import (
     BackendUsageError,
     BlockDevice,
@@ -22,16 +24,22 @@ from vhost_backend import (
     Request,
     VhostUserDaemon,
     VirtioDevice,
+    VirtioFeature,
+    eventfd,
     report,
     vring_locks,
 )
-from vhost_backend.devices.blk import S_IOERR, S_OK, T_IN, T_OUT
+from vhost_backend.control.dirty_log import Logging
+from vhost_backend.devices.blk import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.listener import Listener
 from vhost_backend.queue_worker import QueueWorker
 from vhost_backend.testing import attached, served
+from vhost_backend.vring import VringState
+from vhost_protocol import ProtocolFeatures
 from virtqueue import Batch, Chain, CHandler, available_engines
+from virtqueue.layout import QueueBlock
 
 pytestmark = pytest.mark.skipif(
     "c" not in available_engines(), reason="this installation has no C engine"
@@ -172,6 +180,32 @@ def test_no_kick_is_lost_between_the_two_ways(daemon: Daemon) -> None:
             thread.join()
 
 
+def test_an_edge_of_a_listener_that_c_saw_is_not_lost(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is ready when it is registered, and the worker sleeps in C: nobody else sees the edge."""
+    seen = threading.Event()
+    handle_event = DeviceBackend.handle_event
+
+    def handle(self: DeviceBackend, event: int, *rest: Any) -> bool:
+        if event == 7:
+            seen.set()
+            return False
+        return handle_event(self, event, *rest)
+
+    monkeypatch.setattr(DeviceBackend, "handle_event", handle)
+    fd = os.eventfd(1)
+    with DriverSession.connect(daemon.path) as session:
+        for _ in range(5):
+            seen.clear()
+            assert exchange(session, b"between") == b"between"
+            until(daemon.served_from_c, "the worker does not serve from C")
+            daemon.worker.register_listener(fd, select.EPOLLIN | select.EPOLLET, 7)
+            assert seen.wait(10)
+            daemon.worker.unregister_listener(fd)
+    os.close(fd)
+
+
 def test_memory_may_change_under_load(daemon: Daemon) -> None:
     with DriverSession.connect(daemon.path) as session:
         vring = session.vrings[0]
@@ -187,6 +221,32 @@ def test_memory_may_change_under_load(daemon: Daemon) -> None:
                 done += len(vring.completions(10))
             assert session.memory.read(target, 4) == b"data"
             session.memory.write(target, b"\0\0\0\0")
+
+
+def test_logging_is_switched_on_under_it(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then there is a descriptor to signal beside the call's, which C does not do."""
+    switch = Logging.features_changed
+
+    def switch_late(self: Logging) -> None:
+        until(daemon.served_from_c, "the worker does not serve from C")
+        time.sleep(0.05)  # and sleeps there
+        switch(self)
+
+    event = os.eventfd(0, os.EFD_NONBLOCK)
+    log, features = allocate_memfd(1 << 20), ProtocolFeatures.LOG_SHMFD
+    with DriverSession.connect(daemon.path, protocol_features=features) as session:
+        exchange(session, b"before")
+        session.frontend.set_log_base(1 << 20, 0, log)
+        session.frontend.set_log_fd(event)
+        monkeypatch.setattr(Logging, "features_changed", switch_late)
+        session.frontend.set_features(int(session.features | VirtioFeature.LOG_ALL))
+        session.frontend.get_features()  # that one has been worked on
+        exchange(session, b"logged")
+        poller = select.poll()
+        poller.register(event, select.POLLIN)
+        assert poller.poll(10_000), "the log's descriptor was not signalled"
+    os.close(event)
+    os.close(log)
 
 
 def test_a_ring_is_stopped_and_started_under_it(daemon: Daemon) -> None:
@@ -273,6 +333,57 @@ def test_a_handler_in_c_that_hangs_holds_up_nobody(
         made.close()
 
 
+def test_the_default_serves_only_what_a_handler_in_c_left(tmp_path: Path) -> None:
+    class Half(Slow):
+        """Its handler in C leaves every other request."""
+
+        def __init__(self) -> None:
+            def work(context: int, queue: int) -> int:
+                block = QueueBlock.from_address(queue)
+                for position in range(1, block.count, 2):
+                    ctypes.c_uint8.from_address(block.done + 8 * position + 3).value |= 8
+                return int(block.count) // 2
+
+            self._function = HANDLER(work)
+
+        def handle(self, queue: Queue, request: Request) -> None:
+            request.write(b"left")
+
+    with attached(Half()) as session:
+        vring = session.vrings[0]
+        targets = [session.allocate(4) for _ in range(6)]
+        for target in targets:
+            vring.submit([(session.allocate(4), 4)], [(target, 4)])
+        vring.kick()
+        done = 0
+        while done < 6:
+            done += len(vring.completions(10))
+        assert [session.memory.read(target, 4) for target in targets] == [bytes(4), b"left"] * 3
+
+
+def test_a_device_whose_handler_in_c_cannot_be_made_does_not_spin(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Hopeless(Echo):
+        asked = 0
+
+        def batch_handler(self, queue: int) -> CHandler | None:
+            self.asked += 1
+            raise RuntimeError("not today")
+
+    device = Hopeless()
+    made = Daemon(device, tmp_path)
+    try:
+        with DriverSession.connect(made.path) as session:
+            submit(session)
+            eventfd.signal(session.vrings[0].kick_fd)
+            until(lambda: "cannot be served" in caplog.text, "nothing was logged")
+            time.sleep(0.1)
+            assert device.asked < 20
+    finally:
+        made.close()
+
+
 def test_a_batch_is_completed_after_a_visit(tmp_path: Path) -> None:
     """Who came while a handler in C worked may have changed anything: the long way completes."""
     device = Slow()
@@ -293,6 +404,108 @@ def test_a_batch_is_completed_after_a_visit(tmp_path: Path) -> None:
         made.close()
 
 
+def hold(worker: QueueWorker, name: str, action: object) -> None:
+    """Have the worker do `action` once, right after its next call of a method."""
+    method, pending = getattr(worker, name), [action]
+
+    def held(*arguments: object) -> object:
+        result = method(*arguments)
+        while pending:
+            pending.pop()()  # type: ignore[operator]
+        return result
+
+    setattr(worker, name, held)
+
+
+def submit(session: DriverSession) -> None:
+    session.vrings[0].submit([(session.allocate(4), 4)], [(session.allocate(4), 4)])
+    session.vrings[0].queue.publish()
+
+
+def test_nothing_is_completed_while_somebody_borrows_the_queue(tmp_path: Path) -> None:
+    """Who came while the worker was about to serve from C is noticed, too."""
+    device = Slow()
+    made = Daemon(device, tmp_path)
+    vring = made.daemon.vrings[0]
+    assert isinstance(vring, vring_locks.VringMutex)
+    inside, leave = threading.Event(), threading.Event()
+
+    def visit() -> None:
+        with vring.get_ref():
+            inside.set()
+            leave.wait(10)
+
+    visitor = threading.Thread(target=visit)
+    try:
+        with DriverSession.connect(made.path) as session:
+            until(made.served_from_c, "the worker does not serve from C")
+
+            def come_early() -> None:
+                visits = vring.visits
+                visitor.start()
+                until(lambda: vring.visits > visits, "nobody came")
+                submit(session)
+
+            hold(made.worker, "_adopt", come_early)
+            made.worker.wake()
+            assert inside.wait(10)
+            device.go_on.set()
+            time.sleep(0.05)
+            assert not session.vrings[0].queue.collect()
+            leave.set()
+            assert len(session.vrings[0].completions(10)) == 1
+    finally:
+        leave.set()
+        device.go_on.set()
+        visitor.join(10)
+        made.close()
+
+
+def test_a_queue_that_was_borrowed_is_not_borrowed_while_its_batch_is_completed(
+    tmp_path: Path,
+) -> None:
+    device = Slow()
+    made = Daemon(device, tmp_path)
+    vring = made.daemon.vrings[0]
+    assert isinstance(vring, vring_locks.VringMutex)
+    inside = threading.Event()
+    seen: list[bool] = []
+
+    def visit() -> None:
+        with vring.get_ref():
+            inside.set()
+
+    visitor = threading.Thread(target=visit)
+    finish = vring._state.finish
+
+    def finish_later(taken: int) -> None:
+        visitor.start()
+        seen.append(inside.wait(0.1))
+        finish(taken)
+
+    try:
+        with DriverSession.connect(made.path) as session:
+            borrowed = False
+            while not borrowed:  # a request may also go the long way, which lends nothing
+                device.begun.clear()
+                device.go_on.clear()
+                submit(session)
+                eventfd.signal(session.vrings[0].kick_fd)
+                assert device.begun.wait(10)
+                with vring.get_mut() as state:
+                    borrowed = vring._visit.borrowed is not None
+                    if borrowed:
+                        state.finish = finish_later  # type: ignore[method-assign]
+                device.go_on.set()
+                assert len(session.vrings[0].completions(10)) == 1
+            assert inside.wait(10)
+            assert seen == [False]
+            visitor.join(10)
+    finally:
+        device.go_on.set()
+        made.close()
+
+
 # --- descriptors of a hostile front-end ---
 
 
@@ -305,12 +518,47 @@ def test_a_full_and_blocking_call_descriptor_holds_up_its_own_ring_only(
         vring = session.vrings[0]
         os.set_blocking(vring.call_fd, True)
         os.eventfd_write(vring.call_fd, (1 << 64) - 2)
+        assert not vring.queue.enable_notification()
         vring.submit([(session.allocate(4), 4)], [(session.allocate(4), 4)])
         vring.kick()
         until(vring.queue.collect, "nothing completed")
         assert session.frontend.get_vring_base(0) == 2
     with DriverSession.connect(daemon.path) as session:
         assert exchange(session, b"the next") == b"the next"
+
+
+def test_a_signal_that_a_visitor_read_is_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits long for a worker reads its call eventfd; the long way may be next."""
+
+    class Stuck:
+        def interrupt(self) -> None: ...
+        def own(self) -> None: ...
+        def borrow(self) -> bool:
+            return False
+
+    monkeypatch.setattr(vring_locks, "CALL_BACK_PATIENCE", 0)
+    call = os.eventfd(1, os.EFD_NONBLOCK)
+    state = VringState()
+    state.set_call(os.dup(call))
+    vring = vring_locks.VringMutex(state)
+    vring.server = Stuck()  # type: ignore[assignment]
+    vring.wake = lambda: None
+    vring.claim()
+    poller = select.poll()
+    poller.register(call, select.POLLIN)
+
+    def visit() -> None:
+        with vring.get_ref():
+            pass
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    until(lambda: not poller.poll(0), "nobody read it")
+    vring.release()
+    visitor.join(10)
+    assert os.eventfd_read(call) == 1
+    state.reset()
+    os.close(call)
 
 
 # --- polling, processors ---
@@ -383,6 +631,31 @@ def test_a_subclass_takes_over_a_type_of_request(image: Path) -> None:
         assert statuses == {T_OUT: S_IOERR, T_IN: S_OK}
         assert driver.read(0, 4096) == b"a" * 4096
         assert driver.read(4096, 512) == bytes(512)
+
+
+def test_a_flush_that_failed_is_not_tried_again(image: Path, tmp_path: Path) -> None:
+    """The kernel says once that data was lost: a second fdatasync would report success."""
+
+    class Failing(BlockDevice):
+        def batch_handler(self, queue: int) -> CHandler | None:
+            good, self._fd = self._fd, os.eventfd(0)  # that cannot be synced: EINVAL
+            try:
+                return super().batch_handler(queue)
+            finally:
+                self.bad, self._fd = self._fd, good
+
+    device = Failing(image)
+    with attached(device, features=DRIVER_FEATURES) as session:
+        driver = BlockDriver(session)
+        driver.submit(T_FLUSH, 0, tag=T_FLUSH)
+        driver.kick()
+        statuses = []
+        while driver.in_flight:
+            statuses += [completion.status for completion, _ in driver.collect()]
+        assert statuses == [S_IOERR]
+        driver.write(0, b"w" * 512)  # what can be tried again is
+        assert driver.read(0, 512) == b"w" * 512
+    os.close(device.bad)
 
 
 def test_a_subclass_with_batches_of_its_own_is_asked_for_all(image: Path) -> None:

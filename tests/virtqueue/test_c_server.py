@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import select
 import struct
@@ -64,6 +65,13 @@ def serving(rig: Any, fds: Fds, **settings: Any) -> Server:
     return server
 
 
+def signal(server: Server) -> None:
+    """Have `serve` make up for what `turn` must not do."""
+    server.interrupt()
+    assert server.serve() == 0
+    server.clear_interrupt()
+
+
 def block_request(rig: Any, kind: int, position: int, data: bytes = b"", room: int = 0) -> int:
     """One request of a header, data either way, and a status byte; (status address, room)."""
     header = rig.text(struct.pack("<IIQ", kind, 0, position))
@@ -94,6 +102,7 @@ def test_what_is_there_is_taken_at_once(rig: Any, fds: Fds) -> None:
     server.leave()
     assert server.turn() == 0
     assert len(rig.driver.collect()) == 3
+    signal(server)
     assert os.eventfd_read(fds.call) == 1
 
 
@@ -187,7 +196,7 @@ def test_no_wake_up_is_lost(rig: Any, fds: Fds) -> None:
             assert count >= 0
             server.begin(count)
             done += count
-        server.turn()
+        signal(server)
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -225,6 +234,7 @@ def test_what_was_staged_one_by_one_is_signalled(rig: Any, fds: Fds) -> None:
     server.leave()
     assert server.turn() == 0
     assert len(rig.driver.collect()) == 1
+    signal(server)
     assert os.eventfd_read(fds.call) == 1
 
 
@@ -248,7 +258,22 @@ def test_a_full_call_descriptor_is_left_alone(rig: Any, fds: Fds) -> None:
     server.begin(server.serve())
     assert server.turn() == 0
     assert len(rig.driver.collect()) == 1
+    signal(server)
     assert os.eventfd_read(fds.call) == 2**64 - 2
+
+
+def test_a_turn_with_the_gil_leaves_the_signal_to_serve(rig: Any, fds: Fds) -> None:
+    """The write can be made to wait, and all threads would wait for the GIL with it."""
+    server = serving(rig, fds)
+    rig.offer_many(1)
+    server.begin(server.serve())
+    rig.offer_many(1)
+    assert server.turn() == 0
+    assert len(rig.driver.collect()) == 1
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(fds.call)
+    assert server.serve() == 1
+    assert os.eventfd_read(fds.call) == 1
 
 
 def test_a_full_and_blocking_call_descriptor_holds_it_up_until_it_is_read(
@@ -352,6 +377,8 @@ def test_a_queue_is_borrowed_while_a_handler_works(rig: Any, fds: Fds) -> None:
     assert found == [2]
     assert server.left == 0
     assert not rig.driver.collect()
+    server.own()
+    assert not server.borrow()
     server.resume(fds.kick, fds.call)
     server.begin(2)
     assert server.turn() == 0
@@ -437,7 +464,9 @@ def test_an_error_of_the_file_is_left(rig: Any, fds: Fds, image: int, tmp_path: 
         block_request(rig, IN, 8, room=512)
         block_request(rig, IN, 0, room=512)
         assert server.serve() == 3
-        assert list(server.begin(3).left) == [0, 1]
+        batch = server.begin(3)
+        assert list(batch.left) == [0, 1]
+        assert [entry[1] for entry in DONE.iter_unpack(batch.done)] == [errno.EBADF, 0, 0]
     finally:
         os.close(readable)
 

@@ -97,7 +97,11 @@ int vq_file_handle(void *context, const struct vq_queue *queue)
         if (likely(items[i].result == (int64_t)items[i].length)) {
             file->moved += items[i].length;
         } else {
-            done[items[i].tag].flags |= VQ_DONE_LEFT;
+            struct vq_done *entry = &done[items[i].tag];
+            entry->flags |= VQ_DONE_LEFT;
+            /* The kernel tells of a failed write-back once: its owner must not ask again. */
+            if (items[i].result < 0)
+                entry->status = (uint8_t)(-items[i].result < 255 ? -items[i].result : 255);
             left++;
         }
     }

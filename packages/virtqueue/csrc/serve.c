@@ -74,7 +74,8 @@ static void signal_driver(struct vq_server *server)
     (void)ignored;
 }
 
-int vq_turn(struct vq_server *server)
+/* With `held`, what could make the thread wait, the signal, is left to the next turn without. */
+static inline int turn(struct vq_server *server, bool held)
 {
     struct vq_queue *queue = pointer(server->queue);
     queue->notify = 0;
@@ -88,12 +89,19 @@ int vq_turn(struct vq_server *server)
         else if (queue->counters)
             ((struct vq_counters *)pointer(queue->counters))->notifications_suppressed++;
     }
-    if (__atomic_load_n(&server->signal, __ATOMIC_RELAXED))
+    if (__atomic_load_n(&server->signal, __ATOMIC_RELAXED)) {
+        if (held)
+            return 0;
         signal_driver(server);
+    }
     if (unlikely(interrupted(server)))
         return 0;
     return vq_take(queue);
 }
+
+int vq_turn(struct vq_server *server) { return turn(server, false); }
+
+int vq_turn_held(struct vq_server *server) { return turn(server, true); }
 
 /* Look until a chain is there, somebody interrupts, or `spin_ns` have passed. */
 static bool spin(const struct vq_server *server)

@@ -352,6 +352,12 @@ struct vq_server {
 VQ_API int vq_turn(struct vq_server *server);
 
 /*
+ * vq_turn for a caller who must not wait, as one with the interpreter's lock: where the driver is to be
+ * signalled it takes nothing and returns 0, and vq_turn or vq_serve has to follow, which signals.
+ */
+VQ_API int vq_turn_held(struct vq_server *server);
+
+/*
  * vq_turn until there is something for the caller: a batch (of which the handler, if there is one,
  * has left `left` requests), 0 for an interruption, a signal or another descriptor of epoll_fd, or
  * a negative result.  Sleeps when there is nothing to do.  Call it without the interpreter's lock.
@@ -389,7 +395,9 @@ struct vq_file {
 
 /*
  * The handler.  What is not plain (another type, a length that is no whole number of units, the end
- * of the file, an error) is left; a request that was left may have been executed in part.
+ * of the file, an error) is left; a request that was left may have been executed in part.  The entry of
+ * one that the file failed has the errno (255 for a larger one) as its status.  A SYNC must not be tried
+ * again then: the kernel reports a failed write-back once.
  */
 VQ_API int vq_file_handle(void *file, const struct vq_queue *queue);
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any, Final
 
 from guest_memory import GuestMemory
@@ -204,13 +204,22 @@ class VirtioDevice:
         """Serve every chain of the batch; `batch.done` says how each one went.
 
         The entries (`virtqueue.DONE`: head, status, flags, written) are filled in beforehand as
-        success with everything written; the default calls `handle` for each and records the rest.
+        success with everything written; the default calls `handle` for each that is `Batch.left`
+        and records the rest.
         """
         done, packed, handle = batch.done, batch.records, self.handle
         flags = 1 if self.status_byte else 0
-        # One request is what a driver that waits for each brings: iterators would be dear.
-        one = len(packed) == _RECORD_SIZE
-        for position, record in ((0, _unpack(packed)),) if one else enumerate(_unpack_all(packed)):
+        requests: Iterable[tuple[int, tuple[Any, ...]]]
+        if len(packed) == _RECORD_SIZE:
+            # What a driver that waits for each brings: iterators would be dear.
+            requests = ((0, _unpack(packed)),)
+        else:
+            requests = enumerate(_unpack_all(packed))
+            left = batch.left
+            if len(left) != len(batch):
+                records = list(requests)
+                requests = [records[position] for position in left]
+        for position, record in requests:
             request = Request(batch, record, position)
             try:
                 handle(queue, request)

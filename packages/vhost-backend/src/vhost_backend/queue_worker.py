@@ -43,6 +43,8 @@ class QueueWorker(VringEpollHandler):
         self._device = cast("DeviceBackend", backend)
         self._server: Server | None = None
         self._only: VringMutex | None = None
+        #: Generation of the ring that could not be served from C.
+        self._refused = -1
         if len(vrings) == 1 and isinstance(vrings[0], VringMutex) and self._exit is None:
             self._only = vrings[0]
             self._only.wake = self._wake.wake
@@ -59,10 +61,19 @@ class QueueWorker(VringEpollHandler):
             # Before looking: who asks from here on is noticed in the next round.
             if self._server is not None:
                 self._server.clear_interrupt()
-            # A kick that came along was taken by C, and the next look may be the long way's.
+            # What came along was taken by C: a kick, for which the next look may be the long way's,
+            # or the first edge of a listener.
             self._again.add(0)
+            if self._listening:
+                self._show_again()
             timeout = 0
         return super()._round(timeout)
+
+    def _show_again(self) -> None:
+        """Have epoll tell once more which listeners are ready."""
+        with self._lock:
+            for fd, events in self._listening.items():
+                self._epoll.modify(fd, events)
 
     def _serve(self, vring: VringMutex) -> bool:
         """Serve the queue from C until there is something else to do; False when it cannot be."""
@@ -79,8 +90,9 @@ class QueueWorker(VringEpollHandler):
             if not self._stopping:  # who asked before there was a server could not interrupt it
                 self._turns(vring, state, server, kick_fd)
         except Exception:
-            # The queue may be in any state: the long way finds out.
+            # The queue may be in any state: the long way finds out, and has it from now on.
             log.exception("queue %d cannot be served", state.index)
+            self._refused = state.generation
         finally:
             vring.server = None
             self._device.view(state).forget()
@@ -90,7 +102,7 @@ class QueueWorker(VringEpollHandler):
     def _adopt(self, state: VringState) -> Server | None:
         """The server for the ring's present queue, or None when it has to go the long way."""
         queue = state.queue
-        if queue is None or not state.direct:
+        if queue is None or not state.direct or state.generation == self._refused:
             return None
         server = self._server
         if server is None or server.queue is not queue:
@@ -100,7 +112,7 @@ class QueueWorker(VringEpollHandler):
 
     def _turns(self, vring: VringMutex, state: VringState, server: Server, kick_fd: int) -> None:
         batch = server.resume(kick_fd, state.call_fd)
-        visits, generation = vring.visits, state.generation
+        visits, generation = vring.claimed, state.generation
         device = self._device
         view = device.view(state)
         view.window, view.memory = server.queue.window, server.queue.memory

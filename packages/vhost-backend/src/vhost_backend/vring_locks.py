@@ -142,8 +142,10 @@ class VringMutex(Vring):
         self.release: Callable[[], None] = self._lock.release
         #: After `release`: have it again, also before those who wait. See `visits`.
         self.reclaim: Callable[[], object] = self._lock.acquire
-        #: How many visitors came: a worker that finds it changed looks at the state anew.
+        #: How many visitors came: a worker that finds it changed since it `claimed` looks at the
+        #: state anew.
         self.visits: int = 0
+        self.claimed: int = 0
         #: What serves the queue from C while it is claimed, and what wakes that from its sleep.
         self.server: Server | None = None
         self.wake: Callable[[], None] | None = None
@@ -162,6 +164,11 @@ class VringMutex(Vring):
         """Have the state until `release`, after those who wait for it."""
         with self._gate:
             self._lock.acquire()
+            # In here nobody can come: who does from here on is noticed, and nobody borrows what
+            # was borrowed before.
+            self.claimed = self.visits
+            if self.server is not None:
+                self.server.own()
         return self._state
 
     # -- for visitors ---------------------------------------------------------------------------
@@ -176,6 +183,7 @@ class VringMutex(Vring):
     def _call_back(self) -> None:
         """The worker has it: in C, asleep or at work, or for a moment in Python."""
         patience = time.monotonic() + CALL_BACK_PATIENCE
+        drained = False
         while True:
             server, wake = self.server, self.wake
             if server is not None and wake is not None:
@@ -183,15 +191,17 @@ class VringMutex(Vring):
                 wake()
                 if server.borrow():
                     self._visit.borrowed = server
-                    return
+                    break
             if self._lock.acquire(timeout=CALL_BACK_INTERVAL):
-                return
+                break
             if server is not None and time.monotonic() > patience:
                 # A hostile front-end may have filled the call eventfd and made it blocking, so that
-                # the worker waits to signal: reading it lets the worker go. What was read is made
-                # good, should it have been somebody's signal after all.
+                # the worker waits to signal: reading it lets the worker go.
                 eventfd.drain(self._state.call_fd)
-                server.signal()
+                drained = True
+        if drained:
+            # It may have been somebody's signal after all, and the ring goes the long way next.
+            self._state.signal_call()
 
     def _leave(self) -> None:
         server, self._visit.borrowed = self._visit.borrowed, None

@@ -68,6 +68,8 @@ class VringEpollHandler:
         self._lock = threading.Lock()
         self._watched: dict[int, int] = {}
         self._kick_of: dict[int, int] = {}
+        #: Events of the descriptors that devices registered.
+        self._listening: dict[int, int] = {}
         #: Kick descriptors that need no reading.
         self._edges: set[int] = set()
         self._scan: set[int] = set()
@@ -158,10 +160,11 @@ class VringEpollHandler:
                 raise FileExistsError(f"descriptor {fd} is registered already")
             # Known first: the thread may see what there is at once, and an edge comes only once.
             self._watched[fd] = data
+            self._listening[fd] = events
             try:
                 self._epoll.register(fd, events)
             except BaseException:
-                del self._watched[fd]
+                del self._watched[fd], self._listening[fd]
                 raise
         self.wake()
 
@@ -171,7 +174,7 @@ class VringEpollHandler:
             if self._watched.get(fd, 0) <= len(self.vrings):
                 raise BackendUsageError(f"descriptor {fd} is not a listener")
             self._epoll.unregister(fd)
-            del self._watched[fd]
+            del self._watched[fd], self._listening[fd]
 
     # -- the thread -----------------------------------------------------------------------------
 

@@ -80,6 +80,7 @@ class Library:
                 functions.vq_guard_unwatch_range.restype = ctypes.c_int
                 functions.vq_guard_events.restype = ctypes.c_uint32
                 functions.vq_turn.restype = ctypes.c_int
+                functions.vq_turn_held.restype = ctypes.c_int
                 functions.vq_serve.restype = ctypes.c_int
                 functions.vq_borrow.restype = ctypes.c_int
                 functions.vq_give_back.restype = None

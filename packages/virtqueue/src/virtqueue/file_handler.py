@@ -76,6 +76,9 @@ class FileHandler(CHandler):
 
     A request that is not plain is left to the caller as well: an unknown type, a length that is no
     whole number of units, the end of the file, an error of the file. It may have been done in part.
+    Where the file failed, the errno (255 for a larger one) is the status in its entry of
+    `Batch.done`. A `SYNC` must not be tried again then: the kernel reports a failed
+    write-back once.
 
     Raises `EngineUnavailable` without the C engine, `UringUnavailable`, `UsageError`.
     """

@@ -110,14 +110,15 @@ class Server:
         With a handler that is one of which some requests are `left`, or during which the queue was
         borrowed. 0: `interrupt`, or another descriptor than the kick's. The GIL is released.
         """
-        self._held_turn = partial(loaded.held.vq_turn, argument)
+        self._held_turn = partial(loaded.held.vq_turn_held, argument)
         self._released_turn = partial(loaded.released.vq_turn, argument)
         self.turn: Callable[[], int] = self._held_turn
         """Complete the batch, signal the driver if it wants that, take the next; its size.
 
         0 when there is none, negative when something has to be seen to that `DeviceQueue.cycle`
         shows: what was completed has been published and signalled. The GIL is kept where memory
-        cannot make a thread wait.
+        cannot make a thread wait; then a signal is left to `serve`, which has to follow a 0: a
+        hostile front-end can make the write wait (see ``virtqueue.h``), and everybody with it.
         """
         self.begin: Callable[[int], Batch] = (
             queue.begin if handler is None else lambda count: queue.begin(count, block.left)
@@ -169,6 +170,13 @@ class Server:
     def clear_interrupt(self) -> None:
         """Before looking at what the epoll descriptor has: a later `interrupt` counts again."""
         self._block.interrupt = 0
+
+    def own(self) -> None:
+        """With the lock, and when nobody has borrowed it: have the queue back after it was.
+
+        Until then others may borrow it again.
+        """
+        self._block.owner = _ENGINE
 
     def borrow(self) -> bool:
         """From any thread: take the queue while a handler in C works. False when none does."""

@@ -44,8 +44,14 @@ class Logging:
 
     def features_changed(self) -> None:
         """LOG_ALL may have been switched."""
-        if self._context.log is not None:
-            self._context.log.enabled = bool(self._context.features & VirtioFeature.LOG_ALL)
+        log, wanted = self._context.log, bool(self._context.features & VirtioFeature.LOG_ALL)
+        if log is None or log.enabled == wanted:
+            return
+        log.enabled = wanted
+        for vring in self._context.vrings:
+            with vring.get_mut():
+                # Who serves it from C looks anew: there is another descriptor to signal.
+                pass
 
     def _set_base(self, message: vp.SetLogBase, fds: Descriptors) -> Outcome:
         context = self._context

@@ -59,6 +59,7 @@ S_IOERR: Final = 1
 S_UNSUPP: Final = 2
 
 _HEADER: Final = struct.Struct("<I4xQ")
+_STATUS: Final = 2  # the status in a `DONE`
 _RANGE: Final = struct.Struct("<QII")
 # capacity, size_max, seg_max, cylinders, heads, sectors, blk_size, topology (exponent, alignment,
 # minimum and optimal I/O size), writeback, num_queues, discard (sectors, segments, alignment),
@@ -218,6 +219,7 @@ class BlockDevice(VirtioDevice):
             log.info("%s: requests wait for the disk one at a time: %s", self.path, error)
             handler = make()
         self._handlers.append(handler)
+        handler.durable = self._durable_writes  # which may just have changed
         return handler
 
     def handle_batch(self, queue: Queue, batch: Batch) -> None:
@@ -228,7 +230,7 @@ class BlockDevice(VirtioDevice):
         for position in batch.left:
             chain = batch[position]
             try:
-                status, written = self._request(chain)
+                status, written = self._request(chain, batch.done[position * DONE.size + _STATUS])
             except OSError as error:
                 self._faults.warning("%s: %s", self.path, error)
                 status, written = S_IOERR, 1
@@ -236,10 +238,14 @@ class BlockDevice(VirtioDevice):
                 queue.counters.errors += 1
             DONE.pack_into(batch.done, position * DONE.size, chain.head, status, 1, written)
 
-    def _request(self, chain: Chain) -> tuple[int, int]:
+    def _request(self, chain: Chain, failed: int) -> tuple[int, int]:
+        """`failed` is the errno that the request met in C, or 0."""
         if chain.readable_length < _HEADER.size:
             return S_IOERR, 1
         kind, sector = _HEADER.unpack(chain.header)
+        if failed and kind == T_FLUSH:
+            # The kernel reports a failed write-back once: asked again, it would see nothing wrong.
+            raise OSError(failed, os.strerror(failed))
         return self.request(kind, sector * SECTOR, chain)
 
     def request(self, kind: int, offset: int, chain: Chain) -> tuple[int, int]:
