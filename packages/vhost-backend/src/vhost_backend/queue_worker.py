@@ -140,8 +140,9 @@ class QueueWorker(VringEpollHandler):
                     return
                 if batch.built:
                     server.leave()
-                # Often the next batch is there already: no need to let go of the interpreter.
-                count = turn() or serve()
+                # A driver that waits for each request has to be signalled, which only `serve` does.
+                # Otherwise the next batch may be there already: no need to let go of the GIL.
+                count = serve() if count == 1 else turn() or serve()
             else:
                 # Where it is negative, the same call made the long way says what that is.
                 return
