@@ -471,6 +471,25 @@ def test_an_error_of_the_file_is_left(rig: Any, fds: Fds, image: int, tmp_path: 
         os.close(readable)
 
 
+def test_a_handler_keeps_to_its_file(rig: Any, fds: Fds, tmp_path: Path) -> None:
+    """Its owner may close the file, and the number go to another, while a request still waits."""
+    first = os.open(tmp_path / "first", os.O_RDWR | os.O_CREAT)
+    handler = FileHandler(first, 8192, ACTIONS)
+    os.close(first)
+    second = os.open(tmp_path / "second", os.O_RDWR | os.O_CREAT)
+    assert second == first
+    server = serving(rig, fds, handler=handler)
+    os.eventfd_write(fds.wake, 1)
+    block_request(rig, OUT, 1, b"w" * 512)
+    assert server.serve() == 0
+    assert (tmp_path / "first").read_bytes() == bytes(512) + b"w" * 512
+    assert (tmp_path / "second").read_bytes() == b""
+    os.close(second)
+    before = len(os.listdir("/proc/self/fd"))
+    del server, handler
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
 def test_types_can_succeed_or_be_left(rig: Any, fds: Fds, image: int) -> None:
     actions = {IN: FileAction.SUCCEED, OUT: FileAction.LEAVE}
     server = serving(rig, fds, handler=FileHandler(image, 8192, actions))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Mapping
 from enum import IntEnum
@@ -68,7 +69,8 @@ _DURABLE: Final = 1
 class FileHandler(CHandler):
     """A handler for queues whose requests begin with ``{le32 type, le32 unused, le64 position}``.
 
-    ``fd`` is the file, which stays the caller's and open; ``length`` what of it may be read and
+    ``fd`` is the file, of which the handler keeps a descriptor of its own (its number may go to
+    another file while a request waits for a disk that hangs); ``length`` what of it may be read and
     written, in bytes; a position counts units of ``unit`` bytes, a power of two, and requests move
     whole units. ``actions`` says what each type means; types that are not in it are left. With
     ``durable`` a write completes when it is on the disk, and with ``uring`` requests that would
@@ -103,9 +105,12 @@ class FileHandler(CHandler):
         except ImportError as error:
             raise EngineUnavailable(f"no handlers in C: {error}") from error
         self._items: ctypes.Array[TransferItem] = (TransferItem * capacity)()
+        own = os.dup(fd) if fd >= 0 else -1
+        if own >= 0:
+            weakref.finalize(self, os.close, own).atexit = False
         block = self._block = FileBlock(
             size=ctypes.sizeof(FileBlock),
-            fd=fd,
+            fd=own,
             length=length,
             shift=unit.bit_length() - 1,
             items=ctypes.addressof(self._items),

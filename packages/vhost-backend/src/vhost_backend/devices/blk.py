@@ -155,6 +155,7 @@ class BlockDevice(VirtioDevice):
     def close(self) -> None:
         """Close the image."""
         fds, self._fd, self._direct_fd = (self._fd, self._direct_fd), -1, -1
+        self._handlers.clear()
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
