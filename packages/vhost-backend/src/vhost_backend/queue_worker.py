@@ -11,19 +11,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
-from virtqueue import Server
+from virtqueue import Batch, CHandler, Server
 
 from .backend import VhostUserBackend
+from .device import Queue, VirtioDevice
 from .vring import VringState
 from .vring_locks import Vring, VringMutex
 from .worker import VringEpollHandler
 
-if TYPE_CHECKING:
-    from .device_backend import DeviceBackend
-
 log: logging.Logger = logging.getLogger("vhost_backend")
+
+
+class BatchBackend(Protocol):
+    """What this worker asks of its back-end, which is a `DeviceBackend`."""
+
+    device: VirtioDevice
+
+    def view(self, state: VringState) -> Queue: ...
+
+    def batch_handler(self, index: int) -> CHandler | None: ...
+
+    def serve_batch(self, queue: Queue, batch: Batch) -> None: ...
+
+    def fail_batch(self, queue: Queue, batch: Batch, error: Exception) -> None: ...
 
 
 class QueueWorker(VringEpollHandler):
@@ -40,7 +52,7 @@ class QueueWorker(VringEpollHandler):
         cpu: int | None = None,
     ) -> None:
         super().__init__(backend, vrings, thread_id, name, busy_poll=busy_poll, cpu=cpu)
-        self._device = cast("DeviceBackend", backend)
+        self._device = cast("BatchBackend", backend)
         self._server: Server | None = None
         self._only: VringMutex | None = None
         #: Generation of the ring that could not be served from C.
