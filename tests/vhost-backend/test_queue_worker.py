@@ -278,6 +278,29 @@ def test_a_device_that_fails_keeps_its_worker(tmp_path: Path) -> None:
             assert session.memory.read(status, 1) == b"\1"
 
 
+def test_a_device_that_fails_to_fail_completes_nothing_as_a_success(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken(VirtioDevice):
+        device_id = 2
+        status_byte = True
+
+        def handle_batch(self, queue: Queue, batch: Batch) -> None:
+            raise RuntimeError("not today")
+
+        def failed(self, queue: Queue, error: Exception) -> int:
+            raise ValueError("nor tomorrow")
+
+    with attached(Broken()) as session:
+        vring = session.vrings[0]
+        status = session.allocate(1)
+        vring.submit([(session.allocate(16), 16)], [(status, 1)])
+        vring.kick()
+        assert vring.completions(10)
+        assert session.memory.read(status, 1) == b"\1"
+    assert "Broken.failed has failed itself" in caplog.text
+
+
 # --- handlers in C ---
 
 HANDLER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)

@@ -7,6 +7,7 @@ kicks, look once more, and sleep.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from .state_transfer import StateTransfer
 from .vring import VringState
 from .vring_locks import Vring
 from .worker import VringEpollHandler
+
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 #: Hooks that a device of the type has, and no other: see `control.device`.
 DEVICE_HOOKS = frozenset(
@@ -196,7 +199,12 @@ class DeviceBackend(VhostUserBackendBase):
                     unusable = on_demand.has_stand_ins and not on_demand.usable(batch[0])
                 if unusable:
                     self._fail(batch, self.device.error_status)
-                elif handler is None or handler.handle(queue):
+                elif handler is None:
+                    self.serve_batch(view, batch)
+                elif handler.handle(queue):
+                    with vring.get_ref() as state:
+                        if state.generation != generation:
+                            return False
                     self.serve_batch(view, batch)
         finally:
             view.forget()
@@ -217,7 +225,12 @@ class DeviceBackend(VhostUserBackendBase):
 
         Requests that may not have been served must not look as if they were.
         """
-        self._fail(batch, self.device.failed(queue, error))
+        try:
+            status = self.device.failed(queue, error)
+        except Exception:
+            log.exception("%s.failed has failed itself", type(self.device).__name__)
+            status = self.device.error_status
+        self._fail(batch, status)
 
     def _fail(self, batch: Batch, status: int) -> None:
         """Every request that is left ends with `status`, where it has a status byte."""
