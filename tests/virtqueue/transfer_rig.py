@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
 
 from virtqueue import SEGMENT, SegmentFlags
 from virtqueue.c_engine import Library
@@ -21,6 +25,10 @@ FAULTY = ("-Dsyscall=faulty_syscall", str(FAULTS))
 
 
 def build(path: Path, *flags: str) -> Library:
+    """The engine built with further flags; the test is skipped where nothing can compile it."""
+    # The engine itself may have been built by the ziglang of a build environment that is gone.
+    if shutil.which("cc") is None and importlib.util.find_spec("ziglang") is None:
+        pytest.skip("no C compiler and no ziglang")
     arguments = ["--output", str(path), *(f"--flag={flag}" for flag in flags)]
     subprocess.run([sys.executable, BUILD, *arguments], check=True, capture_output=True)
     return Library(path)
