@@ -18,6 +18,7 @@ import pytest
 import vhost_backend
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
+from virtqueue import available_engines
 
 OURS = ("guest_memory", "vhost_backend", "vhost_protocol", "virtqueue")
 #: Each costs some hundred KiB or, with OpenSSL, megabytes.
@@ -80,6 +81,9 @@ def test_an_idle_daemon_holds_nothing_that_it_does_not_use(tmp_path: Path, image
     assert "vhost_backend.devices.blk" in idle
     assert idle & UNWANTED <= imported_by("-c", STANDARD)
     later = imported(errors.read_text().partition("vhost-backend: serving")[2])
+    if "c" not in available_engines():
+        # The Python engine comes with the first ring.
+        later -= {"virtqueue.dirty", *(name for name in later if name.endswith("_engine"))}
     assert later & {"inspect", *of_ours(later)} == set()
 
 

@@ -24,7 +24,7 @@ ENGINES = (
 
 
 # Tests of the C engine itself, by file; of the build they are all but one without it too.
-_NAMES = ("guard", "layout", "stops", "transfer", "uring", "wait")
+_NAMES = ("guard", "layout", "server", "stops", "transfer", "uring")
 OF_THE_LIBRARY = {f"test_c_{name}.py" for name in _NAMES}
 OF_THE_LIBRARY.add("test_a_library_from_other_sources_is_noticed")
 
