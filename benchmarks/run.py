@@ -66,7 +66,11 @@ def load_once(case: Case, place: Place, seconds: float) -> Figures:
         if process.returncode:
             text = errors.strip().removeprefix("load: ") or f"exit {process.returncode}"
             raise Unavailable(text)
-    return together([json.loads(output) for _, output, _ in ended])
+    try:
+        return together([json.loads(output) for _, output, _ in ended])
+    except ValueError:
+        # A turn in which nothing was served, on a machine that is busy: a mean of nothing.
+        raise Unavailable("the load generator counted nothing in a turn") from None
 
 
 def together(runs: list[Figures]) -> Figures:
