@@ -730,7 +730,7 @@ class DeviceQueue:
 
     @property
     def block_address(self) -> int:
-        """Host address of the block that the engine works on, as `Waiter` and C code want it."""
+        """Host address of the block that the engine works on, as `Server` and C code want it."""
         return ctypes.addressof(self._block)
 
     @property
