@@ -1,5 +1,7 @@
 """The block device over a real socket pair, driven by the embedded driver, with both engines."""
 
+import contextlib
+import gc
 import os
 import random
 from collections.abc import Callable
@@ -161,6 +163,27 @@ def test_two_queues_work_side_by_side(image: Path, engine: str) -> None:
                 assert completion.status == blk.S_OK
     content = image.read_bytes()
     assert content[: 100 * 4096] == (b"\1" * 4096 + b"\2" * 4096) * 50
+
+
+def test_the_image_is_let_go_of_with_the_device(image: Path, engine: str) -> None:
+    gc.disable()  # nothing may be left to it
+    try:
+        device = BlockDevice(image, num_queues=2)
+        with attached(device, engine=engine, features=DRIVER_FEATURES, num_queues=2) as session:
+            BlockDriver(session, queue=1).write(0, bytes(4096))
+        device.close()
+        assert str(image) not in open_files()
+    finally:
+        gc.enable()
+
+
+def open_files() -> list[str]:
+    """What this process has open."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return found
 
 
 def test_configuration_space(image: Path) -> None:

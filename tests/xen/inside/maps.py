@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 DEVICES = ("/dev/xen/gntdev", "/dev/xen/privcmd", "/dev/xen/gntalloc")
 
@@ -22,16 +22,18 @@ def mapped(device: str) -> list[tuple[int, int, str]]:
 def state() -> dict[str, object]:
     """All that a check has to leave as it found it."""
     held: dict[str, object] = {device: mapped(device) for device in DEVICES}
-    held["files"] = sorted(fd for fd in os.listdir("/proc/self/fd") if not _is_null(fd))
+    # /dev/null is opened once a process, to signal eventfds with.
+    held["files"] = {fd: what for fd, what in open_files().items() if what != "/dev/null"}
     return held
 
 
-def _is_null(fd: str) -> bool:
-    """Whether it is /dev/null, which a process opens once to signal eventfds with."""
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}") == "/dev/null"
-    except FileNotFoundError:  # the folder's own
-        return False
+def open_files() -> dict[int, str]:
+    """Descriptor to what it is open on, without the one that lists them."""
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the listing's own
+            found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
+    return found
 
 
 @contextmanager

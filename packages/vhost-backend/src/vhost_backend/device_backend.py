@@ -248,6 +248,10 @@ class DeviceBackend(VhostUserBackendBase):
                 handler = self._handlers[index] = made
         return handler
 
+    def drop_handler(self, index: int) -> None:
+        """Its worker has ended."""
+        self._handlers.pop(index, None)
+
     def view(self, state: VringState) -> Queue:
         """The queue as the device sees it."""
         view = self._queues.get(state.index)

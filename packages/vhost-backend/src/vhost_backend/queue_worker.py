@@ -33,6 +33,8 @@ class BatchBackend(Protocol):
 
     def batch_handler(self, index: int) -> CHandler | None: ...
 
+    def drop_handler(self, index: int) -> None: ...
+
     def serve_batch(self, queue: Queue, batch: Batch) -> None: ...
 
     def fail_batch(self, queue: Queue, batch: Batch, error: Exception) -> None: ...
@@ -60,6 +62,16 @@ class QueueWorker(VringEpollHandler):
         if len(vrings) == 1 and isinstance(vrings[0], VringMutex) and self._exit is None:
             self._only = vrings[0]
             self._only.wake = self._wake.wake
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """End the thread, and with it its hold on handlers in C and their descriptors."""
+        ended = super().stop(timeout)
+        if ended:
+            self._server = None
+            for vring in self.vrings:
+                with vring.get_ref() as state:
+                    self._device.drop_handler(state.index)
+        return ended
 
     def wake(self) -> None:
         """Have the thread look around, also out of a busy queue."""
