@@ -23,14 +23,19 @@ from tests.support.guest import (
 pytestmark = [pytest.mark.timeout(240), pytest.mark.needs(IOMMU)]
 
 
+@pytest.mark.parametrize("ring", [128, 1024])
 @pytest.mark.parametrize("packed", ["off", "on"], ids=["split", "packed"])
 def test_disk_behind_intel_iommu(
-    assets: Assets, qemu: Qemu, initramfs: Path, kind: str, tmp_path: Path, packed: str
+    assets: Assets, qemu: Qemu, initramfs: Path, kind: str, tmp_path: Path, packed: str, ring: int
 ) -> None:
-    """With `iommu.strict=1` the guest unmaps each buffer when its request is done."""
+    """With `iommu.strict=1` the guest unmaps each buffer when its request is done.
+
+    The guest's kernel puts a ring of 1024 descriptors on pages all over its memory.
+    """
     image = tmp_path / "disk.img"
     image.write_bytes(random_bytes(8 * MIB, seed=4))
     options = {"iommu_platform": "on", "ats": "on", "packed": packed, "disable-legacy": "on"}
+    options["queue-size"] = str(ring)
     with (
         BackEnd(kind, image, tmp_path, num_queues=2) as back_end,
         Guest(
@@ -64,7 +69,7 @@ def test_guest_with_an_iommu_moves(
     """What it logs are guest addresses, though it knows of IOVAs only; the target asks anew."""
     image = tmp_path / "disk.img"
     image.write_bytes(random_bytes(8 * MIB, seed=4))
-    options = {"iommu_platform": "on", "ats": "on", "disable-legacy": "on"}
+    options = {"iommu_platform": "on", "ats": "on", "disable-legacy": "on", "queue-size": "1024"}
     with contextlib.ExitStack() as stack:
 
         def start(incoming: bool) -> Guest:

@@ -215,13 +215,20 @@ def test_an_unwatched_range_is_not_mended() -> None:
     assert (done.returncode, done.stdout) == (-7, "before\n")
 
 
+@pytest.mark.parametrize("served", [0, 2])
 @pytest.mark.parametrize("engine", ["c", "python"])
-def test_a_lost_ring_breaks_the_queue(engine: str) -> None:
+def test_a_lost_ring_breaks_the_queue(engine: str, served: int) -> None:
+    """Whatever the zeroes that are read in its place look like."""
     check(
         f"""
         SigbusGuard.install()
         rig = lossy(engine={engine!r})
         SigbusGuard.watch(rig.memory)
+        for _ in range({served}):
+            rig.offer_many(1)
+            rig.device.take()
+            rig.device.cycle()
+            rig.driver.collect()
         rig.offer_many(3)
         os.ftruncate(rig.fd, 0)
         try:

@@ -171,6 +171,24 @@ void chain_drop_extras(struct engine *engine, struct chain *chain)
     chain->extra = NONE;
 }
 
+void log_ring_write(const struct engine *engine, uint64_t offset, uint64_t length)
+{
+    const struct vq_queue *queue = engine->queue;
+    const uint64_t *pages = pointer(queue->log_pages);
+    uint64_t position = queue->log_used + offset;
+    if (likely(!pages)) {
+        log_write(engine->log, position, length);
+        return;
+    }
+    while (length) {
+        const uint64_t inside = position % LOG_PAGE;
+        const uint64_t step = length < LOG_PAGE - inside ? length : LOG_PAGE - inside;
+        log_write(engine->log, pages[position / LOG_PAGE] + inside, step);
+        position += step;
+        length -= step;
+    }
+}
+
 /* Log up to `left` bytes of a piece; returns how many bytes are left after it. */
 static uint64_t log_piece(const struct gm_log *log, uint64_t guest, uint64_t length, uint64_t left)
 {

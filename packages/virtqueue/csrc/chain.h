@@ -355,12 +355,15 @@ static inline void chain_release(struct engine *engine, uint16_t head,
     chain_forget(engine, head);
 }
 
+/* What log_ring does where there is a log. */
+void log_ring_write(const struct engine *engine, uint64_t offset, uint64_t length);
+
 /* Log a write to the device's ring, at an offset from its start; after the write, or the page could
  * be fetched and its bit cleared in between. */
 static inline void log_ring(const struct engine *engine, uint64_t offset, uint64_t length)
 {
     if (unlikely(engine->log && (engine->queue->features & VQ_LOG_USED)))
-        log_write(engine->log, engine->queue->log_used + offset, length);
+        log_ring_write(engine, offset, length);
 }
 
 /* Whether moving an index from `old` to `new` passed `event` (virtio 2.7.10). */

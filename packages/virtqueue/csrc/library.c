@@ -58,6 +58,7 @@ static const struct vq_layout_entry layout[] = {
     FIELD(vq_queue, table),
     FIELD(vq_queue, log),
     FIELD(vq_queue, log_used),
+    FIELD(vq_queue, log_pages),
     FIELD(vq_queue, inflight),
     FIELD(vq_queue, inflight_size),
     FIELD(vq_queue, inflight_poison),

@@ -89,6 +89,9 @@ uint64_t memory_poisoned(const struct gm_table *table);
 /* The regions that hold [host, host + length). */
 uint64_t memory_mask(const struct memory *memory, uint64_t host, uint64_t length);
 
+/* Bytes that a bit of the dirty log stands for. */
+#define LOG_PAGE UINT64_C(4096)
+
 /* Mark the pages of [guest, guest + length) dirty.  Pages that the bitmap does not cover have no
  * bit. */
 void log_write(const struct gm_log *log, uint64_t guest, uint64_t length);

@@ -91,14 +91,21 @@ int vq_create(struct vq_queue *queue)
     return 0;
 }
 
+/* The regions that a part of the ring lies in; all, when its pages were mapped elsewhere once more. */
+static uint64_t part_regions(const struct memory *memory, uint64_t host, uint64_t length)
+{
+    const uint64_t mask = memory_mask(memory, host, length);
+    return mask ? mask : UINT64_MAX;
+}
+
 /* The regions that the ring lies in, to look for their poison. */
 static uint64_t ring_regions(const struct vq_queue *queue, const struct memory *memory)
 {
     const uint64_t size = queue->queue_size;
     const bool packed = queue->features & VQ_PACKED;
-    return memory_mask(memory, queue->descriptors, 16 * size) |
-           memory_mask(memory, queue->driver, packed ? 4 : 6 + 2 * size) |
-           memory_mask(memory, queue->device, packed ? 4 : 6 + 8 * size);
+    return part_regions(memory, queue->descriptors, 16 * size) |
+           part_regions(memory, queue->driver, packed ? 4 : 6 + 2 * size) |
+           part_regions(memory, queue->device, packed ? 4 : 6 + 8 * size);
 }
 
 int vq_attach(struct vq_queue *queue)

@@ -161,7 +161,8 @@ struct vq_queue {
     uint64_t device;
     uint64_t table;
     uint64_t log;
-    uint64_t log_used;
+    uint64_t log_used;  /* guest address of device (packed: descriptors), or with log_pages ... */
+    uint64_t log_pages; /* ... its offset in the first of these: uint64_t guest addresses of pages */
     uint64_t inflight;
     uint64_t inflight_size;
     uint64_t inflight_poison;

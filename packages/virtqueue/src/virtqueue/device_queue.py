@@ -27,6 +27,7 @@ from .layout import (
     Reason,
     Result,
 )
+from .placement import PAGE, Placement, log_pages
 from .table import READ, WRITE, Broken, Memory, Missing, Piece, Table
 
 PROVISIONS: Final = 1024
@@ -118,6 +119,8 @@ class DeviceQueue:
         self._log = log
         self._inflight = inflight
         self._ring_memory = memory
+        self._placed: list[Placement] = []
+        self._log_pages: ctypes.Array[ctypes.c_uint64] | None = None
         self._former: list[tuple[Memory, Table]] = []
         self._chains: dict[int, Chain] = {}
         self._staged_count = 0
@@ -194,24 +197,20 @@ class DeviceQueue:
         block, config = self._block, self._config
         # Kept for the chains, which find their own snapshot's through it.
         table = self._table = Table.of(self._memory)
-        hosts: list[int] = []
+        placed: list[Placement] = []
         self._unresolved = None
         try:
-            for (name, _, length), address in zip(
+            for (name, _, length), address, before in zip(
                 ring_parts(config.size, config.packed),
                 (config.descriptor_address, config.driver_address, config.device_address),
+                self._placed or (None, None, None),
                 strict=True,
             ):
                 written = name == "device" or (config.packed and name == "descriptors")
-                hosts.append(
-                    table.ring_part(
-                        address,
-                        length,
-                        READ | WRITE if written else READ,
-                        config.iommu,
-                        self._provisions,
-                    )
-                )
+                wanted = READ | WRITE if written else READ
+                pieces = table.ring_pieces(address, length, wanted, config.iommu, self._provisions)
+                placed.append(Placement(pieces, before))
+            hosts = [part.host for part in placed]
             if any(host % 4 for host in hosts[::2]) or hosts[1] % 2 or hosts[0] % 16:
                 raise Broken(Reason.RING_MEMORY, hosts[0])
         except (Missing, Broken) as error:
@@ -219,10 +218,12 @@ class DeviceQueue:
             self._unresolved = error
         else:
             block.descriptors, block.driver, block.device = hosts
+            # What was mapped for the old place stays so until the engine knows the new one.
+            self._placed, placed = placed, self._placed
             self._ring_memory = self._memory
         block.table = table.address
         block.log = self._log.struct_address if self._log is not None else 0
-        block.log_used = self._log_base(table)
+        self._place_log(table)
         if not self._used_known and block.descriptors:
             # The used ring itself says where the device before us stopped.
             try:
@@ -241,36 +242,37 @@ class DeviceQueue:
             self._recovered = True
             self._engine.recover()
 
-    def _log_base(self, table: Table) -> int:
+    def _place_log(self, table: Table) -> None:
         """The guest address at which writes to the ring are logged.
 
         For a packed ring it is where the ring is: front-ends send the address of the device's
         event structure there (QEMU does), and pages of the ring would not be copied. Behind an
         IOMMU what they send is an IOVA (of the used ring itself, by QEMU).
         """
-        config = self._config
-        if config.log_used is None:
-            return 0
-        if not config.packed and not config.iommu:
-            return config.log_used
+        block, config = self._block, self._config
+        block.log_pages = 0
+        block.log_used = config.log_used or 0
+        if config.log_used is None or not (config.packed or config.iommu):
+            return
         (_, _, descriptors), _, (_, _, used) = ring_parts(config.size, config.packed)
+        address, length = config.log_used, used
+        if config.packed:
+            address, length = config.descriptor_address, descriptors
         try:
-            if not config.iommu:
-                return table.user_pieces(
-                    config.descriptor_address, descriptors, READ, self._provisions
-                )[0].guest
-            address, length = config.log_used, used
-            if config.packed:
-                address, length = config.descriptor_address, descriptors
-            found = table.pieces(address, length, READ, True, self._provisions)
-            if _contiguous(found):
-                return found[0].guest
+            pieces = table.ring_pieces(address, length, READ, config.iommu, self._provisions)
         except (Missing, Broken):
-            pass
-        # What is written until it means something again is where the ring was.
-        mapped = self._block.descriptors if config.packed else self._block.device
-        guest = Table.of(self._ring_memory).guest_address(mapped)
-        return config.log_used if guest is None else guest
+            # What is written until it means something again is where the ring was.
+            if not self._placed:
+                return
+            pieces = self._placed[0 if config.packed else 2].pieces
+        block.log_used = pieces[0].guest
+        if _contiguous(pieces):
+            return
+        pages = log_pages(pieces)
+        if pages is not None:
+            self._log_pages = (ctypes.c_uint64 * len(pages))(*pages)
+            block.log_pages = ctypes.addressof(self._log_pages)
+            block.log_used = pieces[0].guest % PAGE
 
     def _check(self, result: int) -> int:
         if result < 0:

@@ -23,6 +23,7 @@ from .packed_engine import (
     available_flags,
     used_flags,
 )
+from .placement import Placement
 from .python_engine import INDIRECT, NEXT, WRITABLE
 from .split_engine import NO_INTERRUPT, NO_NOTIFY, needs_event
 from .table import READ, WRITE, Broken, Memory, Missing, Table
@@ -65,14 +66,20 @@ class DriverQueue:
         self._table = Table.of(memory)
         self._tables = tables
         self._table_length = min(table_length, config.size)
-        hosts: list[int] = []
+        #: Kept, as parts of the ring may be mapped for this object alone.
+        self._placed: list[Placement] = []
         parts = ring_parts(config.size, config.packed)
         addresses = (config.descriptor_address, config.driver_address, config.device_address)
         try:
             for (_, _, length), address in zip(parts, addresses, strict=True):
-                hosts.append(self._table.ring_part(address, length, READ | WRITE, config.iommu, ()))
+                self._placed.append(
+                    Placement(
+                        self._table.ring_pieces(address, length, READ | WRITE, config.iommu, ())
+                    )
+                )
         except (Broken, Missing) as error:
             raise UsageError(f"the ring is not in guest memory: {error}") from error
+        hosts = [part.host for part in self._placed]
         self._side: _Split | _Packed
         try:
             self._side = (_Packed if config.packed else _Split)(config, hosts, self._table)

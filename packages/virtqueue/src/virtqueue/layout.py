@@ -178,6 +178,7 @@ class QueueBlock(ctypes.Structure):
     table: int
     log: int
     log_used: int
+    log_pages: int
     inflight: int
     inflight_size: int
     inflight_poison: int
@@ -231,7 +232,11 @@ class QueueBlock(ctypes.Structure):
         ("device", ctypes.c_uint64),  # split: used ring; packed: device event structure
         ("table", ctypes.c_uint64),  # gm_table of the current snapshot
         ("log", ctypes.c_uint64),  # gm_log, or 0
-        ("log_used", ctypes.c_uint64),  # guest address of what `device` (packed: ring) maps
+        # Guest address of what `device` (packed: `descriptors`) maps. Where that is several pieces,
+        # `log_pages` is the host address of its 4 KiB pages' guest addresses (u64), and `log_used`
+        # the offset in the first of them.
+        ("log_used", ctypes.c_uint64),
+        ("log_pages", ctypes.c_uint64),  # or 0
         ("inflight", ctypes.c_uint64),  # this queue's in-flight region, or 0
         ("inflight_size", ctypes.c_uint64),  # bytes
         # u32 that is not 0 once a page of the region was found missing, or 0

@@ -42,6 +42,7 @@ from .layout import (
     Result,
     SegmentFlags,
 )
+from .placement import PAGE
 from .table import PINS_OFFSET, READ, WRITE, Broken, Memory, Missing, Piece, Table
 
 NEXT: Final = 1
@@ -360,8 +361,16 @@ class RingEngine:
             raise Broken(Reason.TRUNCATED)
 
     def _break(self, error: Broken) -> None:
+        """The queue is broken for good.
+
+        Truncated memory reads as zeroes, so when ring or records were truncated that explains
+        whatever looks wrong in them.
+        """
         block = self._block
-        truncated = error.reason is Reason.INFLIGHT and self._inflight_poison.value
+        words = [*self._ring_poison, self._inflight_poison]
+        if self._log is not None:
+            words.append(self._log.poison)
+        truncated = any(word.value for word in words)
         block.reason = Reason.TRUNCATED if truncated else error.reason
         block.detail = error.detail & 0xFFFF_FFFF_FFFF_FFFF
 
@@ -632,8 +641,19 @@ class RingEngine:
 
     def _mark_ring(self, offset: int, length: int) -> None:
         """Log a write to the device's part of the ring."""
-        if self._log_used and self._log is not None:
-            self._log.mark(self._block.log_used + offset, length)
+        if not self._log_used or self._log is None:
+            return
+        position, pages = self._block.log_used + offset, self._block.log_pages
+        if not pages:
+            self._log.mark(position, length)
+            return
+        while length > 0:
+            page, inside = divmod(position, PAGE)
+            step = min(length, PAGE - inside)
+            guest = ctypes.c_uint64.from_address(pages + 8 * page).value
+            self._log.mark(guest + inside, step)
+            position += step
+            length -= step
 
 
 def _add_pins(table: int, count: int) -> None:

@@ -237,19 +237,13 @@ class Table:
         return MemoryTable.from_address(self.address).pins
 
     def poison_words(self, host: int) -> list[Any]:
-        """The poison word of the region that is mapped at a host address."""
-        return [
-            region.poison
-            for region in self.regions
-            if region.poison is not None and region.host <= host < region.host + region.size
-        ]
+        """The poison word of the region that is mapped at a host address.
 
-    def guest_address(self, host: int) -> int | None:
-        """The guest address of what a region maps at a host address; None when none does."""
-        for region in self.regions:
-            if region.host and region.host <= host < region.host + region.size:
-                return region.guest + host - region.host
-        return None
+        Those of all where none is: its pages may be of several (see `placement`).
+        """
+        known = [region for region in self.regions if region.poison is not None]
+        there = [region for region in known if region.host <= host < region.host + region.size]
+        return [region.poison for region in there or known]
 
     def unguarded_host(self, host: int, length: int) -> Any:
         """The poison word of unguarded memory that a host range touches, else None."""
@@ -345,20 +339,13 @@ class Table:
                 raise Missing(guest, length, access)
         return pieces
 
-    def ring_part(
+    def ring_pieces(
         self, address: int, length: int, access: int, iommu: bool, provisions: Any
-    ) -> int:
-        """Host address of a part of a ring, which has to be in one piece for the host."""
+    ) -> list[Piece]:
+        """Host memory behind a part of a ring, at a user address or an IOVA."""
         if iommu:
-            pieces = self.pieces(address, length, access, True, provisions)
-        else:
-            pieces = self.user_pieces(address, length, access, provisions)
-        end = pieces[0].host
-        for piece in pieces:
-            if piece.host != end:
-                raise Broken(Reason.RING_MEMORY, address)
-            end += piece.length
-        return pieces[0].host
+            return self.pieces(address, length, access, True, provisions)
+        return self.user_pieces(address, length, access, provisions)
 
 
 def _word(region: Region) -> Any:
