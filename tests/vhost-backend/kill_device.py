@@ -1,6 +1,7 @@
 """Kill the back-end's process at random instants while requests run, and check every answer.
 
-    python tests/vhost-backend/kill_device.py --kills 1000 [--packed] [--engine c|python]
+    python tests/vhost-backend/kill_device.py --kills 1000 [--packed] [--in-order]
+        [--engine c|python]
 
 The front-end keeps the memory of requests in flight and hands it to each new process. Every block
 carries sequence numbers: a write that is lost, served twice after a later one, torn, or reported
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 
 import vhost_protocol as vp
-from vhost_backend import BlockDevice
+from vhost_backend import BlockDevice, VirtioFeature
 from vhost_backend.devices.blk import F_FLUSH
 from vhost_backend.testing import BLOCK, BlockWorkload, DeviceProcess
 
@@ -25,7 +26,14 @@ BLOCKS = 192
 
 
 def kill_repeatedly(
-    image: Path, kills: int, *, packed: bool, engine: str | None, seed: int, queue_size: int = 64
+    image: Path,
+    kills: int,
+    *,
+    packed: bool,
+    engine: str | None,
+    seed: int,
+    queue_size: int = 64,
+    in_order: bool = False,
 ) -> str:
     """Kill a disk `kills` times; a sentence of figures. Raises what went wrong."""
     rng = random.Random(seed)
@@ -35,9 +43,13 @@ def kill_repeatedly(
     with (
         DeviceProcess(lambda: BlockDevice(image), engine=engine, timeout=30.0) as process,
         process.connect(
-            features=F_FLUSH, packed=packed, inflight=True, queue_size=queue_size
+            features=F_FLUSH | VirtioFeature.IN_ORDER * in_order,
+            packed=packed,
+            inflight=True,
+            queue_size=queue_size,
         ) as session,
     ):
+        assert bool(session.features & VirtioFeature.IN_ORDER) == in_order
         work = BlockWorkload(session, blocks=BLOCKS, depth=24, indirect=True, seed=seed)
         for number in range(kills):
             # From within the first request after the start to somewhere in the middle of many.
@@ -77,6 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--packed", action="store_true")
+    parser.add_argument("--in-order", action="store_true")
     parser.add_argument("--engine")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -86,10 +99,11 @@ def main() -> int:
             Path(folder, "disk.img"),
             options.kills,
             packed=options.packed,
+            in_order=options.in_order,
             engine=options.engine,
             seed=options.seed,
         )
-    ring = "packed" if options.packed else "split"
+    ring = ("packed" if options.packed else "split") + ", in order" * options.in_order
     print(f"{ring}, engine {options.engine}: {figures} ({time.monotonic() - start:.0f} s)")
     return 0
 

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from vhost_backend import Queue, Request, VirtioDevice
+from vhost_backend import DeviceBackend, Queue, Request, VirtioDevice, VirtioFeature
 from vhost_backend.driver import DriverSession
 from vhost_backend.testing import attached
 from virtqueue import DONE, Batch, ChainCompleted
@@ -44,6 +44,14 @@ def test_a_plain_handler(engine: str) -> None:
         session.vrings[0].kick()
         assert session.vrings[0].completions() == [(identity, 5)]
         assert pieces.answer(0) == b"HELLO"
+
+
+def test_order_is_promised_by_devices_that_keep_it() -> None:
+    class Overtaking(VirtioDevice):
+        async def handle(self, queue: Queue, request: Request) -> None: ...
+
+    offered = [DeviceBackend.of(device).features() for device in (VirtioDevice(), Overtaking())]
+    assert [bool(features & VirtioFeature.IN_ORDER) for features in offered] == [True, False]
 
 
 def test_written_may_be_set_after_filling_the_buffer_in_place(engine: str) -> None:

@@ -26,13 +26,21 @@ def _load() -> ModuleType:
     return module
 
 
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_no_request_is_lost_or_repeated(tmp_path: Path, engine: str, packed: bool) -> None:
-    """Fifty kills each way, two hundred in all."""
+def test_no_request_is_lost_or_repeated(
+    tmp_path: Path, engine: str, packed: bool, in_order: bool
+) -> None:
+    """Fifty kills each way, thirty in order."""
+    kills = 30 if in_order else 50
     figures = _load().kill_repeatedly(
-        tmp_path / "disk.img", 50, packed=packed, engine=engine, seed=2 + packed
+        *(tmp_path / "disk.img", kills),
+        packed=packed,
+        in_order=in_order,
+        engine=engine,
+        seed=2 + packed,
     )
-    assert figures.startswith("50 kills")
+    assert figures.startswith(f"{kills} kills")
     assert figures.endswith("none lost, none repeated")
 
 

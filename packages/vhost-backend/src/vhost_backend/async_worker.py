@@ -13,6 +13,7 @@ from virtqueue import Chain
 
 from .device import Queue, Request, VirtioDevice
 from .device_backend import BATCH, DeviceBackend
+from .features import RING_FEATURES
 from .vring_locks import Vring
 from .worker import VringEpollHandler
 
@@ -51,6 +52,8 @@ class AsyncDeviceBackend(DeviceBackend):
     """A device whose `handle` is a coroutine function, each request a task of the worker's loop."""
 
     worker_type: type[VringEpollHandler] = AsyncVringEpollHandler
+    # Requests overtake each other: one that is done would have to wait for those before it.
+    ring_features = RING_FEATURES
 
     def __init__(self, device: VirtioDevice) -> None:
         super().__init__(device)

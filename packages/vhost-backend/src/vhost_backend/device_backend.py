@@ -18,7 +18,7 @@ from virtqueue import DONE, Batch, CHandler
 from .backend import VhostUserBackendBase
 from .coroutines import is_coroutine_function
 from .device import Queue, VirtioDevice
-from .features import RING_FEATURES
+from .features import RING_FEATURES, VirtioFeature
 from .queue_worker import QueueWorker
 from .state_transfer import StateTransfer
 from .vring import VringState
@@ -47,6 +47,8 @@ class DeviceBackend(VhostUserBackendBase):
 
     #: The kind of worker that serves it.
     worker_type: type[VringEpollHandler] = QueueWorker
+    #: What its rings offer.
+    ring_features: int = RING_FEATURES | VirtioFeature.IN_ORDER
 
     @staticmethod
     def of(device: VirtioDevice) -> DeviceBackend:
@@ -79,7 +81,7 @@ class DeviceBackend(VhostUserBackendBase):
 
     def features(self) -> int:
         """The device's own bits and what the rings offer for every device."""
-        return self.device.features | RING_FEATURES
+        return self.device.features | self.ring_features
 
     def acked_features(self, features: int) -> None:
         """Told to the device."""

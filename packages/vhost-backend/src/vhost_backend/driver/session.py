@@ -341,6 +341,7 @@ class DriverSession:
             packed=packed,
             event_idx=bool(self.features & VirtioFeature.EVENT_IDX),
             indirect=bool(self.features & VirtioFeature.INDIRECT_DESC),
+            in_order=bool(self.features & VirtioFeature.IN_ORDER),
             iommu=bool(self._iova),
         )
         tables = None
