@@ -27,7 +27,6 @@
 #define STATUS_AT 32
 #define UNTOUCHED 0xff /* a status the device has not written */
 #define STALL_SECONDS 5
-#define WINDOW_NS 2000000 /* of the peak rate: shorter than a scheduler's turn */
 
 enum kind { READ = 0, WRITE = 1, FLUSH = 4 };
 enum phase { WARM_UP, MEASURE, DRAIN };
@@ -64,8 +63,7 @@ struct worker {
     uint64_t blocks, first_block, stride, cursor; /* the blocks this queue may touch */
     uint32_t *generations; /* verification: what a block holds; its top bit: in flight */
     uint64_t random, submitted, checked, short_used, collections;
-    uint64_t window_begun, window_count;
-    double peak; /* requests per nanosecond in the best window */
+    struct peak peak;
     uint64_t first_done, begun, ended, kicks_before, sleeps_before, collections_before;
     struct histogram histogram;
     _Atomic uint64_t completed;
@@ -259,9 +257,8 @@ static void complete(struct worker *worker, unsigned number, uint32_t written, u
 static void begin_measuring(struct worker *worker, uint64_t now)
 {
     memset(&worker->histogram, 0, sizeof worker->histogram);
-    worker->begun = worker->window_begun = now;
-    worker->window_count = 0;
-    worker->peak = 0;
+    worker->begun = now;
+    peak_start(&worker->peak, now);
     worker->kicks_before = worker->ring.kicks;
     worker->sleeps_before = worker->ring.sleeps;
     worker->collections_before = worker->collections;
@@ -275,30 +272,6 @@ static void end_measuring(struct worker *worker, uint64_t now)
     worker->collections -= worker->collections_before;
 }
 
-/* The rate of the best window: what the pair does when nobody else has the processors. */
-static void note_peak(struct worker *worker, uint64_t now, unsigned count)
-{
-    uint64_t elapsed = now - worker->window_begun;
-
-    worker->window_count += count;
-    if (elapsed < WINDOW_NS)
-        return;
-    double rate = (double)worker->window_count / (double)elapsed;
-    if (rate > worker->peak)
-        worker->peak = rate;
-    worker->window_begun = now;
-    worker->window_count = 0;
-}
-
-static inline void relax(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
 /* Collect what is there, sleeping or spinning for the first; how many. */
 static unsigned collect(struct worker *worker, uint64_t *now)
 {
@@ -309,7 +282,7 @@ static unsigned collect(struct worker *worker, uint64_t *now)
 
     while ((slot = ring_collect(ring, &written)) < 0) {
         if (worker->options->poll)
-            relax();
+            ring_relax();
         else if (!ring_arm(ring))
             ring_sleep(ring);
     }
@@ -348,7 +321,7 @@ static void *work(void *argument)
         ring_publish(&worker->ring);
         unsigned count = collect(worker, &now);
         completed += count;
-        note_peak(worker, now, count);
+        peak_add(&worker->peak, now, count);
         if (!worker->first_done)
             worker->first_done = now;
         atomic_store_explicit(&worker->completed, completed, memory_order_relaxed);
@@ -439,7 +412,7 @@ static void report(const struct options *options, struct worker *workers, const 
         struct worker *worker = &workers[i];
         histogram_merge(&all, &worker->histogram);
         rate += (double)worker->histogram.count * 1e9 / (double)(worker->ended - worker->begun);
-        peak += worker->peak * 1e9;
+        peak += worker->peak.rate * 1e9;
         kicks += worker->ring.kicks;
         sleeps += worker->ring.sleeps;
         checked += worker->checked;
@@ -578,17 +551,6 @@ static const struct option names[] = {
     {0, 0, 0, 0},
 };
 
-static uint64_t number(const char *text, uint64_t low, uint64_t high)
-{
-    char *end;
-    unsigned long long value = strtoull(text, &end, 0);
-
-    if (*end || end == text || value < low || value > high)
-        die(EXIT_USAGE, "%s is not a number from %llu to %llu", text, (unsigned long long)low,
-            (unsigned long long)high);
-    return value;
-}
-
 static void parse(struct options *options, int count, char **arguments)
 {
     int letter;
@@ -596,26 +558,26 @@ static void parse(struct options *options, int count, char **arguments)
     while ((letter = getopt_long(count, arguments, "", names, NULL)) != -1) {
         switch (letter) {
         case 's': options->socket = optarg; break;
-        case 'd': options->depth = (unsigned)number(optarg, 1, 256); break;
-        case 'q': options->queues = (unsigned)number(optarg, 1, MAX_QUEUES); break;
-        case 'z': options->queue_size = (unsigned)number(optarg, 4, 32768); break;
+        case 'd': options->depth = (unsigned)parse_number(optarg, 1, 256); break;
+        case 'q': options->queues = (unsigned)parse_number(optarg, 1, MAX_QUEUES); break;
+        case 'z': options->queue_size = (unsigned)parse_number(optarg, 4, 32768); break;
         case 'p': options->packed = true; break;
         case 'e': options->event_idx = false; break;
         case 'i': options->indirect = true; break;
-        case 'b': options->block = (unsigned)number(optarg, SECTOR, 1 << 20); break;
-        case 'g': options->segments = (unsigned)number(optarg, 1, RING_SEGMENTS - 2); break;
-        case 'w': options->write_percent = (unsigned)number(optarg, 0, 100); break;
-        case 'f': options->flush_every = (unsigned)number(optarg, 1, 1 << 30); break;
+        case 'b': options->block = (unsigned)parse_number(optarg, SECTOR, 1 << 20); break;
+        case 'g': options->segments = (unsigned)parse_number(optarg, 1, RING_SEGMENTS - 2); break;
+        case 'w': options->write_percent = (unsigned)parse_number(optarg, 0, 100); break;
+        case 'f': options->flush_every = (unsigned)parse_number(optarg, 1, 1 << 30); break;
         case 'n': options->sequential = true; break;
-        case 'a': options->span = number(optarg, SECTOR, UINT64_MAX); break;
-        case 'r': options->regions = (unsigned)number(optarg, 1, MAX_REGIONS); break;
+        case 'a': options->span = parse_number(optarg, SECTOR, UINT64_MAX); break;
+        case 'r': options->regions = (unsigned)parse_number(optarg, 1, MAX_REGIONS); break;
         case 'o': options->poll = true; break;
         case 'l': options->seal = false; break;
         case 'v': options->verify = true; break;
         case 't': options->seconds = strtod(optarg, NULL); break;
         case 'u': options->warm_up = strtod(optarg, NULL); break;
         case 'c': options->connect_timeout = strtod(optarg, NULL); break;
-        case 'x': options->seed = number(optarg, 0, UINT64_MAX); break;
+        case 'x': options->seed = parse_number(optarg, 0, UINT64_MAX); break;
         default: fputs(usage, stderr); exit(EXIT_USAGE);
         }
     }

@@ -28,7 +28,6 @@
 #define MIN_PACKET 60
 #define MAX_PACKET 9000
 #define STALL_SECONDS 5
-#define WINDOW_NS 2000000
 
 #define F_NET_MRG_RXBUF (1ull << 15)
 #define F_NET_CTRL_VQ (1ull << 17)
@@ -66,9 +65,9 @@ struct worker {
     unsigned in_flight, pieces; /* packets; buffers still to come of a packet over several */
     uint32_t piece_bytes;
     struct stamp piece_stamp;
-    uint64_t lost, done, first_done, begun, ended, window_begun, window_count;
+    uint64_t lost, done, first_done, begun, ended;
     uint64_t kicks_before, sleeps_before;
-    double peak;
+    struct peak peak;
     struct histogram histogram;
     _Atomic uint64_t progress;
     pthread_t thread;
@@ -240,41 +239,18 @@ static unsigned receive_one(struct worker *worker, unsigned slot, uint32_t writt
 static void begin_measuring(struct worker *worker, uint64_t now)
 {
     memset(&worker->histogram, 0, sizeof worker->histogram);
-    worker->begun = worker->window_begun = now;
-    worker->done = worker->lost = worker->window_count = 0;
-    worker->peak = 0;
+    worker->begun = now;
+    worker->done = worker->lost = 0;
+    peak_start(&worker->peak, now);
     worker->kicks_before = worker->receive.ring.kicks + worker->transmit.ring.kicks;
     worker->sleeps_before = worker->receive.ring.sleeps + worker->transmit.ring.sleeps;
-}
-
-static void note_peak(struct worker *worker, uint64_t now, unsigned count)
-{
-    uint64_t elapsed = now - worker->window_begun;
-
-    worker->window_count += count;
-    if (elapsed < WINDOW_NS)
-        return;
-    double rate = (double)worker->window_count / (double)elapsed;
-    if (rate > worker->peak)
-        worker->peak = rate;
-    worker->window_begun = now;
-    worker->window_count = 0;
-}
-
-static inline void relax(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
 }
 
 /* Sleep until the ring that matters has something, or spin once. */
 static void wait_for(struct worker *worker, struct side *side)
 {
     if (worker->options->poll)
-        relax();
+        ring_relax();
     else if (!ring_arm(&side->ring))
         ring_sleep(&side->ring);
 }
@@ -370,7 +346,7 @@ static void *work(void *argument)
         unsigned count = turn(worker, &now);
         worker->done += count;
         total += count;
-        note_peak(worker, now, count);
+        peak_add(&worker->peak, now, count);
         if (!worker->first_done && count)
             worker->first_done = now;
         atomic_store_explicit(&worker->progress, total, memory_order_relaxed);
@@ -416,7 +392,7 @@ static void report(const struct options *options, struct worker *workers, uint64
         struct worker *worker = &workers[i];
         histogram_merge(&all, &worker->histogram);
         rate += (double)worker->done * 1e9 / (double)(worker->ended - worker->begun);
-        peak += worker->peak * 1e9;
+        peak += worker->peak.rate * 1e9;
         done += worker->done;
         lost += worker->lost;
         kicks += worker->receive.ring.kicks + worker->transmit.ring.kicks - worker->kicks_before;
@@ -534,16 +510,6 @@ static const struct option names[] = {
     {0, 0, 0, 0},
 };
 
-static unsigned number(const char *text, unsigned low, unsigned high)
-{
-    char *end;
-    unsigned long value = strtoul(text, &end, 0);
-
-    if (*end || end == text || value < low || value > high)
-        die(EXIT_USAGE, "%s is not a number from %u to %u", text, low, high);
-    return (unsigned)value;
-}
-
 static enum direction direction_of(const char *text)
 {
     static const char *const directions[] = {"echo", "sink", "source"};
@@ -562,15 +528,15 @@ static void parse(struct options *options, int count, char **arguments)
         switch (letter) {
         case 's': options->socket = optarg; break;
         case 'D': options->direction = direction_of(optarg); break;
-        case 'd': options->depth = number(optarg, 1, 256); break;
-        case 'q': options->pairs = number(optarg, 1, MAX_PAIRS); break;
-        case 'z': options->queue_size = number(optarg, 2, 1024); break;
-        case 'b': options->packet = number(optarg, MIN_PACKET, MAX_PACKET); break;
-        case 'R': options->receive_buffer = number(optarg, 128, 65536); break;
+        case 'd': options->depth = (unsigned)parse_number(optarg, 1, 256); break;
+        case 'q': options->pairs = (unsigned)parse_number(optarg, 1, MAX_PAIRS); break;
+        case 'z': options->queue_size = (unsigned)parse_number(optarg, 2, 1024); break;
+        case 'b': options->packet = (unsigned)parse_number(optarg, MIN_PACKET, MAX_PACKET); break;
+        case 'R': options->receive_buffer = (unsigned)parse_number(optarg, 128, 65536); break;
         case 'm': options->mergeable = true; break;
         case 'p': options->packed = true; break;
         case 'e': options->event_idx = false; break;
-        case 'r': options->regions = number(optarg, 1, MAX_REGIONS); break;
+        case 'r': options->regions = (unsigned)parse_number(optarg, 1, MAX_REGIONS); break;
         case 'l': options->seal = false; break;
         case 'o': options->poll = true; break;
         case 't': options->seconds = strtod(optarg, NULL); break;

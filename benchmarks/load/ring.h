@@ -60,6 +60,16 @@ bool ring_arm(struct ring *ring);
 /* Ask for no calls: while completions are handled, or for good when polling. */
 void ring_quiet(struct ring *ring);
 
+/* Spin once. */
+static inline void ring_relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 /* Sleep until the device calls. */
 void ring_sleep(struct ring *ring);
 

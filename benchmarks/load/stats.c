@@ -53,6 +53,25 @@ uint64_t histogram_quantile(const struct histogram *histogram, double fraction)
     return histogram->max;
 }
 
+void peak_start(struct peak *peak, uint64_t now)
+{
+    *peak = (struct peak){.begun = now};
+}
+
+void peak_add(struct peak *peak, uint64_t now, unsigned count)
+{
+    uint64_t elapsed = now - peak->begun;
+
+    peak->count += count;
+    if (elapsed < WINDOW_NS)
+        return;
+    double rate = (double)peak->count / (double)elapsed;
+    if (rate > peak->rate)
+        peak->rate = rate;
+    peak->begun = now;
+    peak->count = 0;
+}
+
 uint64_t now_ns(void)
 {
     struct timespec time;

@@ -20,6 +20,18 @@ void histogram_merge(struct histogram *into, const struct histogram *from);
 /* The value that `fraction` of all values do not exceed. */
 uint64_t histogram_quantile(const struct histogram *histogram, double fraction);
 
+/* The rate of the best window: what a pair does when nobody else has the processors. A window is
+ * shorter than a scheduler's turn. */
+#define WINDOW_NS 2000000
+
+struct peak {
+    uint64_t begun, count;
+    double rate; /* per nanosecond */
+};
+
+void peak_start(struct peak *peak, uint64_t now);
+void peak_add(struct peak *peak, uint64_t now, unsigned count);
+
 /* Monotonic nanoseconds. */
 uint64_t now_ns(void);
 

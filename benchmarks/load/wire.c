@@ -61,6 +61,17 @@ void die(int code, const char *format, ...)
     exit(code);
 }
 
+uint64_t parse_number(const char *text, uint64_t low, uint64_t high)
+{
+    char *end;
+    unsigned long long value = strtoull(text, &end, 0);
+
+    if (*end || end == text || value < low || value > high)
+        die(EXIT_USAGE, "%s is not a number from %llu to %llu", text, (unsigned long long)low,
+            (unsigned long long)high);
+    return value;
+}
+
 static void transmit(struct wire *wire, enum request request, uint32_t flags, const void *payload,
                      uint32_t size, const int *fds, unsigned fd_count)
 {

@@ -16,6 +16,9 @@ enum { EXIT_FAULT = 1, EXIT_USAGE = 2, EXIT_UNSUPPORTED = 3, EXIT_STALLED = 4, E
 
 _Noreturn void die(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+/* A number among the program's arguments; ends the program for any other text. */
+uint64_t parse_number(const char *text, uint64_t low, uint64_t high);
+
 /* Device feature bits. */
 #define F_BLK_FLUSH (1ull << 9)
 #define F_BLK_MQ (1ull << 12)
