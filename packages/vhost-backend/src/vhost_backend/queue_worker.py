@@ -9,7 +9,9 @@ with `DeviceBackend.handle_event`; and when others want the ring, they have it (
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
 
@@ -103,7 +105,9 @@ class QueueWorker(VringEpollHandler):
         """Serve the queue from C until there is something else to do; False when it cannot be."""
         kick_fd = self._kick_of.get(0, -1)
         if kick_fd not in self._edges or len(self._watched) > 1 or self._stopping:
-            self._server = None  # and with it the ring and its memory
+            if self._server is not None:
+                self._server = None  # and with it the ring and its memory
+                _settle()
             return False
         state = vring.claim()
         try:
@@ -189,3 +193,13 @@ class QueueWorker(VringEpollHandler):
         vring.claim()
         if state.generation == generation:
             state.finish(count)
+
+
+def _settle() -> None:
+    """Free what nobody refers to, without the GIL too.
+
+    There an object whose last reference goes on another thread than the one that made it stays until
+    that one runs again, and those here sleep. A collection does what they would.
+    """
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        gc.collect()
