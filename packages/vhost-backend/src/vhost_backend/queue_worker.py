@@ -198,8 +198,8 @@ class QueueWorker(VringEpollHandler):
 def _settle() -> None:
     """Free what nobody refers to, without the GIL too.
 
-    There an object whose last reference goes on another thread than the one that made it stays until
-    that one runs again, and those here sleep. A collection does what they would.
+    There an object whose last reference goes on another thread than the one that made it stays
+    until that one runs again, and those here sleep. A collection does what they would.
     """
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         gc.collect()
