@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 #: Bytes a second that leave time to interfere with a migration.
 SLOW = 4 << 20
 
+#: The same once a guest runs at its target, which can then be seen to ask for pages itself; those
+#: it asks for are not held up.
+UNHURRIED = 32 << 20
+
 
 class MigrationError(Exception):
     """QEMU gave up; the message ends with what both QEMUs said last."""
@@ -22,7 +26,8 @@ class Migration:
     """A migration from its start on; `finish()`, `cancel()` or wait for its failure.
 
     `capabilities` are QEMU's ("postcopy-ram", "return-path"), switched on at both ends;
-    `bandwidth` limits it to so many bytes a second until `finish()`.
+    `bandwidth` limits it to so many bytes a second until `finish()`. With postcopy-ram, pages that
+    the target has not asked for follow at `UNHURRIED`.
     """
 
     def __init__(
@@ -39,7 +44,10 @@ class Migration:
         for guest in (source, target):
             if wanted:
                 guest.qmp.execute("migrate-set-capabilities", capabilities=wanted)
-        source.qmp.execute("migrate-set-parameters", max_bandwidth=bandwidth or 1 << 40)
+        limits = {"max_bandwidth": bandwidth or 1 << 40}
+        if "postcopy-ram" in capabilities:
+            limits["max_postcopy_bandwidth"] = UNHURRIED
+        source.qmp.execute("migrate-set-parameters", **limits)
         with tempfile.TemporaryDirectory(prefix="migrate-") as folder:
             uri = f"unix:{folder}/s"
             target.qmp.execute("migrate-incoming", uri=uri)
