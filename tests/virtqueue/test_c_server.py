@@ -418,6 +418,48 @@ def test_a_file_is_read_and_written(rig: Any, fds: Fds, image: int, uring: bool)
     assert [written for _, written in rig.driver.collect()] == [1, 1, 1537]
 
 
+def test_few_requests_at_once_while_none_has_to_wait(
+    make_rig: Any, packed: bool, fds: Fds, image: int
+) -> None:
+    counters = Counters()
+    rig = make_rig(packed=packed, size=64, status_byte=True, device=False)
+    rig.device = rig.new_device(counters=counters)
+    count, page = 16, 4096
+    os.pwrite(image, b"".join(bytes([number]) * page for number in range(count)), 0)
+    os.posix_fadvise(image, 0, 0, os.POSIX_FADV_RANDOM)  # no page comes along with another
+    server = serving(rig, fds, handler=FileHandler(image, count * page, ACTIONS, unit=page))
+    os.eventfd_write(fds.wake, 1)
+
+    def batches() -> int:
+        """How many it takes for reads of the whole file."""
+        before, begin = counters.batches, rig.next
+        for number in range(count):
+            block_request(rig, IN, number, room=page)
+            rig.memory.write(rig.last[0][0], b"?" * page)
+        assert server.serve() == 0
+        assert len(rig.driver.collect()) == count
+        assert read(rig, rig.last[1][0]) == b"\0"
+        assert read(rig, rig.last[0][0], page) == bytes([count - 1]) * page
+        rig.next = begin
+        return counters.batches - before
+
+    assert [batches() for _ in range(256 // count)] == [1] * (256 // count)
+    assert [batches() for _ in range(20)] == [count // 8] * 20
+    os.fsync(image)
+    cold = 0
+    for _ in range(20):
+        os.posix_fadvise(image, 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            os.preadv(image, [bytearray(1)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            cold += 1
+            if batches() == 1:
+                return
+        except OSError:
+            pytest.skip("this file system does not tell what would wait")
+    assert not cold, "reads that had to wait were not noticed"
+
+
 @pytest.mark.parametrize(
     ("kind", "position", "data", "room"),
     [

@@ -47,6 +47,12 @@ void bulk_finish(int fd, struct vq_io *io, uint64_t moved);
 /* Do a whole item of any kind, and set its result. */
 void bulk_do(int fd, struct vq_io *io);
 
+/*
+ * Do all items; with `tries` reads in two rounds, of which the first finds out what would wait.
+ * Whether one was found to.
+ */
+bool bulk_transfer(int fd, struct vq_io *items, uint32_t count, bool tries);
+
 /* Whether an item did all that it was to do. */
 static inline bool bulk_complete(const struct vq_io *io)
 {

@@ -4,7 +4,22 @@
  * What a type means comes from its owner as a table; what is not plain is left to its owner, who
  * does the same work in another language with an eye on the details and says what is wrong.
  */
-#include "engine.h"
+#include "bulk.h"
+
+/*
+ * Finding out which reads would wait costs 60 ns each.  When that many items in a row did not, most
+ * batches do without; one of a few looks again.
+ */
+#define WARM 256u
+#define LOOK_EVERY 8u
+
+/*
+ * How many requests to take at once while nothing waits: few, so that the driver has the first back
+ * and brings more while the next are served.  In large batches the two take turns at being idle.  What
+ * does wait is better off in batches as large as they come, where all of it waits together.
+ */
+#define FEW 8u
+#define FEW_BYTES (UINT64_C(256) << 10)
 
 static inline uint32_t little32(const uint8_t *bytes)
 {
@@ -59,6 +74,29 @@ static bool plan(const struct vq_file *file, const struct vq_queue *queue,
     return true;
 }
 
+static void move(struct vq_file *file, struct vq_io *items, uint32_t count)
+{
+    if (file->uring) {
+        vq_uring_transfer(pointer(file->uring), file->fd, items, count);
+        return;
+    }
+    const bool tries = BULK_CHOOSES && count > 1 &&
+                       (file->warm < WARM || ++file->warm % LOOK_EVERY == 0);
+    if (bulk_transfer(file->fd, items, count, tries))
+        file->warm = 0;
+    else if (tries && file->warm < WARM)
+        file->warm += count;
+
+    file->batch = 0;
+    if (file->warm >= WARM) {
+        uint64_t bytes = 0;
+        for (uint32_t i = 0; i < count; i++)
+            bytes += items[i].length;
+        const uint64_t fitting = FEW_BYTES * count / (bytes ? bytes : 1);
+        file->batch = !fitting ? 1 : fitting < FEW ? (uint32_t)fitting : FEW;
+    }
+}
+
 int vq_file_handle(void *context, const struct vq_queue *queue)
 {
     struct vq_file *file = context;
@@ -89,10 +127,7 @@ int vq_file_handle(void *context, const struct vq_queue *queue)
     }
     if (!count)
         return left;
-    if (file->uring)
-        vq_uring_transfer(pointer(file->uring), file->fd, items, count);
-    else
-        vq_transfer(file->fd, items, count);
+    move(file, items, count);
     for (uint32_t i = 0; i < count; i++) {
         if (likely(items[i].result == (int64_t)items[i].length)) {
             file->moved += items[i].length;

@@ -170,6 +170,19 @@ static bool wait_for_chains(struct vq_server *server)
     return true;
 }
 
+/* A turn that takes no more than the handler wants at once. */
+static int turn_for_handler(struct vq_server *server)
+{
+    struct vq_queue *queue = pointer(server->queue);
+    const uint32_t *wish = pointer(server->batch);
+    const uint32_t limit = queue->limit;
+    if (wish && *wish && *wish < limit)
+        queue->limit = *wish;
+    const int count = vq_turn(server);
+    queue->limit = limit;
+    return count;
+}
+
 int vq_serve(struct vq_server *server)
 {
     if (server->size != sizeof(*server))
@@ -178,7 +191,7 @@ int vq_serve(struct vq_server *server)
     const vq_handler handler = (vq_handler)(uintptr_t)server->handler;
     server->left = 0;
     for (;;) {
-        const int count = vq_turn(server);
+        const int count = turn_for_handler(server);
         if (unlikely(count < 0))
             return count;
         if (!count) {

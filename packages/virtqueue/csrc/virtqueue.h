@@ -342,7 +342,8 @@ struct vq_server {
     uint32_t left;      /* out: requests of the batch that the handler left */
     uint32_t spin_ns;   /* how long to look before sleeping; adapted */
     uint32_t spin_max_ns; /* 0: never look, only sleep */
-    uint64_t reserved;
+    uint64_t batch;     /* host address of a uint32_t of the handler's: how many chains vq_serve is to
+                         * take at most, 0 for as many as the queue's limit; or 0 */
 };
 
 /*
@@ -379,7 +380,7 @@ VQ_API void vq_give_back(struct vq_server *server);
 /* vq_file.flags */
 #define VQ_FILE_DURABLE 1u /* a write completes when it is on the disk */
 
-/* A handler's context: requests that read and write a file; 72 bytes. */
+/* A handler's context: requests that read and write a file; 80 bytes. */
 struct vq_file {
     uint32_t size;  /* of this structure */
     int32_t fd;
@@ -389,9 +390,11 @@ struct vq_file {
     uint64_t uring;  /* vq_uring_open's, or 0 for system calls on the calling thread */
     uint64_t items;  /* host address of struct vq_io[capacity] */
     uint32_t capacity;
-    uint32_t reserved;
+    uint32_t warm; /* the handler's own: how long no read had to wait */
     uint8_t actions[VQ_FILE_TYPES]; /* by type; the types above are left */
     uint64_t moved;  /* bytes, ever */
+    uint32_t batch;  /* for vq_server.batch */
+    uint32_t reserved;
 };
 
 /*

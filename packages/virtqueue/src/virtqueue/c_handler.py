@@ -18,11 +18,16 @@ class CHandler:
     returns how many requests it leaves to Python, after marking each ``DoneFlags.LEFT``. It is
     called without the GIL, must not keep anything of the queue, and must not touch the ring. Who
     makes the object keeps function and context alive for as long as it is used.
+
+    ``batch`` is the host address of a 32-bit number that says how many requests the function wants
+    at once, which it may change whenever it is called; 0 in it, or as the address, for as many as
+    there are.
     """
 
-    def __init__(self, function: int, context: int = 0) -> None:
+    def __init__(self, function: int, context: int = 0, batch: int = 0) -> None:
         self.function: int = function
         self.context: int = context
+        self.batch: int = batch
         self._call: Any = _PROTOTYPE(function)
 
     def handle(self, queue: DeviceQueue) -> int:

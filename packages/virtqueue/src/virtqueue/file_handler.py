@@ -34,7 +34,7 @@ class FileAction(IntEnum):
 
 
 class FileBlock(ctypes.Structure):
-    """``struct vq_file`` (72 bytes)."""
+    """``struct vq_file`` (80 bytes)."""
 
     size: int
     fd: int
@@ -44,9 +44,11 @@ class FileBlock(ctypes.Structure):
     uring: int
     items: int
     capacity: int
-    reserved: int
+    warm: int
     actions: ctypes.Array[ctypes.c_uint8]
     moved: int
+    batch: int
+    reserved: int
 
     _fields_ = [
         ("size", ctypes.c_uint32),
@@ -57,13 +59,16 @@ class FileBlock(ctypes.Structure):
         ("uring", ctypes.c_uint64),
         ("items", ctypes.c_uint64),
         ("capacity", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("warm", ctypes.c_uint32),
         ("actions", ctypes.c_uint8 * TYPES),
         ("moved", ctypes.c_uint64),
+        ("batch", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
     ]
 
 
 _DURABLE: Final = 1
+_BATCH: Final[int] = FileBlock.batch.offset  # type: ignore[attr-defined]
 
 
 class FileHandler(CHandler):
@@ -127,7 +132,8 @@ class FileHandler(CHandler):
             finalizer.atexit = False  # a worker may be using it; the exit gives it back
         function = ctypes.cast(loaded.released.vq_file_handle, ctypes.c_void_p).value
         assert function is not None
-        super().__init__(function, ctypes.addressof(block))
+        address = ctypes.addressof(block)
+        super().__init__(function, address, address + _BATCH)
 
     @property
     def durable(self) -> bool:

@@ -30,7 +30,7 @@ class ServerBlock(ctypes.Structure):
     left: int
     spin_ns: int
     spin_max_ns: int
-    reserved: int
+    batch: int
 
     _fields_ = [
         ("size", ctypes.c_uint32),
@@ -46,7 +46,7 @@ class ServerBlock(ctypes.Structure):
         ("left", ctypes.c_uint32),
         ("spin_ns", ctypes.c_uint32),
         ("spin_max_ns", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint64),
+        ("batch", ctypes.c_uint64),
     ]
 
 
@@ -97,6 +97,7 @@ class Server:
             queue=queue.block_address,
             handler=0 if handler is None else handler.function,
             context=0 if handler is None else handler.context,
+            batch=0 if handler is None else handler.batch,
             epoll_fd=epoll_fd,
             kick_fd=kick_fd,
             call_fd=call_fd,
