@@ -436,6 +436,7 @@ def test_few_requests_at_once_while_none_has_to_wait(
         for number in range(count):
             block_request(rig, IN, number, room=page)
             rig.memory.write(rig.last[0][0], b"?" * page)
+        time.sleep(0.002)  # a pause, after which nothing is tried out
         assert server.serve() == 0
         assert len(rig.driver.collect()) == count
         assert read(rig, rig.last[1][0]) == b"\0"

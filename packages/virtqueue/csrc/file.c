@@ -5,6 +5,7 @@
  * does the same work in another language with an eye on the details and says what is wrong.
  */
 #include "bulk.h"
+#include "pace.h"
 
 /*
  * Finding out which reads would wait costs 60 ns each.  When that many items in a row did not, most
@@ -12,14 +13,6 @@
  */
 #define WARM 256u
 #define LOOK_EVERY 8u
-
-/*
- * How many requests to take at once while nothing waits: few, so that the driver has the first back
- * and brings more while the next are served.  In large batches the two take turns at being idle.  What
- * does wait is better off in batches as large as they come, where all of it waits together.
- */
-#define FEW 8u
-#define FEW_BYTES (UINT64_C(256) << 10)
 
 static inline uint32_t little32(const uint8_t *bytes)
 {
@@ -87,14 +80,16 @@ static void move(struct vq_file *file, struct vq_io *items, uint32_t count)
     else if (tries && file->warm < WARM)
         file->warm += count;
 
-    file->batch = 0;
-    if (file->warm >= WARM) {
-        uint64_t bytes = 0;
-        for (uint32_t i = 0; i < count; i++)
-            bytes += items[i].length;
-        const uint64_t fitting = FEW_BYTES * count / (bytes ? bytes : 1);
-        file->batch = !fitting ? 1 : fitting < FEW ? (uint32_t)fitting : FEW;
+    if (file->warm < WARM) {
+        /* What waits is better off in batches as large as they come, where all of it waits together. */
+        pace_forget(&file->pace);
+        file->batch = 0;
+        return;
     }
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < count; i++)
+        bytes += items[i].length;
+    file->batch = pace_next(&file->pace, count, bytes);
 }
 
 int vq_file_handle(void *context, const struct vq_queue *queue)

@@ -133,6 +133,7 @@ static const struct vq_layout_entry layout[] = {
     FIELD(vq_file, moved),
     FIELD(vq_file, batch),
     FIELD(vq_file, reserved),
+    FIELD(vq_file, pace),
     STRUCTURE(vq_io),
     FIELD(vq_io, segments),
     FIELD(vq_io, skip),

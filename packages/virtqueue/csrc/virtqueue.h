@@ -380,7 +380,18 @@ VQ_API void vq_give_back(struct vq_server *server);
 /* vq_file.flags */
 #define VQ_FILE_DURABLE 1u /* a write completes when it is on the disk */
 
-/* A handler's context: requests that read and write a file; 80 bytes. */
+/* The handler's own: what was measured of taking few requests at once, and all; 40 bytes. */
+struct vq_pace {
+    uint64_t begun; /* nanoseconds: the window, and the last batch */
+    uint64_t last;
+    uint32_t count; /* requests in the window */
+    uint32_t windows;
+    uint32_t cost[2]; /* nanoseconds a request: few, all */
+    uint32_t way;
+    uint32_t reserved;
+};
+
+/* A handler's context: requests that read and write a file; 120 bytes. */
 struct vq_file {
     uint32_t size;  /* of this structure */
     int32_t fd;
@@ -395,6 +406,7 @@ struct vq_file {
     uint64_t moved;  /* bytes, ever */
     uint32_t batch;  /* for vq_server.batch */
     uint32_t reserved;
+    struct vq_pace pace;
 };
 
 /*

@@ -34,7 +34,7 @@ class FileAction(IntEnum):
 
 
 class FileBlock(ctypes.Structure):
-    """``struct vq_file`` (80 bytes)."""
+    """``struct vq_file`` (120 bytes)."""
 
     size: int
     fd: int
@@ -49,6 +49,7 @@ class FileBlock(ctypes.Structure):
     moved: int
     batch: int
     reserved: int
+    pace: ctypes.Array[ctypes.c_uint64]
 
     _fields_ = [
         ("size", ctypes.c_uint32),
@@ -64,6 +65,7 @@ class FileBlock(ctypes.Structure):
         ("moved", ctypes.c_uint64),
         ("batch", ctypes.c_uint32),
         ("reserved", ctypes.c_uint32),
+        ("pace", ctypes.c_uint64 * 5),  # struct vq_pace, the handler's own
     ]
 
 
