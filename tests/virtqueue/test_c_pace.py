@@ -24,33 +24,38 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> str:
     return program
 
 
-def shares(world: str, *periods: str) -> list[tuple[int, int]]:
-    """Of each period: percent of requests that were taken few at a time, and how many at most."""
+ONE, THREE, EIGHT, ALL, MOST = range(5)
+
+
+def shares(world: str, *periods: str) -> list[list[int]]:
+    """Of each period: percent of requests taken in each way, and how many at a time at most."""
     done = subprocess.run([world, *periods], capture_output=True, text=True, check=True, timeout=60)
-    return [(int(a), int(b)) for a, b in (line.split() for line in done.stdout.splitlines())]
+    return [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
 
 
-def test_the_faster_way_is_taken_nearly_always(world: str) -> None:
-    ((few, most),) = shares(world, "2:1000:2000")
-    assert few > 95
-    assert most == 8
-    ((few, _),) = shares(world, "2:2000:1000")
-    assert few < 5
+@pytest.mark.parametrize("way", [ONE, THREE, EIGHT, ALL])
+def test_the_fastest_way_is_taken_nearly_always(world: str, way: int) -> None:
+    costs = [1800, 1500, 1600, 2000]
+    costs[way] = 1000
+    (found,) = shares(world, "2:" + ":".join(map(str, costs)))
+    assert found[way] > 94
 
 
-def test_few_are_preferred_where_it_makes_no_difference(world: str) -> None:
+def test_eight_are_preferred_where_it_makes_no_difference(world: str) -> None:
     for cost in (1000, 970, 1100):
-        ((few, _),) = shares(world, f"2:1000:{cost}")
-        assert few > 90
+        (found,) = shares(world, f"2:{cost}:{cost}:1000:{cost}")
+        assert found[EIGHT] > 90
 
 
 def test_a_change_is_followed_within_a_second(world: str) -> None:
-    (first, second, third) = shares(world, "1:1000:2000", "2:2000:1000", "2:800:1000")
-    assert first[0] > 90
-    assert second[0] < 10
-    assert third[0] > 90
+    periods = ["1:1200:1100:1000:2000", "2:4000:3000:2000:1000", "2:700:900:1000:1200"]
+    first, second, third = shares(world, *periods)
+    assert first[EIGHT] > 90
+    assert second[ALL] > 85
+    assert third[ONE] > 90
 
 
 def test_large_requests_are_taken_fewer_at_a_time(world: str) -> None:
     for size, most in ((4096, 8), (32768, 8), (65536, 4), (131072, 2), (1 << 20, 1)):
-        assert shares(world, f"1:9000:20000:{size}")[0][1] == most
+        (found,) = shares(world, f"1:9000:9000:9000:20000:{size}")
+        assert found[MOST] == most

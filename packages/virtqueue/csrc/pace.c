@@ -7,9 +7,10 @@
 #define WINDOW_NS 2000000u /* one measurement */
 #define PAUSE_NS 1000000u  /* longer between two batches: nobody was in a hurry */
 #define TRY_EVERY 32u      /* windows */
-#define FEW_BYTES (UINT64_C(256) << 10)
+#define LARGE (UINT64_C(256) << 10) /* bytes that are enough for one batch */
 
-enum { FEW, ALL };
+/* The ways, 0 for all; the first unless another is clearly faster. */
+static const uint32_t at_once[VQ_PACES] = {8, 0, 3, 1};
 
 static uint64_t now(void)
 {
@@ -23,14 +24,23 @@ void pace_forget(struct vq_pace *pace) { *pace = (struct vq_pace){0}; }
 /* The window is over: remember what a request took, and choose for the next one. */
 static void choose(struct vq_pace *pace, uint64_t elapsed)
 {
-    uint32_t *cost = &pace->cost[pace->way];
+    uint32_t *cost = pace->cost;
     const uint64_t found = elapsed / pace->count + 1;
-    const uint32_t limited = found < UINT32_MAX / 4 ? (uint32_t)found : UINT32_MAX / 4;
-    *cost = *cost ? (3 * *cost + limited) / 4 : limited;
-    /* Few at once are better for latency: all have to be clearly faster. */
-    const bool known = pace->cost[FEW] && pace->cost[ALL];
-    const uint32_t better = known && pace->cost[ALL] < pace->cost[FEW] / 16 * 15 ? ALL : FEW;
-    pace->way = pace->windows++ % TRY_EVERY == 0 ? !better : better;
+    const uint32_t limited = found < UINT32_MAX / 2 ? (uint32_t)found : UINT32_MAX / 2;
+    cost[pace->way] = cost[pace->way] ? (cost[pace->way] + limited) / 2 : limited;
+
+    uint32_t best = 0;
+    for (uint32_t way = 0; way < VQ_PACES; way++) {
+        if (!cost[way]) { /* not tried yet */
+            pace->way = way;
+            return;
+        }
+        if (cost[way] < cost[best] / 16 * 15)
+            best = way;
+    }
+    pace->way = best;
+    if (++pace->windows % TRY_EVERY == 0)
+        pace->way = (best + 1 + pace->windows / TRY_EVERY % (VQ_PACES - 1)) % VQ_PACES;
 }
 
 uint32_t pace_next(struct vq_pace *pace, uint32_t count, uint64_t bytes)
@@ -48,8 +58,7 @@ uint32_t pace_next(struct vq_pace *pace, uint32_t count, uint64_t bytes)
         }
     }
     pace->last = time;
-    if (pace->way == ALL)
-        return 0;
-    const uint64_t fitting = FEW_BYTES * count / (bytes ? bytes : 1);
-    return !fitting ? 1 : fitting < PACE_FEW ? (uint32_t)fitting : PACE_FEW;
+    const uint32_t wanted = at_once[pace->way];
+    const uint64_t fitting = LARGE * count / (bytes ? bytes : 1);
+    return fitting >= wanted ? wanted : fitting ? (uint32_t)fitting : 1;
 }

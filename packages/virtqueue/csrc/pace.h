@@ -3,15 +3,13 @@
  *
  * Few: the driver has the first back and brings more while the next are served, where in large
  * batches the two take turns at being idle.  But each return may wake the driver, and where it shares
- * our processor, or there are more threads than processors, that costs more than it gains.  So both are
- * tried now and then, and what serves a request in less time is kept.
+ * our processor, or there are more threads than processors, that costs more than it gains.  So some
+ * numbers are tried now and then, and the one with which a request takes least time is kept.
  */
 #ifndef VQ_PACE_H
 #define VQ_PACE_H
 
 #include "virtqueue.h"
-
-#define PACE_FEW 8u
 
 /* Forget what was measured: requests are not what they were. */
 void pace_forget(struct vq_pace *pace);

@@ -380,18 +380,19 @@ VQ_API void vq_give_back(struct vq_server *server);
 /* vq_file.flags */
 #define VQ_FILE_DURABLE 1u /* a write completes when it is on the disk */
 
-/* The handler's own: what was measured of taking few requests at once, and all; 40 bytes. */
+/* The handler's own: what was measured of taking so many requests at once; 48 bytes. */
+#define VQ_PACES 4u
 struct vq_pace {
     uint64_t begun; /* nanoseconds: the window, and the last batch */
     uint64_t last;
     uint32_t count; /* requests in the window */
     uint32_t windows;
-    uint32_t cost[2]; /* nanoseconds a request: few, all */
+    uint32_t cost[VQ_PACES]; /* nanoseconds a request; 0 before it was tried */
     uint32_t way;
     uint32_t reserved;
 };
 
-/* A handler's context: requests that read and write a file; 120 bytes. */
+/* A handler's context: requests that read and write a file; 128 bytes. */
 struct vq_file {
     uint32_t size;  /* of this structure */
     int32_t fd;

@@ -2,11 +2,12 @@
  * A world for pace.c in which requests take a known time.
  *
  *   cc -I $CSRC pace_world.c -o pace_world
- *   ./pace_world SECONDS:FEW:ALL[:BYTES] ...
+ *   ./pace_world SECONDS:ONE:THREE:EIGHT:ALL[:BYTES] ...
  *
- * In each of the periods a request takes FEW or ALL nanoseconds, as it was taken with few others or
- * with 32, and has that many bytes (4096).  For each the share of requests that were taken few at a
- * time in its second half is printed, in percent, and how many those were at most.
+ * In each of the periods a request takes so many nanoseconds when it was taken with up to that many
+ * others, or with 32, and has that many bytes (4096).  For each it prints, in percent, how many of the
+ * requests of its second half were taken in each of these ways, and how many at a time at most where it
+ * was not all.
  */
 #define _GNU_SOURCE
 #include <stdint.h>
@@ -32,21 +33,26 @@ int main(int count, char **arguments)
     uint32_t wish = 0;
     for (int i = 1; i < count; i++) {
         double seconds;
-        unsigned few, all, bytes = 4096, most = 0;
-        if (sscanf(arguments[i], "%lf:%u:%u:%u", &seconds, &few, &all, &bytes) < 3)
+        unsigned cost[4], bytes = 4096, most = 0;
+        if (sscanf(arguments[i], "%lf:%u:%u:%u:%u:%u", &seconds, &cost[0], &cost[1], &cost[2],
+                   &cost[3], &bytes) < 5)
             return 2;
         const uint64_t start = clock_ns, length = (uint64_t)(seconds * 1e9);
-        uint64_t in_few = 0, in_all = 0;
+        uint64_t taken[4] = {0};
         while (clock_ns - start < length) {
             const uint32_t batch = wish ? wish : 32;
-            clock_ns += batch * (wish ? few : all);
+            const unsigned way = batch <= 1 ? 0 : batch <= 3 ? 1 : batch <= 8 ? 2 : 3;
+            clock_ns += batch * cost[way];
             if (clock_ns - start > length / 2) {
-                *(wish ? &in_few : &in_all) += batch;
+                taken[way] += batch;
                 most = wish > most ? wish : most;
             }
             wish = pace_next(&pace, batch, (uint64_t)batch * bytes);
         }
-        printf("%.0f %u\n", 100.0 * (double)in_few / (double)(in_few + in_all), most);
+        const double all = (double)(taken[0] + taken[1] + taken[2] + taken[3]);
+        for (int way = 0; way < 4; way++)
+            printf("%.0f ", 100 * (double)taken[way] / all);
+        printf("%u\n", most);
     }
     return 0;
 }

@@ -34,7 +34,7 @@ class FileAction(IntEnum):
 
 
 class FileBlock(ctypes.Structure):
-    """``struct vq_file`` (120 bytes)."""
+    """``struct vq_file`` (128 bytes)."""
 
     size: int
     fd: int
@@ -65,7 +65,7 @@ class FileBlock(ctypes.Structure):
         ("moved", ctypes.c_uint64),
         ("batch", ctypes.c_uint32),
         ("reserved", ctypes.c_uint32),
-        ("pace", ctypes.c_uint64 * 5),  # struct vq_pace, the handler's own
+        ("pace", ctypes.c_uint64 * 6),  # struct vq_pace, the handler's own
     ]
 
 
