@@ -119,8 +119,12 @@ def table(outcome: Outcome, measure: Measure) -> Iterator[str]:
         f"| CPU µs/{unit} | CPUs |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
-    peers = [name for name in outcome.figures if not BACKENDS[name].ours]
     for name, runs in outcome.figures.items():
+        peers = [
+            peer
+            for peer in outcome.figures
+            if not BACKENDS[peer].ours and ("null" in peer) == ("null" in name)
+        ]
         ratio = measure.ratio(outcome, name, peers, "rate") if BACKENDS[name].ours else None
         cells = [BACKENDS[name].what, rate(measure.typical(runs, "rate"))]
         cells.append("" if ratio is None else f"{ratio:.2f}x")
