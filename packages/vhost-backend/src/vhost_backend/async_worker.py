@@ -53,7 +53,7 @@ class AsyncDeviceBackend(DeviceBackend):
 
     worker_type: type[VringEpollHandler] = AsyncVringEpollHandler
     # Requests overtake each other: one that is done would have to wait for those before it.
-    ring_features = RING_FEATURES
+    ring_features: int = RING_FEATURES
 
     def __init__(self, device: VirtioDevice) -> None:
         super().__init__(device)
