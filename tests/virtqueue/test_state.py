@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from virtqueue_rig import GUEST, USER, Rig
+from virtqueue_rig import GUEST, USER, Rig, logged_pages
 
 from guest_memory import (
     DirtyLog,
@@ -351,14 +351,7 @@ class Logged:
         self.device = self.rig.new_device(log=self.log)
 
     def pages(self) -> set[int]:
-        found = {
-            byte * 8 + bit
-            for byte, value in enumerate(self.log.view)
-            for bit in range(8)
-            if value >> bit & 1
-        }
-        self.log.view[:] = bytes(len(self.log.view))
-        return found
+        return logged_pages(self.log)
 
     def close(self) -> None:
         self.device.close()

@@ -27,6 +27,18 @@ GUEST = 0x4000_0000
 USER = 0x7F00_0000_0000
 
 
+def logged_pages(log: Any) -> set[int]:
+    """The pages that a dirty log shows as written; it is empty afterwards."""
+    found = {
+        byte * 8 + bit
+        for byte, value in enumerate(log.view)
+        for bit in range(8)
+        if value >> bit & 1
+    }
+    log.view[:] = bytes(len(log.view))
+    return found
+
+
 class Rig:
     """``driver`` and ``device`` on one ring; buffers come from `room`."""
 

@@ -1,8 +1,6 @@
 #define _GNU_SOURCE
+#include "clock.h"
 #include "pace.h"
-
-#include <stdbool.h>
-#include <time.h>
 
 #define WINDOW_NS 2000000u /* one measurement */
 #define PAUSE_NS 1000000u  /* longer between two batches: nobody was in a hurry */
@@ -11,13 +9,6 @@
 
 /* The ways, 0 for all; the first unless another is clearly faster. */
 static const uint32_t at_once[VQ_PACES] = {8, 0, 3, 1};
-
-static uint64_t now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
 
 void pace_forget(struct vq_pace *pace) { *pace = (struct vq_pace){0}; }
 
@@ -45,7 +36,7 @@ static void choose(struct vq_pace *pace, uint64_t elapsed)
 
 uint32_t pace_next(struct vq_pace *pace, uint32_t count, uint64_t bytes)
 {
-    const uint64_t time = now();
+    const uint64_t time = clock_ns();
     if (time - pace->last > PAUSE_NS) {
         pace->begun = time;
         pace->count = 0;

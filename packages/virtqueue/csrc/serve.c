@@ -17,21 +17,14 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <sys/epoll.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "engine.h"
 
 #define FIRST_SPIN_NS 4000u
 #define LOOKS_PER_CLOCK 32u
 #define EVENTS 4
-
-static uint64_t now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
 
 static inline void relax(void)
 {
@@ -107,14 +100,14 @@ int vq_turn_held(struct vq_server *server) { return turn(server, true); }
 static bool spin(const struct vq_server *server)
 {
     struct vq_queue *queue = pointer(server->queue);
-    const uint64_t end = now() + server->spin_ns;
+    const uint64_t end = clock_ns() + server->spin_ns;
     do {
         for (uint32_t i = 0; i < LOOKS_PER_CLOCK; i++) {
             if (vq_ready(queue) > 0 || interrupted(server))
                 return true;
             relax();
         }
-    } while (now() < end);
+    } while (clock_ns() < end);
     return false;
 }
 
@@ -134,10 +127,10 @@ static bool sleep_for_kick(struct vq_server *server)
 {
     const struct vq_queue *queue = pointer(server->queue);
     struct epoll_event events[EVENTS];
-    const uint64_t start = server->spin_max_ns ? now() : 0;
+    const uint64_t start = server->spin_max_ns ? clock_ns() : 0;
     const int count = epoll_wait(server->epoll_fd, events, EVENTS, -1);
     if (server->spin_max_ns)
-        adapt(server, now() - start);
+        adapt(server, clock_ns() - start);
     bool kicked = false, other = count <= 0;
     for (int i = 0; i < count; i++) {
         if (events[i].data.fd == server->kick_fd)

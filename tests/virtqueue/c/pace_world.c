@@ -14,13 +14,13 @@
 #include <stdio.h>
 #include <time.h>
 
-static uint64_t clock_ns;
+static uint64_t world_ns;
 
 static int world_clock(clockid_t id, struct timespec *time)
 {
     (void)id;
-    time->tv_sec = (time_t)(clock_ns / 1000000000u);
-    time->tv_nsec = (long)(clock_ns % 1000000000u);
+    time->tv_sec = (time_t)(world_ns / 1000000000u);
+    time->tv_nsec = (long)(world_ns % 1000000000u);
     return 0;
 }
 
@@ -37,13 +37,13 @@ int main(int count, char **arguments)
         if (sscanf(arguments[i], "%lf:%u:%u:%u:%u:%u", &seconds, &cost[0], &cost[1], &cost[2],
                    &cost[3], &bytes) < 5)
             return 2;
-        const uint64_t start = clock_ns, length = (uint64_t)(seconds * 1e9);
+        const uint64_t start = world_ns, length = (uint64_t)(seconds * 1e9);
         uint64_t taken[4] = {0};
-        while (clock_ns - start < length) {
+        while (world_ns - start < length) {
             const uint32_t batch = wish ? wish : 32;
             const unsigned way = batch <= 1 ? 0 : batch <= 3 ? 1 : batch <= 8 ? 2 : 3;
-            clock_ns += batch * cost[way];
-            if (clock_ns - start > length / 2) {
+            world_ns += batch * cost[way];
+            if (world_ns - start > length / 2) {
                 taken[way] += batch;
                 most = wish > most ? wish : most;
             }
