@@ -439,7 +439,7 @@ def test_the_daemon_ends_though_a_handler_is_stuck(caplog: pytest.LogCaptureFixt
             release.wait(30)
 
     ours, theirs = socket.socketpair()
-    daemon = VhostUserDaemon("test", DeviceBackend(Stuck()), drain_timeout=0.2)
+    daemon = VhostUserDaemon("test", DeviceBackend(Stuck()), drain_warning=0.2)
     daemon.start_connection(ours)
     with DriverSession(vp.Frontend(theirs, timeout=5.0)) as session:
         vring = session.vrings[0]
@@ -575,7 +575,7 @@ def test_a_ring_that_is_moved_completes_what_is_in_flight_where_it_was(engine: s
 def test_a_reset_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:
     device = Gate()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with VhostUserDaemon("test", DeviceBackend.of(device), drain_timeout=0.1) as daemon:
+    with VhostUserDaemon("test", DeviceBackend.of(device), drain_warning=0.1) as daemon:
         daemon.start_connection(ours)
         with DriverSession(vp.Frontend(theirs, timeout=5.0)) as session:
             vring = session.vrings[0]

@@ -330,7 +330,7 @@ def test_a_handler_in_c_that_hangs_holds_up_nobody(
 ) -> None:
     """Messages are answered, stopping the ring is bounded, and the next front-end is served."""
     device = Slow()
-    made = Daemon(device, tmp_path, drain_timeout=0.2)
+    made = Daemon(device, tmp_path, drain_warning=0.2)
     try:
         with DriverSession.connect(made.path) as session:
             vring = session.vrings[0]

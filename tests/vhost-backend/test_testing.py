@@ -200,7 +200,7 @@ def test_requests_in_flight_are_served_once_more_in_their_order(
                 await asyncio.sleep(60)
             request.write(data)
 
-    process = device_process(Stuck, drain_timeout=0.1)
+    process = device_process(Stuck, drain_warning=0.1)
     with process.connect(inflight=True) as session:
         vring = session.vrings[0]
         ids = []

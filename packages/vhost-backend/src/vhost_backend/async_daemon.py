@@ -29,10 +29,11 @@ from .device_backend import DeviceBackend
 from .errors import Refused
 from .listener import Listener
 from .vring_locks import VringMutex
+from .waiting import WaitLog
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
-#: A connection that waits for requests to end looks this often (seconds) whether its peer has gone.
+#: Where nothing more is read, a connection is looked at this often (seconds) for a hang-up.
 HANG_UP_INTERVAL = 0.05
 
 
@@ -71,7 +72,7 @@ class AsyncDaemon(DaemonBase):
         mapper: Mapper | None = None,
         engine: str | None = None,
         memory_slots: bool = True,
-        drain_timeout: float = 10.0,
+        drain_warning: float = 10.0,
     ) -> None:
         loop = asyncio.get_running_loop()
         self._progress = asyncio.Event()
@@ -83,9 +84,9 @@ class AsyncDaemon(DaemonBase):
             engine=engine,
             vring=VringMutex,
             memory_slots=memory_slots,
-            drain_timeout=drain_timeout,
+            drain_warning=drain_warning,
             worker_type=LoopWorker,
-            wake=lambda: _tell(loop, self._progress),
+            wake=lambda: _call(loop, self._look_on),
         )
         for worker in self._workers:
             worker.start()
@@ -117,40 +118,45 @@ class AsyncDaemon(DaemonBase):
             await self._converse(connection)
         except Exception as error:
             self._report(error)
+        except asyncio.CancelledError:
+            await self._finish_requests(connection)
+            raise
         finally:
             self._connection = None
-            try:
-                busy = self._control.begin_disconnect()
-                await self._wait_for(lambda: self._drained(busy), None, "rings drain")
-            finally:
-                self._control.disconnect()
-                connection.close()
-                log.info("%s: the front-end has gone", self.name)
+            self._ahead.close()
+            self._control.disconnect()
+            connection.close()
+            log.info("%s: the front-end has gone", self.name)
 
     async def _converse(self, connection: AsyncBackendConnection) -> None:
         while True:
-            received = await connection.receive()
-            if received is None:
+            received = self._ahead.next() or await connection.receive()
+            if received is None or not await self._serve(connection, received):
                 return
-            with received:
+
+    async def _serve(self, connection: AsyncBackendConnection, received: vp.Received) -> bool:
+        """Handle one message and answer it; False when the front-end has hung up meanwhile."""
+        with received:
+            try:
+                outcome = await self._handle(received)
+            except Refused as error:
+                # Where no answer can say "no", only hanging up can.
+                if not await connection.acknowledge(received, False):
+                    raise
+                log.warning("%s: %s", self.name, error)
+                return True
+            if isinstance(outcome, Wait):
+                if not await self._wait_for(outcome, connection):
+                    return False
+                outcome = outcome.finish()
+            if isinstance(outcome, Answer):
                 try:
-                    outcome = await self._handle(received)
-                except Refused as error:
-                    # Where no answer can say "no", only hanging up can.
-                    if not await connection.acknowledge(received, False):
-                        raise
-                    log.warning("%s: %s", self.name, error)
-                    continue
-                if isinstance(outcome, Wait):
-                    await self._wait_for(outcome.ready, connection, outcome.what)
-                    outcome = outcome.finish()
-                if isinstance(outcome, Answer):
-                    try:
-                        await connection.reply(received, outcome.message, outcome.fds)
-                    finally:
-                        close_lent(outcome)
-                else:
-                    await connection.acknowledge(received, True)
+                    await connection.reply(received, outcome.message, outcome.fds)
+                finally:
+                    close_lent(outcome)
+            else:
+                await connection.acknowledge(received, True)
+            return True
 
     async def _handle(self, received: vp.Received) -> Outcome:
         if isinstance(received.message, vp.CheckDeviceState):
@@ -158,32 +164,90 @@ class AsyncDaemon(DaemonBase):
             return await asyncio.to_thread(self._control.handle, received.message, received.fds)
         return self._control.handle(received.message, received.fds)
 
-    async def _wait_for(
+    async def _wait_for(self, wait: Wait, connection: AsyncBackendConnection) -> bool:
+        """Wait until the device has ended what a message waits for; see `VhostUserDaemon`.
+
+        False when the front-end hangs up before.
+        """
+        report = self._wait_log(wait.what, lambda: wait.rings)
+        reading: asyncio.Task[vp.Received | None] | None = None
+        try:
+            while not wait.ready():
+                if reading is None and not self._ahead.full:
+                    reading = asyncio.ensure_future(connection.receive())
+                if not await self._look(connection, report, reading):
+                    return False
+                if reading is not None and reading.done():
+                    received, reading = reading.result(), None
+                    if received is None:
+                        return False
+                    if self._ahead.goes_first(received) and not await self._serve(
+                        connection, received
+                    ):
+                        return False
+            report.end()
+            return True
+        finally:
+            if reading is not None:
+                reading.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    received = await reading  # a message may just have come
+                    if received is not None and self._ahead.goes_first(received):
+                        await self._serve(connection, received)
+
+    async def _finish_requests(self, connection: AsyncBackendConnection) -> None:
+        """The daemon ends, and the front-end is still there: show it how its requests end."""
+        ended = self._control.end_requests()
+        report = self._shutdown_log(lambda: range(len(self.vrings)))
+        while not ended() and not connection.closed:
+            if not await self._look(connection, report, None):
+                return
+        report.end()
+
+    async def _look(
         self,
-        ready: Callable[[], bool],
         connection: AsyncBackendConnection | None,
-        what: str,
-    ) -> None:
-        """Wait until `ready()`, for the time a drain may take, or until the front-end hangs up."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._drain_timeout
-        poller = select.poll()
-        if connection is not None:
+        report: WaitLog,
+        reading: asyncio.Task[vp.Received | None] | None,
+    ) -> bool:
+        """Sleep until there is progress, a line to be logged, or something was read.
+
+        False when the front-end has hung up.
+        """
+        if connection is not None and reading is None:
+            poller = select.poll()
             poller.register(connection.fileno(), select.POLLRDHUP)
-        while not ready():
-            if loop.time() >= deadline:
-                self._late(what)
-                return
             if poller.poll(0):
-                return
-            self._progress.clear()
-            if ready():
-                return
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._progress.wait(), HANG_UP_INTERVAL)
+                return False
+        self._progress.clear()
+        # Looked at once more by the caller: what came true before is not missed for longer.
+        left = report.left if reading is not None else min(report.left, HANG_UP_INTERVAL)
+        waiter = asyncio.ensure_future(self._progress.wait())
+        try:
+            await asyncio.wait(
+                {waiter} if reading is None else {waiter, reading},
+                timeout=left,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            waiter.cancel()
+        report.look()
+        return True
+
+    def _look_on(self) -> None:
+        """Something that was waited for may have come true."""
+        self._control.settle()
+        self._progress.set()
+
+    async def finish(self) -> None:
+        """Wait until the device has ended what it works on for front-ends that have gone."""
+        report = self._shutdown_log(lambda: self._control.remains)
+        while self._control.remains:
+            await self._look(None, report, None)
+        report.end()
 
     def close(self) -> None:
-        """Take the device out of the loop. Harmless when repeated."""
+        """Take the device out of the loop, after `finish`. Harmless when repeated."""
         self._hang_up()
         for worker in self._workers:
             worker.stop()
@@ -193,7 +257,10 @@ class AsyncDaemon(DaemonBase):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self.close()
+        try:
+            await self.finish()
+        finally:
+            self.close()
 
 
 async def serve_async(
@@ -226,7 +293,7 @@ async def serve_async(
         device.close()
 
 
-def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    """Set the event, from any thread."""
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-        loop.call_soon_threadsafe(event.set)
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    """Have the loop call the function, from any thread."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed, and nothing waits
+        loop.call_soon_threadsafe(function)

@@ -16,6 +16,7 @@ from .control import Answer, ControlPlane, Outcome
 from .errors import BackendUsageError, Refused
 from .vring import VringState
 from .vring_locks import Vring, VringMutex, VringRwLock
+from .waiting import ReadAhead, WaitLog
 from .worker import VringEpollHandler
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -38,7 +39,7 @@ class DaemonBase:
         engine: str | None,
         vring: type[VringMutex] | type[VringRwLock],
         memory_slots: bool,
-        drain_timeout: float,
+        drain_warning: float,
         worker_type: type[VringEpollHandler],
         wake: Callable[[], None],
         busy_poll: float = 0.0,
@@ -47,7 +48,10 @@ class DaemonBase:
         self.name = name
         self.memory: MemoryHolder = memory if memory is not None else MemoryHolder()
         self._backend = backend
-        self._drain_timeout = drain_timeout
+        if not drain_warning > 0:
+            raise BackendUsageError(f"drain_warning is more than 0 s, not {drain_warning}")
+        self._drain_warning = drain_warning
+        self._ahead = ReadAhead()
         self._connection: socket.socket | None = None
         status_byte = bool(getattr(backend, "status_byte", False))
         self.vrings: list[Vring] = [
@@ -76,10 +80,13 @@ class DaemonBase:
 
     def _hang_up(self) -> None:
         """End the present connection, from any thread."""
+        self._shut(socket.SHUT_RDWR)
+
+    def _shut(self, how: int) -> None:
         connection = self._connection
         if connection is not None:
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(how)
 
     def _report(self, error: Exception) -> None:
         """Log what has ended a connection."""
@@ -91,12 +98,14 @@ class DaemonBase:
             # A mistake of ours, or of the back-end's: loud, but the next front-end is served.
             log.error("%s: closing the connection", self.name, exc_info=error)
 
-    def _drained(self, busy: Sequence[int]) -> bool:
-        """Whether none of these rings has a request in flight."""
-        return not any(self._control.in_flight(index) for index in busy)
+    def _wait_log(self, what: str, rings: Callable[[], Sequence[int]]) -> WaitLog:
+        """The log of a wait for requests of these rings."""
+        return WaitLog(
+            f"{self.name}: {what}", lambda: self._control.working(rings()), self._drain_warning
+        )
 
-    def _late(self, what: str) -> None:
-        log.warning("%s: requests in flight did not end in time: %s", self.name, what)
+    def _shutdown_log(self, rings: Callable[[], Sequence[int]]) -> WaitLog:
+        return self._wait_log("the end of the daemon", rings)
 
 
 def close_lent(answer: Outcome) -> None:

@@ -2,7 +2,8 @@
 
 - `handle(queue, request)` is called for each request, which completes when it returns.
 - `async def handle(queue, request)`: requests of a queue run concurrently on their worker's event
-  loop and complete in whatever order their coroutines end.
+  loop and complete in whatever order their coroutines end. What only waits, for a packet or a key,
+  is marked with `async with request.waiting():`, so that stopping the ring need not wait for it.
 - `handle_batch(queue, batch)` is called with everything that was waiting: the fastest way.
 
 A handler that raises fails its request (with `error_status`, where the device type has a status
@@ -12,8 +13,10 @@ byte), is logged, and takes nothing else down.
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 from collections.abc import Awaitable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 
 from guest_memory import GuestMemory
@@ -80,8 +83,10 @@ class Request:
         "_chain",
         "_index",
         "_position",
+        "_recalled",
         "_record",
         "_serial",
+        "_waits",
         "status",
         "written",
     )
@@ -99,6 +104,9 @@ class Request:
         self._chain: Chain | None = None
         #: Bytes of the header that `read` has returned.
         self._position = 0
+        #: How many `waiting` blocks its coroutine is in, and whether its ring is being stopped.
+        self._waits = 0
+        self._recalled = False
         self.status = 0
         self.written = 0
 
@@ -162,6 +170,54 @@ class Request:
         self.written += count
         return count
 
+    def waiting(self) -> AbstractAsyncContextManager[None]:
+        """Mark what a coroutine only waits for: `async with request.waiting(): await news.get()`.
+
+        When the ring is stopped meanwhile, the wait is cancelled (`asyncio.CancelledError` is
+        raised in it); everywhere else a coroutine is left to end by itself. So nothing may go on
+        in the background of the wait that touches the request's memory, such as a thread. See
+        `VirtioDevice.recalled` for what becomes of the request.
+        """
+        return _Waiting(self)
+
+    @property
+    def begun(self) -> bool:
+        """Whether something was written, or could have been through `writable`."""
+        chain = self._chain
+        return bool(self.written) or (
+            chain is not None and (chain.wrote_anywhere or chain.written > 0)
+        )
+
+
+class _Waiting:
+    __slots__ = ("_request",)
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    async def __aenter__(self) -> None:
+        if self._request._recalled:
+            # The ring is being stopped already: this is where a cancellation is expected.
+            from asyncio import CancelledError, sleep
+
+            await sleep(0)
+            raise CancelledError
+        self._request._waits += 1
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._request._waits -= 1
+
+
+class Recall(enum.Enum):
+    """What became of a request whose wait was cancelled because its ring is stopped."""
+
+    GIVEN_BACK = "given back"
+    """As if it had never been taken: whoever serves the ring next takes it again."""
+    KEPT = "kept"
+    """Left in the in-flight region: whoever goes on with the region takes it again."""
+    EMPTY = "empty"
+    """Completed with nothing written (and `error_status`, where there is a status byte)."""
+
 
 class VirtioDevice:
     """A virtio device: what it is, and what it does with a request.
@@ -187,6 +243,9 @@ class VirtioDevice:
     error_status: int = 1
     config: bytes = b""
     protocol_features: ProtocolFeatures = ProtocolFeatures(0)
+    #: Queues of which every request of `async def handle` only waits, for news or for a thread that
+    #: does not touch it: all of their coroutines are in `Request.waiting`, as it were.
+    waiting_queues: frozenset[int] = frozenset()
     #: Version of what `save_state` returns; streams of a newer one are refused.
     state_version: int = 1
     #: The channel for requests of our own to the front-end, while there is one.
@@ -245,6 +304,15 @@ class VirtioDevice:
             "%s failed a request of queue %d", type(self).__name__, queue.index, exc_info=error
         )
         return self.error_status
+
+    def recalled(self, queue: Queue, request: Request, recall: Recall) -> None:
+        """Told what became of a request whose `waiting` was cancelled, since its ring is stopped.
+
+        Called in the worker's loop when the coroutine has ended. A request that has begun nothing
+        is given back, if all that was taken after it can be given back, too; otherwise it stays
+        in the in-flight region, where that is negotiated; otherwise it completes empty. A coroutine
+        that catches the `asyncio.CancelledError` and returns completes its request as ever.
+        """
 
     # -- life cycle, called on the connection's thread ------------------------------------------
 

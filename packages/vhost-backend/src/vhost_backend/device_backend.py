@@ -160,10 +160,6 @@ class DeviceBackend(VhostUserBackendBase):
         """Told to the device."""
         self.device.stopped()
 
-    def suspend_queue(self, queue: int, wake: Callable[[], None]) -> Callable[[], bool]:
-        """A plain handler cannot be called back: its batch ends as it would have."""
-        return lambda: False
-
     def update_memory(self, memory: GuestMemory) -> None:
         """Told to the device."""
         self.device.update_memory(memory)

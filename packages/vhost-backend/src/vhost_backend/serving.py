@@ -34,6 +34,9 @@ def serve(
 ) -> None:
     """Serve `device` on the Unix socket `path` (or a `Listener`) until SIGTERM or SIGINT.
 
+    Requests that the device works on are ended first, and the log says when that takes long. A
+    second SIGTERM or SIGINT ends the process at once.
+
     Front-ends are served one after another; the device keeps its state in between and is closed in
     the end. SIGUSR1 prints each queue's counters on stderr. `ready` is called once front-ends can
     connect. On another thread than the main one no signal handlers are installed, and the daemon
@@ -93,12 +96,12 @@ def serve_all(
                 daemons.append(stack.enter_context(daemon))
             bell = stack.enter_context(contextlib.closing(_Bell()))
             # Before a socket exists: from then on a signal has something to clean up.
-            stack.enter_context(_signals(daemons, bell))
+            listeners: list[Listener] = []
+            stack.enter_context(_signals(daemons, bell, lambda: _close_all(listeners)))
             stack.enter_context(_metrics(metrics, daemons))
-            listeners = [
-                stack.enter_context(path if isinstance(path, Listener) else Listener(path))
-                for _, path in pairs
-            ]
+            for _, path in pairs:
+                listener = path if isinstance(path, Listener) else Listener(path)
+                listeners.append(stack.enter_context(listener))
             for daemon, listener in zip(daemons, listeners, strict=True):
                 daemon.start(listener)
             if ready is not None:
@@ -111,6 +114,11 @@ def serve_all(
     finally:
         for device, _ in pairs:
             device.close()
+
+
+def _close_all(listeners: Iterable[Listener]) -> None:
+    for listener in listeners:
+        listener.close()
 
 
 class _Bell:
@@ -169,13 +177,28 @@ def _wait_for_all(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> None:
 
 
 @contextlib.contextmanager
-def _signals(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> Iterator[None]:
-    """SIGTERM and SIGINT end the daemons, SIGUSR1 asks them; the handlers before are put back."""
+def _signals(
+    daemons: Sequence[VhostUserDaemon], bell: _Bell, cleanup: Callable[[], None]
+) -> Iterator[None]:
+    """SIGTERM and SIGINT end the daemons, SIGUSR1 asks them; the handlers before are put back.
+
+    A second SIGTERM or SIGINT ends the process, after `cleanup`.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    told = False
+
     def end(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if told:
+            # Whatever the device still works on ends with the process, and then nothing is
+            # unmapped or unlocked under it. The sockets go first.
+            cleanup()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        told = True
         for daemon in daemons:
             daemon.shutdown()
 

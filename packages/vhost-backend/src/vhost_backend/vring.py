@@ -87,6 +87,8 @@ class VringState:
         self.on_miss: Callable[[VringState, Need], None] | None = None
         #: How many queues were built for this ring; a completion of an earlier one is dropped.
         self.generation: int = 0
+        #: The front-end has gone, and `queue` is what its last requests are in: see `leave`.
+        self.leaving: bool = False
         self._on_drained: Callable[[], None] | None = None
         #: Chains that the next cycle completes.
         self._working = 0
@@ -109,6 +111,10 @@ class VringState:
         self.enabled: bool = False
         self.started: bool = False
         self.draining: bool = False
+        #: Started, and its queue is made later: the requests of the last front-end still run.
+        self.deferred: bool = False
+        #: Broken by the guest, with requests in flight: takes nothing, completes what there is.
+        self.broken: bool = False
         self._homeless = False
 
     # -- configuration: the control plane's side ------------------------------------------------
@@ -134,7 +140,7 @@ class VringState:
 
     def queue_next_avail(self) -> int:
         """Where the ring stands, as GET_VRING_BASE wants it."""
-        return self.queue.base if self.queue is not None else self.base
+        return self.base if self.queue is None or self.leaving else self.queue.base
 
     def set_enabled(self, enabled: bool) -> None:
         """SET_VRING_ENABLE: tracked also while the ring is stopped."""
@@ -163,7 +169,7 @@ class VringState:
         """
         self.log = log
         self.log_used = log_used
-        if self.queue is not None:
+        if self.queue is not None and not self.leaving:
             self.queue.set_log(log, log_used)
 
     def set_queue_ready(self, memory: GuestMemory) -> None:
@@ -185,7 +191,7 @@ class VringState:
             counters=self.counters,
         )
         self.started = True
-        self.draining = False
+        self.draining = self.deferred = self.broken = False
         self._homeless = False
         self._working = 0
         self.generation += 1
@@ -213,25 +219,62 @@ class VringState:
     def begin_drain(self, on_drained: Callable[[], None]) -> None:
         """Take no new chains; call `on_drained` (lock held) once no request is in flight."""
         self.draining = True
-        if self.queue is None or not self.queue.in_flight:
-            on_drained()
-        else:
+        if self.owes:
             self._on_drained = on_drained
+        else:
+            on_drained()
 
     def stop(self) -> int:
         """Drop the queue, whatever is still in flight, and return the base to report.
 
         Completions of the requests that were in flight are dropped when they come.
         """
+        if self.leaving:
+            self.started = self.draining = self.deferred = False
+            return self.base
         self._on_drained = None
         if self.queue is not None:
             self.base = self.queue.base
-            self.queue.close()
-            self.queue = None
-        self.started = False
-        self.draining = False
+            self._close_queue()
+        self.started = self.draining = self.deferred = False
         self.generation += 1
         return self.base
+
+    def _close_queue(self) -> None:
+        assert self.queue is not None
+        self.queue.close()
+        self.queue = None
+        self.broken = False
+
+    def leave(self, on_drained: Callable[[], None]) -> bool:
+        """The front-end has gone: the ring as new, except for what the device still works on.
+
+        True when there is such work. Its requests keep their memory mapped until they end, and no
+        queue is made before; `on_drained` is called (lock held) when they have ended, `left` drops
+        them. Without an in-flight region they are not shown to the driver any more: whoever serves
+        the ring next starts behind the last used entry, and serves them again.
+        """
+        queue = self.queue
+        if queue is None or not queue.in_flight:
+            self.leaving = False
+            self.reset()
+            return False
+        if not self.leaving:
+            self.leaving = True
+            self._on_drained = on_drained
+            queue.set_log(None, None)  # the log goes with the front-end
+            if self.inflight is None:
+                queue.stop()
+        self.reset()
+        return True
+
+    def left(self) -> None:
+        """What the last front-end's requests were in goes: the device has ended all of them."""
+        if self.leaving and self.queue is not None:
+            self._close_queue()
+            self.generation += 1
+        self.leaving = False
+        self._on_drained = None
 
     def reset(self) -> None:
         """Back to how the ring was created; descriptors are closed."""
@@ -248,7 +291,7 @@ class VringState:
         """
         self._homeless = False
         self.need = None
-        if self.queue is not None:
+        if self.queue is not None and not self.leaving:
             self.queue.set_memory(memory)
 
     @property
@@ -257,9 +300,14 @@ class VringState:
         return self.queue.in_flight if self.queue is not None else 0
 
     @property
+    def owes(self) -> bool:
+        """Whether requests of the present front-end are in flight."""
+        return not self.leaving and self.in_flight > 0
+
+    @property
     def settled(self) -> bool:
         """Whether every request in flight was taken with the present snapshot of memory."""
-        return self.queue is None or self.queue.settled
+        return self.queue is None or self.leaving or self.queue.settled
 
     # -- the data path: the worker's side -------------------------------------------------------
 
@@ -270,7 +318,9 @@ class VringState:
             self.enabled
             and self.started
             and self.queue is not None
+            and not self.leaving
             and not self.draining
+            and not self.broken
             and not self._homeless
             and self.need is None
         )
@@ -312,7 +362,7 @@ class VringState:
             return None
         completes = self._working
         self._working = 0
-        if not self.enabled or self.draining:
+        if not self.enabled or self.draining or self.leaving or self.broken:
             limit = 0
         while True:
             try:
@@ -336,7 +386,7 @@ class VringState:
         taken = len(batch)
         if taken:
             self._working = taken
-        elif self.draining:
+        else:
             self._check_drained()
         return batch
 
@@ -402,8 +452,12 @@ class VringState:
     def break_queue(self, error: QueueBroken) -> None:
         """The guest broke its ring: report it; the ring is not looked at until it is set up anew.
 
-        One that is not in guest memory is only left alone until the memory changes.
+        One that is not in guest memory is only left alone until the memory changes. Requests that
+        are in flight end as they would have.
         """
+        if self.broken or self.leaving:
+            self._check_drained()
+            return
         if error.reason == Reason.TRUNCATED and self.on_truncated is not None:
             self.on_truncated()
         if error.reason == Reason.RING_MEMORY:
@@ -411,11 +465,7 @@ class VringState:
             self.report_guest_error(error)
             self._check_drained()
             return
-        if self.queue is not None:
-            self.base = self.queue.base
-            self.queue.close()
-            self.queue = None
-        self.generation += 1
+        self.broken = True
         self.report_guest_error(error)
         self._check_drained()
 
@@ -482,7 +532,13 @@ class VringState:
             self.break_queue(QueueBroken(reason, need.address))
 
     def _check_drained(self) -> None:
-        if self._on_drained and (self.queue is None or not self.queue.in_flight):
+        if self.in_flight:
+            return
+        if self.broken and self.queue is not None and not self.leaving:
+            self.base = self.queue.base
+            self._close_queue()
+            self.generation += 1
+        if self._on_drained:
             callback, self._on_drained = self._on_drained, None
             callback()
 

@@ -18,6 +18,7 @@ from .layout import (
     DONE,
     DONE_SIZE,
     MAGIC,
+    RECORD,
     RECORD_SIZE,
     SEGMENT_SIZE,
     DoneFlags,
@@ -706,6 +707,24 @@ class DeviceQueue:
     def in_flight(self) -> int:
         """Chains taken and not completed."""
         return self._block.in_flight
+
+    def working(self) -> list[tuple[int, bytes]]:
+        """Head and first 16 device-readable bytes of chains in flight, for a log.
+
+        Those of the batch in hand and those kept as `Chain`; others are not remembered here.
+        """
+        block, batch = self._block, self._batch
+        if self._closed:
+            return []
+        done = DONE.iter_unpack(batch._done_views[block.count])
+        records = RECORD.iter_unpack(batch._record_views[block.count])
+        found = {
+            entry[0]: record[0]
+            for entry, record in zip(done, records, strict=True)
+            if not entry[2] & _KEEP
+        }
+        found.update((head, chain.header) for head, chain in self._chains.items())
+        return list(found.items())
 
     @property
     def resubmitted(self) -> int:

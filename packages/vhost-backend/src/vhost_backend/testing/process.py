@@ -38,7 +38,7 @@ class DeviceProcess:
         make: makes the device (or back-end); takes no arguments.
         engine: the ring engine, "c" or "python".
         timeout: seconds that an answer may take.
-        options: `VhostUserDaemon`'s, such as `drain_timeout`.
+        options: `VhostUserDaemon`'s, such as `busy_poll`.
     """
 
     def __init__(
