@@ -30,6 +30,8 @@ struct taking {
     uint32_t room;          /* added to engine->room */
     uint32_t slots;         /* added to engine->slots_out */
     uint64_t readable;      /* bytes, for the counters */
+    uint64_t first;         /* the queue's `taken` before this take */
+    uint64_t *taken_at;
 };
 
 static inline struct taking taking_start(const struct engine *engine)
@@ -47,6 +49,8 @@ static inline struct taking taking_start(const struct engine *engine)
         .queue_size = queue->queue_size,
         .limit =
             queue->limit < queue->record_capacity ? queue->limit : queue->record_capacity,
+        .first = queue->taken,
+        .taken_at = engine->taken_at,
     };
 }
 
@@ -240,6 +244,7 @@ static ALWAYS_INLINE enum outcome building_finish(struct engine *engine, struct 
     chain->resubmitted = resubmitted;
     chain->status = 0;
     chain->length[0] = chain->length[1] = 0;
+    taking->taken_at[head] = taking->first + taking->count;
 
     struct vq_record *record = &taking->records[taking->count];
     uint32_t flags = (resubmitted ? VQ_RESUBMITTED : 0) | (external ? VQ_EXTERNAL : 0);

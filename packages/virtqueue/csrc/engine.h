@@ -69,6 +69,7 @@ struct engine {
     uint16_t avail_index;   /* split: the driver's index when it was last loaded */
     uint32_t slots_out;     /* packed: descriptors covered by chains in flight */
     struct chain *chains;   /* [queue_size] */
+    uint64_t *taken_at;     /* [queue_size] by head: the queue's `taken` when the chain was */
     struct vq_done *batch;  /* [queue_size] the completion at hand, when it is not done[0:count] as it stands */
     struct descriptor *raw; /* [queue_size] an indirect table, or a packed chain */
 

@@ -15,6 +15,7 @@ descriptors than the queue.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Protocol
 
 from .layout import QueueBlock
@@ -78,6 +79,16 @@ class Engine(Protocol):
         """Give back the last `limit` chains of the current batch; `count` shrinks by as many.
 
         They have to be in flight and the latest taken; they will be taken again.
+        """
+
+    def untake(self, heads: ctypes.Array[ctypes.c_uint16]) -> int:
+        """Give back the latest taken of the chains in flight with these heads.
+
+        The longest suffix of what was taken that consists of them alone: a chain that was taken
+        later and is not named, or has been completed, ends it.  The position goes back, and marks
+        leave the in-flight region, the latest first.  Chains that came from the region go back to
+        the head of those that will be taken again, and keep their marks.  Returns how many;
+        the first so many of ``heads`` are they, the oldest first.
         """
 
     def arm(self) -> int:

@@ -84,6 +84,7 @@ class Taken:
         "flags",
         "head",
         "kept",
+        "number",
         "poison",
         "resubmitted",
         "room",
@@ -95,8 +96,10 @@ class Taken:
         "written",
     )
 
-    def __init__(self, head: int, slots: int, table: Table) -> None:
+    def __init__(self, head: int, slots: int, table: Table, number: int) -> None:
         self.head: int = head
+        self.number: int = number
+        """Chains that were taken before it, ever."""
         self.slots: int = slots
         """Descriptors of the ring that the chain covers."""
         self.table: Table = table
@@ -318,17 +321,7 @@ class RingEngine:
                 block.detail = head
                 return Result.USAGE
         for _ in range(count):
-            taken = self._taken[self._batch.pop()]
-            try:
-                self._retreat(taken)
-            except Broken as error:
-                self._break(error)
-            if self._in_order:
-                self._ordered.pop()
-            self._release([taken])
-            block.taken -= 1
-            if self._counters is not None:
-                self._counters.requests -= 1
+            self._take_back(self._taken[self._batch.pop()])
             block.segment_count -= RECORD.unpack_from(
                 self._records, RECORD_SIZE * (block.count - 1)
             )[8]
@@ -336,6 +329,47 @@ class RingEngine:
         if count:
             block.more |= More.AVAILABLE
         return count
+
+    def untake(self, heads: ctypes.Array[ctypes.c_uint16]) -> int:
+        block = self._block
+        named: dict[int, Taken] = {}
+        for head in heads:
+            found = self._taken.get(head)
+            if found is None or found.done or head in named:
+                block.detail = head
+                return Result.USAGE
+            named[head] = found
+        if block.stopped or block.reason in _FATAL:
+            return 0
+        given: list[int] = []
+        try:
+            self._check_ring()
+            for taken in sorted(named.values(), key=lambda taken: taken.number, reverse=True):
+                # A chain that was taken later and is not named, or has completed, leaves a gap.
+                if taken.number != block.taken - 1:
+                    break
+                self._take_back(taken)
+                given.append(taken.head)
+        except Broken as error:
+            self._break(error)
+        if given:
+            block.more |= More.AVAILABLE
+            for index, head in enumerate(reversed(given)):
+                heads[index] = head
+        return len(given)
+
+    def _take_back(self, taken: Taken) -> None:
+        """Undo the latest take."""
+        try:
+            self._retreat(taken)
+        except Broken as error:
+            self._break(error)
+        if self._in_order:
+            self._ordered.pop()
+        self._release([taken])
+        self._block.taken -= 1
+        if self._counters is not None:
+            self._counters.requests -= 1
 
     def close(self) -> None:
         self._release(list(self._taken.values()))
@@ -376,7 +410,7 @@ class RingEngine:
 
     def _take_one(self, position: int) -> None:
         head, slots, descriptors, found = self._fetch()
-        taken = Taken(head, slots, self._table)
+        taken = Taken(head, slots, self._table, self._block.taken)
         pieces = self._resolve(taken, descriptors)
         first = self._block.segment_count
         if first + len(pieces) > self._block.segment_capacity:
