@@ -264,6 +264,36 @@ def test_a_limit_bounds_a_take(make_rig: Any, packed: bool) -> None:
     assert len(rig.device.take()) == 1
 
 
+@pytest.mark.parametrize("call", ["take", "cycle"])
+def test_a_limit_holds_for_what_comes_while_the_driver_is_asked_for_kicks(
+    make_rig: Any, packed: bool, call: str
+) -> None:
+    rig: Rig = make_rig(size=16, packed=packed)
+    arm = rig.device._engine.arm
+
+    def late() -> Any:
+        rig.offer_many(5)
+        return arm()
+
+    rig.device._engine.arm = late
+    batch = getattr(rig.device, call)(2)
+    assert len(batch) == 2
+    assert batch.more
+    # It was for that call alone.
+    rig.device._engine.arm = arm
+    assert len(rig.device.take()) == 3
+
+
+def test_a_limit_counts_the_chains_of_the_in_flight_region(make_rig: Any, packed: bool) -> None:
+    rig: Rig = make_rig(size=16, packed=packed, inflight=True)
+    ids = rig.offer_many(5)
+    rig.device.take(3)
+    device = rig.new_device()
+    assert [chain.head for chain in device.take(2)] == ids[:2]
+    assert [chain.head for chain in device.take(2)] == ids[2:4]
+    assert [chain.head for chain in device.take(2)] == ids[4:]
+
+
 def test_a_batch_never_overruns_its_segments(make_rig: Any, packed: bool) -> None:
     rig: Rig = make_rig(size=256, packed=packed, batch=2, table_length=256, memory_size=4 << 20)
     buffer = rig.text(b"z")

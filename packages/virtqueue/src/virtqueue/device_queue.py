@@ -306,10 +306,8 @@ class DeviceQueue:
         if limit is not None or self._unresolved is not None:
             self._prepare(limit)
         count = self._take()
-        if limit is not None:
-            self._block.limit = self._limit
         self._block.notify = 0
-        return self._begin(count, arm=limit != 0)
+        return self._begin(count) if limit is None else self._begin_limited(count, limit)
 
     def cycle(self, limit: int | None = None) -> Batch:
         """Complete the current batch as ``batch.done`` says, publish, take the next.
@@ -330,11 +328,9 @@ class DeviceQueue:
                 error.notify = self._finish_batch() or notify
                 raise
         count = self._cycle()
-        if limit is not None:
-            self._block.limit = self._limit
         if notify:
             self._block.notify = 1
-        return self._begin(count, arm=limit != 0)
+        return self._begin(count) if limit is None else self._begin_limited(count, limit)
 
     def _prepare(self, limit: int | None) -> None:
         error = self._unresolved
@@ -364,6 +360,13 @@ class DeviceQueue:
         self._begin(0, arm=False)
         self._staged_count = staged
         return self.publish()
+
+    def _begin_limited(self, count: int, limit: int) -> Batch:
+        # The limit holds for the second look, too.
+        try:
+            return self._begin(count, arm=limit != 0)
+        finally:
+            self._block.limit = self._limit
 
     def _begin(self, count: int, arm: bool = True) -> Batch:
         block, batch = self._block, self._batch
