@@ -171,10 +171,9 @@ enum outcome table_gather(struct engine *engine, uint64_t address, uint32_t leng
 static inline enum outcome table_find(struct engine *engine, uint64_t address, uint32_t length,
                                       const unsigned char **table)
 {
-    const struct vq_queue *queue = engine->queue;
-    if (unlikely(!(queue->features & VQ_INDIRECT)))
+    if (unlikely(!(engine->queue->features & VQ_INDIRECT)))
         return fault(engine, VQ_REASON_INDIRECT_NOT_NEGOTIATED, address);
-    if (unlikely(!length || length % 16 || length / 16 > queue->queue_size))
+    if (unlikely(!length || length % 16 || length / 16 > engine->chain_limit))
         return fault(engine, VQ_REASON_INDIRECT_LENGTH, length);
     const struct region *region =
         memory_direct(&engine->memory, engine->hints, HINTS, address, length);

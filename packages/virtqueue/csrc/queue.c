@@ -71,7 +71,8 @@ int vq_create(struct vq_queue *queue)
     engine->chains = calloc(size, sizeof(*engine->chains));
     engine->taken_at = calloc(size, sizeof(*engine->taken_at));
     engine->batch = calloc(size, sizeof(*engine->batch));
-    engine->raw = calloc(size, sizeof(*engine->raw));
+    engine->chain_limit = size > VQ_CHAIN_LIMIT ? size : VQ_CHAIN_LIMIT;
+    engine->raw = calloc(engine->chain_limit, sizeof(*engine->raw));
     engine->order = calloc(size, sizeof(*engine->order));
     engine->entries = calloc(size, sizeof(*engine->entries));
     engine->extras = calloc(extras, sizeof(*engine->extras)); /* untouched pages cost nothing */

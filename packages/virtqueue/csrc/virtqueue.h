@@ -25,6 +25,7 @@
 #define VQ_MAGIC 0x45555156u /* "VQUE" */
 #define VQ_ABI 1u
 #define VQ_MAX_QUEUE_SIZE 32768u
+#define VQ_CHAIN_LIMIT 1024u /* descriptors of a chain with a table, or the queue size if that is more */
 #define VQ_HEADER_SIZE 16u
 
 /* vq_record.flags */

@@ -15,6 +15,7 @@ from .errors import ChainCompleted, Need, QueueBroken, UsageError
 from .inflight import InflightRegion
 from .layout import (
     ABI,
+    CHAIN_LIMIT,
     DONE,
     DONE_SIZE,
     MAGIC,
@@ -129,7 +130,7 @@ class DeviceQueue:
         self._closed = True
 
         # Room for the longest chain and the regions it may cross, and for usual batches.
-        segments = max(size + 1024, 16 * batch)
+        segments = max(max(CHAIN_LIMIT, size) + 1024, 16 * batch)
         block = QueueBlock()
         arrays = _Arrays(
             batch * RECORD_SIZE,

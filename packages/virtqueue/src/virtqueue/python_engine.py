@@ -23,6 +23,7 @@ from .errors import UsageError
 from .inflight import region_poison
 from .layout import (
     ABI,
+    CHAIN_LIMIT,
     DONE,
     DONE_SIZE,
     HEADER_SIZE,
@@ -129,6 +130,7 @@ class RingEngine:
             raise UsageError("the queue block has another ABI")
         self._block = block
         self._size: int = block.queue_size
+        self._chain_limit = max(CHAIN_LIMIT, self._size)
         features = Features(block.features)
         self._event_idx = Features.EVENT_IDX in features
         self._indirect = Features.INDIRECT in features
@@ -452,7 +454,7 @@ class RingEngine:
             total += length
             if total > MAX_CHAIN_LENGTH:
                 raise Broken(Reason.TOTAL_LENGTH, total)
-            # Without crossing regions `size` descriptors always fit; more crossings than the
+            # Without crossing regions the longest chain always fits; more crossings than the
             # whole buffer holds will not fit later either.
             if len(pieces) > self._block.segment_capacity:
                 raise Broken(Reason.CHAIN_TOO_LONG, len(pieces))
@@ -483,7 +485,7 @@ class RingEngine:
         """The descriptors of an indirect table, copied."""
         if not self._indirect:
             raise Broken(Reason.INDIRECT_NOT_NEGOTIATED, address)
-        if not length or length % 16 or length > 16 * self._size:
+        if not length or length % 16 or length > 16 * self._chain_limit:
             raise Broken(Reason.INDIRECT_LENGTH, length)
         pieces = self._table.pieces(address, length, READ, self._iommu, self._provisions)
         raw = b"".join(access.read(piece, piece.length) for piece in pieces)
