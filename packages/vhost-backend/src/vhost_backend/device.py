@@ -295,6 +295,10 @@ class VirtioDevice:
         """
         return None
 
+    def describe(self, header: bytes) -> str:
+        """What a request is, in a few words for the log, by its first 16 bytes (zero padded)."""
+        return header.hex()
+
     def failed(self, queue: Queue, error: Exception) -> int:
         """Log a handler's exception (rate-limited) and count it; returns `error_status`."""
         queue.counters.errors += 1

@@ -8,7 +8,7 @@ kicks, look once more, and sleep.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from guest_memory import GuestMemory
@@ -159,6 +159,10 @@ class DeviceBackend(VhostUserBackendBase):
     def device_stopped(self) -> None:
         """Told to the device."""
         self.device.stopped()
+
+    def describe_request(self, header: bytes) -> str:
+        """Asked of the device, for the log."""
+        return self.device.describe(header)
 
     def update_memory(self, memory: GuestMemory) -> None:
         """Told to the device."""

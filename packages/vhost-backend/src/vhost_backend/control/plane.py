@@ -103,7 +103,7 @@ class ControlPlane:
         return self._rings.remains
 
     def settle(self) -> None:
-        """To be called after `wake`: start the rings that wait for what `remains`, once it ended."""
+        """To be called after `wake`: start the rings that waited for what `remains`."""
         self._rings.settle()
 
     def working(self, rings: Sequence[int]) -> list[str]:

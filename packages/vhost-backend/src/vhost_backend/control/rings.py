@@ -212,7 +212,7 @@ class Rings:
                     config.check()
                 except UsageError as error:
                     raise Refused("SET_VRING_ADDR", str(error)) from None
-                pass  # what is in flight completes where it was taken
+                # what is in flight completes where it was taken
             else:
                 state.addresses = addresses
                 state.set_log(state.log, log_used)
@@ -323,7 +323,7 @@ class Rings:
         if self._remains:
             state.started = state.deferred = True
             log.warning(
-                "vring %d waits: the device still works for the front-end that has gone (vrings %s)",
+                "vring %d waits: the device still works for the last front-end (vrings %s)",
                 state.index,
                 list(self._remains),
             )

@@ -54,6 +54,7 @@ T_FLUSH: Final = 4
 T_GET_ID: Final = 8
 T_DISCARD: Final = 11
 T_WRITE_ZEROES: Final = 13
+_NAMES: Final = {T_IN: "read", T_OUT: "write", T_FLUSH: "flush", T_DISCARD: "discard"}
 S_OK: Final = 0
 S_IOERR: Final = 1
 S_UNSUPP: Final = 2
@@ -238,6 +239,11 @@ class BlockDevice(VirtioDevice):
             if status:
                 queue.counters.errors += 1
             DONE.pack_into(batch.done, position * DONE.size, chain.head, status, 1, written)
+
+    def describe(self, header: bytes) -> str:
+        """Type and sector."""
+        kind, sector = _HEADER.unpack(header)
+        return f"{_NAMES.get(kind, f'type {kind}')} at sector {sector} of {self.path}"
 
     def _request(self, chain: Chain, failed: int) -> tuple[int, int]:
         """`failed` is the errno that the request met in C, or 0."""
