@@ -61,7 +61,8 @@ class HeldFile:
 
     def ask(self, command: str) -> str:
         """Send a command to the server; its answer."""
-        assert self._server.stdin is not None and self._server.stdout is not None
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
         self._server.stdin.write(command + "\n")
         self._server.stdin.flush()
         answer = self._server.stdout.readline()
@@ -94,7 +95,8 @@ class HeldFile:
 
     def close(self) -> None:
         """Unmount; what is held up fails."""
-        assert self._server.stdin is not None and self._server.stdout is not None
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
         with contextlib.suppress(OSError):
             self._server.stdin.close()
         self._server.wait(60)
@@ -112,7 +114,7 @@ class HeldFile:
         self.close()
 
 
-# -- the server's process ---------------------------------------------------------------------------
+# -- the server's process --------------------------------------------------------------------------
 
 
 class Server:
