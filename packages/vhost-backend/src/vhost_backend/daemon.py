@@ -154,9 +154,7 @@ class VhostUserDaemon(DaemonBase):
             self._thread.join()
         for worker in self._workers:
             while not worker.stop(self._drain_warning):
-                log.warning(
-                    "%s: closing waits for a worker in the device's code", self.name
-                )
+                log.warning("%s: closing waits for a worker in the device's code", self.name)
         self._workers = []
         self._wake.close()
         self._progress.close()

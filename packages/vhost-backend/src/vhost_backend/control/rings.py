@@ -60,14 +60,13 @@ class Rings:
         `settle`.
         """
         context = self._context
-        ready = [self._end(index) for index in range(len(context.vrings))]
         for index, vring in enumerate(context.vrings):
+            context.unwatch(index)
             with vring.get_mut() as state:
-                if state.leave(context.wake):
-                    self._remains.setdefault(index, ready[index])
-        if self._remains:
-            log.info("%d queues still work for the front-end that has gone", len(self._remains))
-        else:
+                left = state.leave(context.wake)
+            if left and index not in self._remains:
+                self._remains[index] = self._ended(index)
+        if not self._remains:
             context.device_stopped()
 
     @property
@@ -163,6 +162,10 @@ class Rings:
             state.begin_drain(context.wake)
         if index in self._remains:
             return lambda: True  # nothing of the present front-end was taken
+        return self._ended(index, keep=keep)
+
+    def _ended(self, index: int, *, keep: bool = True) -> Callable[[], bool]:
+        context = self._context
         suspend = context.hook("suspend_queue")
         if suspend is None:
             return lambda: not self._in_flight(index)
