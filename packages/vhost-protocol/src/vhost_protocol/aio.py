@@ -42,7 +42,7 @@ from .message import Reply, Request
 from .replies import Ack, ConfigReply, InflightReply, MemRegReply, MemTableReply
 from .rules import BACKEND_TABLE, FRONTEND_TABLE, GPU_TABLE, Table
 from .session import Session
-from .transport import try_receive, try_send
+from .transport import try_receive, try_send, whose
 from .values import AsymmetricSession, SymmetricSession
 
 if TYPE_CHECKING:
@@ -101,8 +101,8 @@ class _AsyncEndpoint:
             except BlockingIOError:
                 await self._wait(loop.add_writer, loop.remove_writer)
                 continue
-            except (BrokenPipeError, ConnectionResetError) as error:
-                raise ConnectionClosed("the peer closed the connection") from error
+            except OSError as error:
+                raise whose(error) from error
             left = left[sent:]
             fds = ()
 
@@ -110,11 +110,11 @@ class _AsyncEndpoint:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                return try_receive(self._sock, size, partial)
+                return try_receive(self._sock, size)
             except BlockingIOError:
                 await self._wait(loop.add_reader, loop.remove_reader)
-            except ConnectionResetError as error:
-                raise ConnectionClosed("the peer reset the connection", partial=partial) from error
+            except OSError as error:
+                raise whose(error, partial) from error
 
     def shutdown(self) -> None:
         """End the connection; see ``RequestingEndpoint.shutdown``.  For tasks ``close()`` does."""
@@ -826,7 +826,7 @@ class AsyncBackendChannel(AsyncRequestingEndpoint):
         """Take the descriptor that came with SET_BACKEND_REQ_FD.
 
         Raises:
-            OSError: it is not a socket; it has been closed.
+            BadDescriptors: it is not a socket; it has been closed.
         """
         return cls(socket_from(fd), session, timeout=timeout)
 
@@ -918,7 +918,7 @@ class AsyncGpuBackendChannel(AsyncRequestingEndpoint):
         """Take the descriptor that came with GPU_SET_SOCKET.
 
         Raises:
-            OSError: it is not a socket; it has been closed.
+            BadDescriptors: it is not a socket; it has been closed.
         """
         return cls(socket_from(fd), timeout=timeout)
 

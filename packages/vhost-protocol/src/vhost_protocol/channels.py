@@ -10,7 +10,7 @@ from . import requests as r
 from .constants import GpuProtocolFeatures, IotlbAccess, IotlbType, ShmemMapFlags
 from .core import Received
 from .endpoint import AnsweringEndpoint, RequestingEndpoint
-from .errors import RequestFailed
+from .errors import BadDescriptors, RequestFailed
 from .fds import FdLike, OwnedFd
 from .replies import Ack
 from .rules import BACKEND_TABLE, GPU_TABLE
@@ -45,7 +45,7 @@ class BackendChannel(RequestingEndpoint):
         """Take the descriptor that came with SET_BACKEND_REQ_FD.
 
         Raises:
-            OSError: it is not a socket; it has been closed.
+            BadDescriptors: it is not a socket; it has been closed.
         """
         return cls(socket_from(fd), session, timeout=timeout)
 
@@ -160,7 +160,7 @@ class GpuBackendChannel(RequestingEndpoint):
         """Take the descriptor that came with GPU_SET_SOCKET.
 
         Raises:
-            OSError: it is not a socket; it has been closed.
+            BadDescriptors: it is not a socket; it has been closed.
         """
         return cls(socket_from(fd), timeout=timeout)
 
@@ -233,12 +233,12 @@ def socket_from(fd: OwnedFd) -> socket.socket:
     """Make a socket object of a descriptor that arrived.
 
     Raises:
-        OSError: it is not a socket; it has been closed.
+        BadDescriptors: it is not a socket; it has been closed.
     """
     try:
         sock = socket.socket(fileno=fd.fileno())
-    except OSError:
+    except OSError as error:
         fd.close()
-        raise
+        raise BadDescriptors("fds", error.strerror, "must be a socket") from error
     fd.detach()
     return sock

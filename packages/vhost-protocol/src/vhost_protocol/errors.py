@@ -2,6 +2,7 @@
 
 ``LocalProtocolError`` means the caller is about to break the protocol: nothing has been sent.
 ``RemoteProtocolError`` means the peer broke it: the connection is unusable from then on.
+``OutOfResources`` means this process or machine lacks something: the peer did nothing wrong.
 The rest are neither's fault: the peer left, was too slow, or said no.
 """
 
@@ -122,11 +123,29 @@ class RequestFailed(ProtocolError):
         return type(self), (self.request, self.value)
 
 
-class DescriptorsLost(ProtocolError):
+class OutOfResources(ProtocolError):
+    """This process or machine ran out of descriptors, memory or buffers.
+
+    Neither the peer's fault nor a bug; the stream may stand inside a message, so the connection
+    cannot be used further.
+
+    Attributes:
+        errno: what the kernel said (``EMFILE``, ``ENOMEM``, ``ENOBUFS``, ...).
+    """
+
+    def __init__(self, message: str, errno: int, *, request: str | None = None) -> None:
+        super().__init__(message, request=request)
+        self.errno: int = errno
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.errno), {"request": self.request}
+
+
+class DescriptorsLost(OutOfResources):
     """The kernel dropped passed descriptors, because this process may not open any more.
 
-    Raised for a truncated ``SCM_RIGHTS`` message: neither the peer's fault nor a bug, but the
-    message cannot be acted on.  What was received of it has been closed.
+    Raised for a truncated ``SCM_RIGHTS`` message, which cannot be acted on.  What was received of
+    it has been closed.
     """
 
 

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple, TextIO
 
 from .codec import decode_header
 from .constants import HEADER_SIZE, MAX_FDS, MAX_GPU_PAYLOAD_SIZE, FrontendRequest
-from .errors import BadDescriptors, DescriptorsLost
+from .errors import DescriptorsLost
 from .fds import OwnedFd, close_all
 from .message import BIG, LITTLE, NATIVE
 from .trace import CHANNELS, Tracer, format_text, to_json
@@ -203,8 +203,8 @@ class _Pipe:
             wanted = HEADER_SIZE + self._size() - len(self._in)
         try:
             # Descriptors inside a message are against the rules, but passed on all the same.
-            data, fds = try_receive(self.source, min(wanted, 1 << 20), 0)
-        except (DescriptorsLost, BadDescriptors) as error:
+            data, fds = try_receive(self.source, min(wanted, 1 << 20))
+        except DescriptorsLost as error:
             self.lost = str(error)
             self.ended = True
             return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 
 from .constants import MAX_FDS
 from .core import Outgoing
-from .errors import BadDescriptors, ConnectionClosed, DescriptorsLost, Timeout
+from .errors import ConnectionClosed, DescriptorsLost, OutOfResources, Timeout
 
 _INT_SIZE = array.array("i").itemsize
 # Space for as many descriptors as the kernel can pass, and for the credentials a socket may be set
@@ -31,6 +32,32 @@ _SEND = int(socket.MSG_DONTWAIT) | int(getattr(socket, "MSG_NOSIGNAL", 0))
 _TRUNCATED = int(socket.MSG_CTRUNC)
 
 
+# Errors of a socket that say something about this process or machine, not about the peer.
+_OURS = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, getattr(errno, "ETOOMANYREFS", 0))
+)
+
+
+def whose(error: OSError, partial: int = 0) -> Exception:
+    """Return what to raise for an error of a socket: by whose it is.
+
+    Args:
+        error: what a system call on a connected socket failed with.
+        partial: bytes of an unfinished message that had been read.
+
+    Returns:
+        ConnectionClosed when the peer is gone, OutOfResources when this process or machine lacks
+        something, else ``error``: a mistake of the caller's.
+    """
+    if isinstance(error, BrokenPipeError):
+        return ConnectionClosed("the peer closed the connection", partial=partial)
+    if isinstance(error, ConnectionResetError):
+        return ConnectionClosed("the peer reset the connection", partial=partial)
+    if error.errno is not None and error.errno in _OURS:
+        return OutOfResources(f"this process ran short: {error.strerror}", error.errno)
+    return error
+
+
 def rights(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
     """Return the descriptors of received control messages."""
     found = array.array("i")
@@ -40,32 +67,27 @@ def rights(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
     return found.tolist()
 
 
-def try_receive(
-    sock: socket.socket, size: int, partial: int, *, wait: bool = False
-) -> tuple[bytes, list[int]]:
+def try_receive(sock: socket.socket, size: int, *, wait: bool = False) -> tuple[bytes, list[int]]:
     """Read at most ``size`` bytes now, with the descriptors that came with them.
 
     Args:
         sock: where to read.
         size: at most the rest of one message.
-        partial: bytes of that message read before; descriptors are only taken with the first.
         wait: wait for them, if the socket is one that does.
 
     Raises:
         BlockingIOError: there is nothing to read.
         DescriptorsLost: the kernel had to drop descriptors.
-        BadDescriptors: descriptors came inside a message; the kernel has discarded them.
     """
-    space = 0 if partial else _ANCILLARY
-    data, ancillary, flags, _ = sock.recvmsg(size, space, _CLOEXEC if wait else _CLOEXEC_DONTWAIT)
+    how = _CLOEXEC if wait else _CLOEXEC_DONTWAIT
+    data, ancillary, flags, _ = sock.recvmsg(size, _ANCILLARY, how)
     fds = rights(ancillary) if ancillary else []
     if flags & _TRUNCATED:
         for fd in fds:
             os.close(fd)
-        if partial:
-            raise BadDescriptors("fds", "some", "must come with the first bytes of a header")
         raise DescriptorsLost(
-            "the kernel dropped descriptors of a message: this process may not open more"
+            "the kernel dropped descriptors of a message: this process may not open more",
+            errno.EMFILE,
         )
     return data, fds
 
@@ -125,7 +147,7 @@ class SocketTransport:
 
         Raises:
             Timeout: the peer does not read.
-            ConnectionClosed: it is gone.
+            ConnectionClosed, OutOfResources: see ``whose``.
         """
         left = memoryview(outgoing.data)
         fds = outgoing.fds
@@ -135,8 +157,8 @@ class SocketTransport:
             except BlockingIOError:
                 deadline.wait(self._sock, select.POLLOUT)
                 continue
-            except (BrokenPipeError, ConnectionResetError) as error:
-                raise ConnectionClosed("the peer closed the connection") from error
+            except OSError as error:
+                raise whose(error) from error
             left = left[sent:]
             fds = ()
 
@@ -145,18 +167,17 @@ class SocketTransport:
 
         Raises:
             Timeout: nothing arrives.
-            ConnectionClosed: the connection was reset.
-            ProtocolError: see ``try_receive``.
+            ConnectionClosed, OutOfResources: see ``whose`` and ``try_receive``.
         """
         # Without a time limit the kernel can do the waiting, in one call instead of three.
         wait = deadline.seconds is None
         while True:
             try:
-                return try_receive(self._sock, size, partial, wait=wait)
+                return try_receive(self._sock, size, wait=wait)
             except BlockingIOError:
                 deadline.wait(self._sock, select.POLLIN)
-            except ConnectionResetError as error:
-                raise ConnectionClosed("the peer reset the connection", partial=partial) from error
+            except OSError as error:
+                raise whose(error, partial) from error
 
     def shutdown(self) -> None:
         """End the stream in both directions, which wakes whoever waits on it."""
