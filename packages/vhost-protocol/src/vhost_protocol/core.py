@@ -266,6 +266,7 @@ class Responder(_Core):
         for violation in violations:
             if self._strict or not violation.tolerated:
                 self._raise_remote(violation, rule.name)
+            session.tolerate(rule.name, violation)
         need_reply = header.need_reply
         assert isinstance(message, Request)
         session.request_sent(message)
