@@ -18,7 +18,7 @@ from tests.support.guest import Missing, in_ci, provide_program, skip_or_fail
 from vhost_backend import Queue, Request, VirtioDevice
 from vhost_backend.testing import served
 
-TRACE = "import sys; from vhost_protocol.trace_cli import main; sys.exit(main())"
+TRACE = "import sys; from vhost_protocol.trace.cli import main; sys.exit(main())"
 
 
 class Pair(VirtioDevice):

@@ -393,7 +393,7 @@ class _Plain(ast.NodeTransformer):
 
 
 def methods_of(module: str, name: str) -> dict[str, str]:
-    source = Path(vhost_protocol.__file__).with_name(f"{module}.py").read_text()
+    source = (Path(vhost_protocol.__file__).parent / "sockets" / f"{module}.py").read_text()
     tree = ast.parse(source)
     kind = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
     return {

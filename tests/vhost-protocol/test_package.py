@@ -28,7 +28,7 @@ def test_every_public_name_is_there_and_documented() -> None:
 
 
 def test_public_functions_are_documented() -> None:
-    for path in SOURCES.glob("*.py"):
+    for path in SOURCES.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
                 continue

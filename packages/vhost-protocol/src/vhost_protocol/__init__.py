@@ -10,12 +10,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from ._version import __version__
-from .codec import (
-    Header,
-    decode_header,
-    encode_header,
+from .errors import (
+    BadDescriptors,
+    BadHeader,
+    BadPayload,
+    BadSize,
+    ConnectionClosed,
+    DescriptorsLost,
+    LocalProtocolError,
+    NotAllowed,
+    OutOfResources,
+    ProtocolError,
+    RemoteProtocolError,
+    RequestFailed,
+    RuleError,
+    Timeout,
+    UnexpectedReply,
+    UnknownRequest,
 )
-from .constants import (
+from .fds import (
+    FdLike,
+    HasFileno,
+    OwnedFd,
+)
+from .messages.constants import (
     BASELINE_REGIONS,
     GPU_CURSOR_EDGE,
     GPU_MAX_EDID,
@@ -56,37 +74,7 @@ from .constants import (
     VringFlags,
     XenMapFlags,
 )
-from .core import (
-    Answered,
-    Outgoing,
-    Received,
-    Requester,
-    Responder,
-)
-from .errors import (
-    BadDescriptors,
-    BadHeader,
-    BadPayload,
-    BadSize,
-    ConnectionClosed,
-    DescriptorsLost,
-    LocalProtocolError,
-    NotAllowed,
-    OutOfResources,
-    ProtocolError,
-    RemoteProtocolError,
-    RequestFailed,
-    RuleError,
-    Timeout,
-    UnexpectedReply,
-    UnknownRequest,
-)
-from .fds import (
-    FdLike,
-    HasFileno,
-    OwnedFd,
-)
-from .gpu import (
+from .messages.gpu import (
     VIRTIO_GPU_RESP_OK_DISPLAY_INFO,
     VIRTIO_GPU_RESP_OK_EDID,
     GpuCursorPos,
@@ -106,13 +94,13 @@ from .gpu import (
     GpuSetProtocolFeatures,
     GpuUpdate,
 )
-from .message import (
+from .messages.message import (
     Message,
     Reply,
     Request,
     Wire,
 )
-from .replies import (
+from .messages.replies import (
     Ack,
     ConfigReply,
     CryptoSessionReply,
@@ -130,7 +118,7 @@ from .replies import (
     StatusReply,
     VringBaseReply,
 )
-from .requests import (
+from .messages.requests import (
     AddMemReg,
     AddMemRegAck,
     BackendConfigChange,
@@ -191,7 +179,24 @@ from .requests import (
     SetVringNum,
     VringKick,
 )
-from .rules import (
+from .messages.values import (
+    AsymmetricSession,
+    MemoryRegion,
+    SymmetricSession,
+)
+from .rules.codec import (
+    Header,
+    decode_header,
+    encode_header,
+)
+from .rules.core import (
+    Answered,
+    Outgoing,
+    Received,
+    Requester,
+    Responder,
+)
+from .rules.rules import (
     BACKEND_TABLE,
     FRONTEND_TABLE,
     GPU_TABLE,
@@ -200,18 +205,13 @@ from .rules import (
     Rule,
     Table,
 )
-from .session import (
+from .rules.session import (
     Session,
     Violation,
 )
-from .values import (
-    AsymmetricSession,
-    MemoryRegion,
-    SymmetricSession,
-)
 
 if _TYPE_CHECKING:
-    from .aio import (
+    from .sockets.aio import (
         AsyncBackendChannel,
         AsyncBackendConnection,
         AsyncFrontend,
@@ -219,40 +219,40 @@ if _TYPE_CHECKING:
         AsyncGpuBackendChannel,
         AsyncGpuFrontendChannel,
     )
-    from .backend import (
+    from .sockets.backend import (
         BackendConnection,
     )
-    from .channels import (
+    from .sockets.channels import (
         BackendChannel,
         FrontendChannel,
         GpuBackendChannel,
         GpuFrontendChannel,
     )
-    from .endpoint import (
+    from .sockets.endpoint import (
         AnsweringEndpoint,
         RequestingEndpoint,
     )
-    from .frontend import (
+    from .sockets.frontend import (
         Frontend,
         RegionLike,
     )
 
 _LAZY = {
-    "AsyncBackendChannel": "aio",
-    "AsyncBackendConnection": "aio",
-    "AsyncFrontend": "aio",
-    "AsyncFrontendChannel": "aio",
-    "AsyncGpuBackendChannel": "aio",
-    "AsyncGpuFrontendChannel": "aio",
-    "BackendConnection": "backend",
-    "BackendChannel": "channels",
-    "FrontendChannel": "channels",
-    "GpuBackendChannel": "channels",
-    "GpuFrontendChannel": "channels",
-    "AnsweringEndpoint": "endpoint",
-    "RequestingEndpoint": "endpoint",
-    "Frontend": "frontend",
-    "RegionLike": "frontend",
+    "AsyncBackendChannel": "sockets.aio",
+    "AsyncBackendConnection": "sockets.aio",
+    "AsyncFrontend": "sockets.aio",
+    "AsyncFrontendChannel": "sockets.aio",
+    "AsyncGpuBackendChannel": "sockets.aio",
+    "AsyncGpuFrontendChannel": "sockets.aio",
+    "BackendConnection": "sockets.backend",
+    "BackendChannel": "sockets.channels",
+    "FrontendChannel": "sockets.channels",
+    "GpuBackendChannel": "sockets.channels",
+    "GpuFrontendChannel": "sockets.channels",
+    "AnsweringEndpoint": "sockets.endpoint",
+    "RequestingEndpoint": "sockets.endpoint",
+    "Frontend": "sockets.frontend",
+    "RegionLike": "sockets.frontend",
 }
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
-from . import gpu as g
-from . import requests as r
-from .constants import GpuProtocolFeatures, IotlbAccess, IotlbType, ShmemMapFlags
-from .core import Received
+from ..errors import BadDescriptors, RequestFailed
+from ..fds import FdLike, OwnedFd
+from ..messages import gpu as g
+from ..messages import requests as r
+from ..messages.constants import GpuProtocolFeatures, IotlbAccess, IotlbType, ShmemMapFlags
+from ..messages.replies import Ack
+from ..rules.core import Received
+from ..rules.rules import BACKEND_TABLE, GPU_TABLE
+from ..rules.session import Session
 from .endpoint import AnsweringEndpoint, RequestingEndpoint
-from .errors import BadDescriptors, RequestFailed
-from .fds import FdLike, OwnedFd
-from .replies import Ack
-from .rules import BACKEND_TABLE, GPU_TABLE
-from .session import Session
 
 if TYPE_CHECKING:
     from uuid import UUID

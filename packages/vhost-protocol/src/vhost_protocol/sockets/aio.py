@@ -14,10 +14,17 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import gpu as g
-from . import requests as r
-from .channels import socket_from
-from .constants import (
+from ..errors import (
+    ConnectionClosed,
+    LocalProtocolError,
+    ProtocolError,
+    RequestFailed,
+    Timeout,
+)
+from ..fds import FdLike, OwnedFd
+from ..messages import gpu as g
+from ..messages import requests as r
+from ..messages.constants import (
     ConfigFlags,
     GpuProtocolFeatures,
     IotlbAccess,
@@ -28,22 +35,15 @@ from .constants import (
     TransferDirection,
     VringFlags,
 )
-from .core import Answered, Outgoing, Received, Requester, Responder
-from .errors import (
-    ConnectionClosed,
-    LocalProtocolError,
-    ProtocolError,
-    RequestFailed,
-    Timeout,
-)
-from .fds import FdLike, OwnedFd
+from ..messages.message import Reply, Request
+from ..messages.replies import Ack, ConfigReply, InflightReply, MemRegReply, MemTableReply
+from ..messages.values import AsymmetricSession, SymmetricSession
+from ..rules.core import Answered, Outgoing, Received, Requester, Responder
+from ..rules.rules import BACKEND_TABLE, FRONTEND_TABLE, GPU_TABLE, Table
+from ..rules.session import Session
+from .channels import socket_from
 from .frontend import RegionLike, as_region
-from .message import Reply, Request
-from .replies import Ack, ConfigReply, InflightReply, MemRegReply, MemTableReply
-from .rules import BACKEND_TABLE, FRONTEND_TABLE, GPU_TABLE, Table
-from .session import Session
 from .transport import try_receive, try_send, whose
-from .values import AsymmetricSession, SymmetricSession
 
 if TYPE_CHECKING:
     from uuid import UUID

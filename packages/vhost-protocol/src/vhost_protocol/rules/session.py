@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-from . import replies as a
-from . import requests as r
-from .constants import VIRTIO_F_RING_PACKED, GpuProtocolFeatures, ProtocolFeatures
-from .gpu import GpuFeaturesReply, GpuSetProtocolFeatures
-from .message import NATIVE, Message, Wire
+from ..messages import replies as a
+from ..messages import requests as r
+from ..messages.constants import VIRTIO_F_RING_PACKED, GpuProtocolFeatures, ProtocolFeatures
+from ..messages.gpu import GpuFeaturesReply, GpuSetProtocolFeatures
+from ..messages.message import NATIVE, Message, Wire
 from .rules import REQUIRED_WITH, Answer, Rule, Table, fd_counts
 
 _XEN_MMAP = int(ProtocolFeatures.XEN_MMAP)

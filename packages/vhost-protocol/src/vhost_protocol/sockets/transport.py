@@ -17,9 +17,9 @@ import socket
 import time
 from collections.abc import Sequence
 
-from .constants import MAX_FDS
-from .core import Outgoing
-from .errors import ConnectionClosed, DescriptorsLost, OutOfResources, Timeout
+from ..errors import ConnectionClosed, DescriptorsLost, OutOfResources, Timeout
+from ..messages.constants import MAX_FDS
+from ..rules.core import Outgoing
 
 _INT_SIZE = array.array("i").itemsize
 # Space for as many descriptors as the kernel can pass, and for the credentials a socket may be set

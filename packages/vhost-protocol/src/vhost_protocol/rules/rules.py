@@ -38,10 +38,10 @@ virtio-net enables them before SET_FEATURES, which breaks nothing: the bit has b
 from enum import Enum, IntEnum
 from typing import Any, Final, NamedTuple
 
-from . import gpu as g
-from . import replies as a
-from . import requests as r
-from .constants import (
+from ..messages import gpu as g
+from ..messages import replies as a
+from ..messages import requests as r
+from ..messages.constants import (
     MAX_BACKEND_FDS,
     MAX_GPU_PAYLOAD_SIZE,
     MAX_PAYLOAD_SIZE,
@@ -53,7 +53,7 @@ from .constants import (
     GpuRequest,
     ProtocolFeatures,
 )
-from .message import Message, Reply, Request
+from ..messages.message import Message, Reply, Request
 
 
 class Answer(Enum):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import socket
 
+from ..rules.rules import FRONTEND_TABLE
+from ..rules.session import Session
 from .endpoint import AnsweringEndpoint
-from .rules import FRONTEND_TABLE
-from .session import Session
 
 
 class BackendConnection(AnsweringEndpoint):

@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from . import requests as r
-from .channels import FrontendChannel, GpuFrontendChannel
-from .constants import (
+from ..errors import RequestFailed, Timeout
+from ..fds import FdLike, OwnedFd
+from ..messages import requests as r
+from ..messages.constants import (
     ConfigFlags,
     IotlbAccess,
     IotlbType,
@@ -20,15 +21,14 @@ from .constants import (
     VringFlags,
     XenMapFlags,
 )
-from .core import Answered
+from ..messages.message import Reply
+from ..messages.replies import Ack, ConfigReply, InflightReply, MemRegReply, MemTableReply
+from ..messages.values import AsymmetricSession, MemoryRegion, SymmetricSession
+from ..rules.core import Answered
+from ..rules.rules import FRONTEND_TABLE
+from ..rules.session import Session
+from .channels import FrontendChannel, GpuFrontendChannel
 from .endpoint import RequestingEndpoint
-from .errors import RequestFailed, Timeout
-from .fds import FdLike, OwnedFd
-from .message import Reply
-from .replies import Ack, ConfigReply, InflightReply, MemRegReply, MemTableReply
-from .rules import FRONTEND_TABLE
-from .session import Session
-from .values import AsymmetricSession, MemoryRegion, SymmetricSession
 
 if TYPE_CHECKING:
     from uuid import UUID

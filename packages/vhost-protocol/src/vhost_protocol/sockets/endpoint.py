@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
-from .core import Answered, Outgoing, Received, Requester, Responder
-from .errors import ConnectionClosed, LocalProtocolError, ProtocolError, RequestFailed
-from .fds import FdLike
-from .message import Reply, Request
-from .replies import Ack
-from .rules import Table
-from .session import Session
+from ..errors import ConnectionClosed, LocalProtocolError, ProtocolError, RequestFailed
+from ..fds import FdLike
+from ..messages.message import Reply, Request
+from ..messages.replies import Ack
+from ..rules.core import Answered, Outgoing, Received, Requester, Responder
+from ..rules.rules import Table
+from ..rules.session import Session
 from .transport import Deadline, SocketTransport
 
 ReplyT = TypeVar("ReplyT", bound=Reply)
