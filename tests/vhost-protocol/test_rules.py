@@ -842,7 +842,7 @@ def test_errors_can_be_pickled_and_cut_long_values() -> None:
     no = pickle.loads(pickle.dumps(RequestFailed("SET_OWNER", 7)))
     assert (no.value, no.request) == (7, "SET_OWNER")
     lost = pickle.loads(pickle.dumps(DescriptorsLost("lost", 24, request="SET_OWNER")))
-    assert (type(lost), str(lost), lost.errno) == (DescriptorsLost, "lost", 24)
+    assert (type(lost), str(lost), lost.errno) == (DescriptorsLost, "SET_OWNER: lost", 24)
     assert lost.request == "SET_OWNER"
     gone = pickle.loads(pickle.dumps(ConnectionClosed("gone", partial=3)))
     assert gone.partial == 3

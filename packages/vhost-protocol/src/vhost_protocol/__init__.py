@@ -211,48 +211,54 @@ from .rules.session import (
 )
 
 if _TYPE_CHECKING:
-    from .sockets.aio import (
-        AsyncBackendChannel,
+    from .sockets.aio.backend import (
         AsyncBackendConnection,
-        AsyncFrontend,
+    )
+    from .sockets.aio.channels import (
+        AsyncBackendChannel,
         AsyncFrontendChannel,
         AsyncGpuBackendChannel,
         AsyncGpuFrontendChannel,
     )
-    from .sockets.backend import (
+    from .sockets.aio.frontend import (
+        AsyncFrontend,
+    )
+    from .sockets.blocking.backend import (
         BackendConnection,
     )
-    from .sockets.channels import (
+    from .sockets.blocking.channels import (
         BackendChannel,
         FrontendChannel,
         GpuBackendChannel,
         GpuFrontendChannel,
     )
-    from .sockets.endpoint import (
+    from .sockets.blocking.endpoint import (
         AnsweringEndpoint,
         RequestingEndpoint,
     )
-    from .sockets.frontend import (
+    from .sockets.blocking.frontend import (
         Frontend,
+    )
+    from .sockets.regions import (
         RegionLike,
     )
 
 _LAZY = {
-    "AsyncBackendChannel": "sockets.aio",
-    "AsyncBackendConnection": "sockets.aio",
-    "AsyncFrontend": "sockets.aio",
-    "AsyncFrontendChannel": "sockets.aio",
-    "AsyncGpuBackendChannel": "sockets.aio",
-    "AsyncGpuFrontendChannel": "sockets.aio",
-    "BackendConnection": "sockets.backend",
-    "BackendChannel": "sockets.channels",
-    "FrontendChannel": "sockets.channels",
-    "GpuBackendChannel": "sockets.channels",
-    "GpuFrontendChannel": "sockets.channels",
-    "AnsweringEndpoint": "sockets.endpoint",
-    "RequestingEndpoint": "sockets.endpoint",
-    "Frontend": "sockets.frontend",
-    "RegionLike": "sockets.frontend",
+    "AsyncBackendChannel": "sockets.aio.channels",
+    "AsyncBackendConnection": "sockets.aio.backend",
+    "AsyncFrontend": "sockets.aio.frontend",
+    "AsyncFrontendChannel": "sockets.aio.channels",
+    "AsyncGpuBackendChannel": "sockets.aio.channels",
+    "AsyncGpuFrontendChannel": "sockets.aio.channels",
+    "BackendConnection": "sockets.blocking.backend",
+    "BackendChannel": "sockets.blocking.channels",
+    "FrontendChannel": "sockets.blocking.channels",
+    "GpuBackendChannel": "sockets.blocking.channels",
+    "GpuFrontendChannel": "sockets.blocking.channels",
+    "AnsweringEndpoint": "sockets.blocking.endpoint",
+    "RequestingEndpoint": "sockets.blocking.endpoint",
+    "Frontend": "sockets.blocking.frontend",
+    "RegionLike": "sockets.regions",
 }
 
 

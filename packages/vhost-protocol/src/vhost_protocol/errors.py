@@ -20,6 +20,10 @@ class ProtocolError(Exception):
         super().__init__(message)
         self.request: str | None = request
 
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{self.request}: {text}" if self.request else text
+
 
 class RuleError(ProtocolError):
     """A rule of the protocol is broken; the subclasses say by whom.
@@ -37,6 +41,9 @@ class RuleError(ProtocolError):
         self.field: str = field
         self.value: object = value
         self.rule: str = rule
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # which names the request with the field
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.field, self.value, self.rule, self.request)
@@ -100,8 +107,7 @@ class Timeout(ProtocolError, TimeoutError):
     """
 
     def __init__(self, seconds: float, *, request: str | None = None) -> None:
-        what = f"{request}: " if request else ""
-        super().__init__(f"{what}no progress within {seconds:g} s", request=request)
+        super().__init__(f"no progress within {seconds:g} s", request=request)
         self.seconds: float = seconds
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -116,7 +122,7 @@ class RequestFailed(ProtocolError):
     """
 
     def __init__(self, request: str, value: int) -> None:
-        super().__init__(f"{request}: the peer answered {value:#x} (0 is success)", request=request)
+        super().__init__(f"the peer answered {value:#x} (0 is success)", request=request)
         self.value: int = value
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -138,7 +144,7 @@ class OutOfResources(ProtocolError):
         self.errno: int = errno
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (str(self), self.errno), {"request": self.request}
+        return type(self), (self.args[0], self.errno), {"request": self.request}
 
 
 class DescriptorsLost(OutOfResources):

@@ -20,7 +20,7 @@ from ..fds import OwnedFd, close_all
 from ..messages.constants import HEADER_SIZE, MAX_FDS, MAX_GPU_PAYLOAD_SIZE, FrontendRequest
 from ..messages.message import BIG, LITTLE, NATIVE
 from ..rules.codec import decode_header
-from ..sockets.transport import try_receive, try_send
+from ..sockets.raw import try_receive, try_send
 from .tracer import CHANNELS, Tracer, format_text, to_json
 
 _FORMAT = "vhost-trace"

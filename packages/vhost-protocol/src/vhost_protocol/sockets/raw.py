@@ -1,25 +1,22 @@
-"""Blocking sockets: whole messages out, exact pieces in, deadlines, and no descriptor lost.
+"""System calls on one socket: exact pieces in, descriptors with them, errors by whose they are.
 
-Calls pass MSG_DONTWAIT and wait in ``poll`` themselves.  So a socket may be blocking or not,
-its file status flags (shared with other processes when it was inherited) stay as they are, and a
-deadline holds for a whole message, not for each system call.  Only reading without a deadline
-leaves the waiting to a blocking socket.
+Calls pass MSG_DONTWAIT; the transports wait themselves.  So a socket may be blocking or not, its
+file status flags (shared with other processes when it was inherited) stay as they are, and a
+deadline holds for a whole message, not for each system call.
 """
 
 from __future__ import annotations
 
 import array
-import contextlib
 import errno
 import os
-import select
 import socket
 import time
 from collections.abc import Sequence
 
-from ..errors import ConnectionClosed, DescriptorsLost, OutOfResources, Timeout
+from ..errors import BadDescriptors, ConnectionClosed, DescriptorsLost, OutOfResources
+from ..fds import OwnedFd
 from ..messages.constants import MAX_FDS
-from ..rules.core import Outgoing
 
 _INT_SIZE = array.array("i").itemsize
 # Space for as many descriptors as the kernel can pass, and for the credentials a socket may be set
@@ -104,86 +101,34 @@ def try_send(sock: socket.socket, data: bytes | memoryview, fds: Sequence[int]) 
     return sock.send(data, _SEND)
 
 
+def socket_from(fd: OwnedFd) -> socket.socket:
+    """Make a socket object of a descriptor that arrived.
+
+    Raises:
+        BadDescriptors: it is not a socket; it has been closed.
+    """
+    try:
+        sock = socket.socket(fileno=fd.fileno())
+    except OSError as error:
+        fd.close()
+        raise BadDescriptors("fds", error.strerror, "must be a socket") from error
+    fd.detach()
+    return sock
+
+
 class Deadline:
-    """A point in time by which something must be done."""
+    """A point in time by which something must be done.
+
+    Attributes:
+        seconds: the time that was allowed, or None for any.
+    """
 
     __slots__ = ("_end", "seconds")
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds: float | None = seconds
-        self._end = None if seconds is None else time.monotonic() + seconds
+        self._end = 0.0 if seconds is None else time.monotonic() + seconds
 
-    def wait(self, sock: socket.socket, event: int) -> None:
-        """Wait until ``sock`` is ready.
-
-        Raises:
-            Timeout: it is not by then.
-        """
-        poller = select.poll()
-        poller.register(sock, event)
-        if self._end is None or self.seconds is None:
-            poller.poll()
-            return
-        left = self._end - time.monotonic()
-        # poll counts in milliseconds, rounded up here so as not to spin through the last one.
-        if not poller.poll(max(0, int(left * 1000) + 1)):
-            raise Timeout(self.seconds)
-
-
-class SocketTransport:
-    """One connected Unix stream socket, owned from here on."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        if sock.gettimeout():
-            sock.setblocking(False)
-        self._sock = sock
-
-    def fileno(self) -> int:
-        """Return the socket's descriptor."""
-        return self._sock.fileno()
-
-    def send(self, outgoing: Outgoing, deadline: Deadline) -> None:
-        """Send all of a message.
-
-        Raises:
-            Timeout: the peer does not read.
-            ConnectionClosed, OutOfResources: see ``whose``.
-        """
-        left = memoryview(outgoing.data)
-        fds = outgoing.fds
-        while left:
-            try:
-                sent = try_send(self._sock, left, fds)
-            except BlockingIOError:
-                deadline.wait(self._sock, select.POLLOUT)
-                continue
-            except OSError as error:
-                raise whose(error) from error
-            left = left[sent:]
-            fds = ()
-
-    def receive(self, size: int, partial: int, deadline: Deadline) -> tuple[bytes, list[int]]:
-        """Read up to ``size`` bytes; none at the end of the stream.
-
-        Raises:
-            Timeout: nothing arrives.
-            ConnectionClosed, OutOfResources: see ``whose`` and ``try_receive``.
-        """
-        # Without a time limit the kernel can do the waiting, in one call instead of three.
-        wait = deadline.seconds is None
-        while True:
-            try:
-                return try_receive(self._sock, size, wait=wait)
-            except BlockingIOError:
-                deadline.wait(self._sock, select.POLLIN)
-            except OSError as error:
-                raise whose(error, partial) from error
-
-    def shutdown(self) -> None:
-        """End the stream in both directions, which wakes whoever waits on it."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._sock.close()
+    def left(self) -> float:
+        """Return the seconds that are left, at least 0.  Do not ask when any time is allowed."""
+        return max(0.0, self._end - time.monotonic())
