@@ -14,6 +14,16 @@ from enum import IntEnum
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
+from ..errors import (
+    BadDescriptors,
+    LocalProtocolError,
+    NotAllowed,
+    RemoteProtocolError,
+    UnexpectedReply,
+)
+from ..fds import FdLike, OwnedFd, close_all, fd_number
+from ..messages.message import Message, Reply, Request
+from ..messages.replies import Ack
 from .codec import (
     Frame,
     Framer,
@@ -22,16 +32,6 @@ from .codec import (
     decode_payload,
     encode_message,
 )
-from .errors import (
-    BadDescriptors,
-    LocalProtocolError,
-    NotAllowed,
-    RemoteProtocolError,
-    UnexpectedReply,
-)
-from .fds import FdLike, OwnedFd, close_all, fd_number
-from .message import Message, Reply, Request
-from .replies import Ack
 from .rules import Rule, Table
 from .session import Session, Violation
 
@@ -266,6 +266,7 @@ class Responder(_Core):
         for violation in violations:
             if self._strict or not violation.tolerated:
                 self._raise_remote(violation, rule.name)
+            session.tolerate(rule.name, violation)
         need_reply = header.need_reply
         assert isinstance(message, Request)
         session.request_sent(message)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, NamedTuple
 
-from .codec import Header, choose, decode_header, decode_payload, find_rule
-from .constants import HEADER_SIZE, VERSION
-from .errors import RemoteProtocolError, RuleError
-from .message import Message, Reply, show
-from .rules import BACKEND_TABLE, FRONTEND_TABLE, GPU_TABLE, Rule, Table
-from .session import Session, Violation
+from ..errors import RemoteProtocolError, RuleError
+from ..messages.constants import HEADER_SIZE, VERSION
+from ..messages.message import Message, Reply, show
+from ..rules.codec import Header, choose, decode_header, decode_payload, find_rule
+from ..rules.rules import BACKEND_TABLE, FRONTEND_TABLE, GPU_TABLE, Rule, Table
+from ..rules.session import Session, Violation
 
 #: The sockets of a connection, by name, and which end asks on them.
 CHANNELS: dict[str, Table] = {

@@ -1,26 +1,26 @@
-"""Blocking halves of a channel: one that asks, one that answers.  The endpoints build on them."""
+"""Halves of a channel: one that asks, one that answers.  The endpoints build on them."""
 
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
-from .core import Answered, Outgoing, Received, Requester, Responder
-from .errors import ConnectionClosed, LocalProtocolError, ProtocolError, RequestFailed
-from .fds import FdLike
-from .message import Reply, Request
-from .replies import Ack
-from .rules import Table
-from .session import Session
-from .transport import Deadline, SocketTransport
+from ...errors import ConnectionClosed, LocalProtocolError, ProtocolError, RequestFailed
+from ...fds import FdLike, fd_number
+from ...messages.message import Reply, Request
+from ...messages.replies import Ack
+from ...rules.core import Answered, Outgoing, Received, Requester, Responder
+from ...rules.rules import Table
+from ...rules.session import Session
+from ..raw import Deadline
+from .transport import AsyncLock, AsyncTransport
 
 ReplyT = TypeVar("ReplyT", bound=Reply)
 
 
-class _Endpoint:
+class _AsyncEndpoint:
     """A socket and what is common to both halves.
 
     Attributes:
@@ -28,7 +28,7 @@ class _Endpoint:
     """
 
     def __init__(self, sock: socket.socket, timeout: float | None) -> None:
-        self._transport = SocketTransport(sock)
+        self._transport = AsyncTransport(sock)
         self._closed = False
         self.timeout: float | None = timeout
 
@@ -48,9 +48,9 @@ class _Endpoint:
     def shutdown(self) -> None:
         """End the connection from another thread.
 
-        Whoever waits on it is woken: ``receive()`` returns None (inside a message it raises
-        ConnectionClosed), a request raises ConnectionClosed.  ``close()`` from another thread would
-        not wake them, and would free the descriptor under their feet.
+        Calls that wait on it are woken: ``receive()`` returns None (inside a message it raises
+        ConnectionClosed), a request raises ConnectionClosed.  ``close()`` is for the thread that
+        uses the endpoint: from another it would free the descriptor under that thread's feet.
         """
         self._transport.shutdown()
 
@@ -59,7 +59,7 @@ class _Endpoint:
         self._closed = True
         self._transport.close()
 
-    def __exit__(
+    async def __aexit__(
         self,
         kind: type[BaseException] | None,
         value: BaseException | None,
@@ -68,8 +68,8 @@ class _Endpoint:
         self.close()
 
 
-class RequestingEndpoint(_Endpoint):
-    """A socket on which we ask; safe to use from several threads, one exchange at a time.
+class AsyncRequestingEndpoint(_AsyncEndpoint):
+    """A socket on which we ask; threads or tasks that share it take turns.
 
     Args:
         sock: a connected Unix stream socket; owned from here on.
@@ -90,14 +90,14 @@ class RequestingEndpoint(_Endpoint):
     ) -> None:
         super().__init__(sock, timeout)
         self._core = Requester(table, session, strict=strict)
-        self._lock = threading.Lock()
+        self._lock = AsyncLock()
 
     @property
     def session(self) -> Session:
         """What is negotiated."""
         return self._core.session
 
-    def request(
+    async def request(
         self,
         message: Request[ReplyT],
         fds: Sequence[FdLike] = (),
@@ -105,6 +105,9 @@ class RequestingEndpoint(_Endpoint):
         need_reply: bool | None = None,
     ) -> Answered[ReplyT] | Answered[Ack] | None:
         """Send a request and wait for its answer, if it has one.
+
+        A call that is interrupted or cancelled closes the connection: the next one would take its
+        answer.
 
         Args:
             message: the request.
@@ -117,16 +120,16 @@ class RequestingEndpoint(_Endpoint):
         Raises:
             LocalProtocolError: the request is not legal now; nothing was sent.
             RemoteProtocolError: the answer is wrong.
-            ConnectionClosed, Timeout, DescriptorsLost: there was none.  After these and after
+            ConnectionClosed, Timeout, OutOfResources: there was none.  After these and after
                 RemoteProtocolError the connection is closed.
         """
-        with self._lock:
+        async with self._lock:
             self._check_open()
             outgoing, answered = self._core.request(message, fds, need_reply=need_reply)
             try:
                 deadline = Deadline(self.timeout)
-                self._transport.send(outgoing, deadline)
-                return self._await(deadline) if answered else None
+                await self._transport.send(outgoing, deadline)
+                return await self._await(deadline) if answered else None
             except BaseException as error:
                 if isinstance(error, ProtocolError) and error.request is None:
                     error.request = self._core.name_of(message)
@@ -134,63 +137,65 @@ class RequestingEndpoint(_Endpoint):
                 self.close()
                 raise
 
-    def _await(self, deadline: Deadline) -> Answered[Any]:
+    async def _await(self, deadline: Deadline) -> Answered[Any]:
         core = self._core
         while True:
             answer = core.next()
             if answer is not None:
                 return answer
-            data, fds = self._transport.receive(core.wanted, core.partial, deadline)
+            data, fds = await self._transport.receive(core.wanted, core.partial, deadline)
             if not data:
                 raise ConnectionClosed(
                     "the peer closed the connection instead of answering", partial=core.partial
                 )
             core.receive(data, fds)
 
-    def call(self, message: Request[Any], fds: Sequence[FdLike] = ()) -> None:
+    async def call(self, message: Request[Any], fds: Sequence[FdLike] = ()) -> None:
         """Send a request that is answered with an Ack or not at all.
 
         Raises:
             RequestFailed: the Ack is not zero.
             ProtocolError: as ``request``.
         """
-        answer = self.request(message, fds)
+        answer = await self.request(message, fds)
         if answer is not None:
             with answer:
                 reply = answer.message
                 if isinstance(reply, Ack) and reply.value:
                     raise RequestFailed(self._core.name_of(message), reply.value)
 
-    def ask(self, message: Request[ReplyT], fds: Sequence[FdLike] = ()) -> ReplyT:
+    async def ask(self, message: Request[ReplyT], fds: Sequence[FdLike] = ()) -> ReplyT:
         """Send a request and return its answer's value; descriptors it brings are closed.
 
         Raises:
             ProtocolError: as ``request``.
         """
-        with self.ask_fds(message, fds) as answer:
+        with await self.ask_fds(message, fds) as answer:
             return answer.message
 
-    def ask_fds(self, message: Request[ReplyT], fds: Sequence[FdLike] = ()) -> Answered[ReplyT]:
+    async def ask_fds(
+        self, message: Request[ReplyT], fds: Sequence[FdLike] = ()
+    ) -> Answered[ReplyT]:
         """Send a request and return its answer with the descriptors it brings.
 
         Raises:
             LocalProtocolError: this request has no answer now.
             ProtocolError: as ``request``.
         """
-        answer = self.request(message, fds)
+        answer = await self.request(message, fds)
         if answer is None:
             raise LocalProtocolError("reply", None, "this request is not answered in this state")
         return answer  # type: ignore[return-value]
 
-    def send_raw(self, data: bytes, fds: Sequence[FdLike] = ()) -> None:
+    async def send_raw(self, data: bytes, fds: Sequence[FdLike] = ()) -> None:
         """Send bytes as they are, to see what a peer makes of them.  For tests of peers.
 
         Nothing is checked and no answer is awaited.
         """
-        with self._lock:
+        async with self._lock:
             self._check_open()
-            numbers = tuple([fd if isinstance(fd, int) else fd.fileno() for fd in fds])
-            self._transport.send(Outgoing(data, numbers), Deadline(self.timeout))
+            numbers = tuple([fd_number(fd) for fd in fds])
+            await self._transport.send(Outgoing(data, numbers), Deadline(self.timeout))
 
     def close(self) -> None:
         """Close the socket and every descriptor that nobody took.  Can be called again."""
@@ -198,8 +203,8 @@ class RequestingEndpoint(_Endpoint):
         self._core.close()
 
 
-class AnsweringEndpoint(_Endpoint):
-    """A socket on which requests arrive.  Not for several threads at a time, except ``reply``.
+class AsyncAnsweringEndpoint(_AsyncEndpoint):
+    """A socket on which requests arrive; one thread or task receives, any may answer.
 
     Args:
         sock: a connected Unix stream socket; owned from here on.
@@ -220,15 +225,15 @@ class AnsweringEndpoint(_Endpoint):
     ) -> None:
         super().__init__(sock, timeout)
         self._core = Responder(table, session, strict=strict)
-        self._lock = threading.Lock()
+        self._lock = AsyncLock()
 
     @property
     def session(self) -> Session:
         """What is negotiated."""
         return self._core.session
 
-    def receive(self) -> Received | None:
-        """Wait for a request.
+    async def receive(self) -> Received | None:
+        """Wait for a request.  Giving up, as a cancelled task does, loses nothing.
 
         Returns:
             the request with its descriptors, to be closed by the caller, or None when the peer has
@@ -238,7 +243,7 @@ class AnsweringEndpoint(_Endpoint):
             RemoteProtocolError: what arrived breaks a rule.
             ConnectionClosed: the peer left inside a message, or before it had read our answers.
             Timeout: a message began and did not end in time.
-            DescriptorsLost: this process may not open more descriptors.
+            OutOfResources: this process ran short of descriptors or memory.
                 After any of these the connection is closed.
         """
         self._check_open()
@@ -251,21 +256,21 @@ class AnsweringEndpoint(_Endpoint):
                 if not wanted:
                     return core.next()
                 partial = core.partial
-                data, fds = self._transport.receive(wanted, partial, deadline)
+                if partial and deadline.seconds is None and self.timeout is not None:
+                    deadline = Deadline(self.timeout)
+                data, fds = await self._transport.receive(wanted, partial, deadline)
                 if not data:
                     if partial:
                         raise ConnectionClosed(
                             "the peer closed the connection inside a message", partial=partial
                         )
                     return None
-                if not partial and self.timeout is not None:
-                    deadline = Deadline(self.timeout)
                 core.receive(data, fds)
         except (ProtocolError, OSError):
             self.close()
             raise
 
-    def reply(self, received: Received, message: Reply, fds: Sequence[FdLike] = ()) -> None:
+    async def reply(self, received: Received, message: Reply, fds: Sequence[FdLike] = ()) -> None:
         """Answer a request.
 
         Args:
@@ -277,11 +282,11 @@ class AnsweringEndpoint(_Endpoint):
             LocalProtocolError: this request has another answer, none, or has had it.
             ConnectionClosed, Timeout: the peer does not take it; the connection is closed.
         """
-        with self._lock:
+        async with self._lock:
             self._check_open()
-            self._send(self._core.reply(received, message, fds))
+            await self._send(self._core.reply(received, message, fds))
 
-    def acknowledge(self, received: Received, ok: bool) -> bool:
+    async def acknowledge(self, received: Received, ok: bool) -> bool:
         """Answer with an Ack if one is due; do nothing otherwise.
 
         It is due when the request asked for one and REPLY_ACK is negotiated, or when an Ack is the
@@ -293,17 +298,17 @@ class AnsweringEndpoint(_Endpoint):
         Raises:
             ConnectionClosed, Timeout: the peer does not take it; the connection is closed.
         """
-        with self._lock:
+        async with self._lock:
             self._check_open()
             outgoing = self._core.acknowledge(received, ok)
             if outgoing is None:
                 return False
-            self._send(outgoing)
+            await self._send(outgoing)
             return True
 
-    def _send(self, outgoing: Outgoing) -> None:
+    async def _send(self, outgoing: Outgoing) -> None:
         try:
-            self._transport.send(outgoing, Deadline(self.timeout))
+            await self._transport.send(outgoing, Deadline(self.timeout))
         except BaseException:
             self.close()
             raise

@@ -1,26 +1,27 @@
-"""Sockets beside the main one, blocking: requests of the back-end, and the GPU protocol."""
+"""Sockets beside the main one: requests of the back-end, and the GPU protocol."""
 
 from __future__ import annotations
 
 import socket
 from typing import TYPE_CHECKING
 
-from . import gpu as g
-from . import requests as r
-from .constants import GpuProtocolFeatures, IotlbAccess, IotlbType, ShmemMapFlags
-from .core import Received
-from .endpoint import AnsweringEndpoint, RequestingEndpoint
-from .errors import RequestFailed
-from .fds import FdLike, OwnedFd
-from .replies import Ack
-from .rules import BACKEND_TABLE, GPU_TABLE
-from .session import Session
+from ...errors import RequestFailed
+from ...fds import FdLike, OwnedFd
+from ...messages import gpu as g
+from ...messages import requests as r
+from ...messages.constants import GpuProtocolFeatures, IotlbAccess, IotlbType, ShmemMapFlags
+from ...messages.replies import Ack
+from ...rules.core import Received
+from ...rules.rules import BACKEND_TABLE, GPU_TABLE
+from ...rules.session import Session
+from ..raw import socket_from
+from .endpoint import AsyncAnsweringEndpoint, AsyncRequestingEndpoint
 
 if TYPE_CHECKING:
     from uuid import UUID
 
 
-class BackendChannel(RequestingEndpoint):
+class AsyncBackendChannel(AsyncRequestingEndpoint):
     """The back-end's end of the channel of SET_BACKEND_REQ_FD: a method for each request.
 
     Methods raise as those of ``Frontend`` do.  When REPLY_ACK is negotiated each asks for an Ack
@@ -41,68 +42,70 @@ class BackendChannel(RequestingEndpoint):
     @classmethod
     def from_fd(
         cls, fd: OwnedFd, session: Session, *, timeout: float | None = None
-    ) -> BackendChannel:
+    ) -> AsyncBackendChannel:
         """Take the descriptor that came with SET_BACKEND_REQ_FD.
 
         Raises:
-            OSError: it is not a socket; it has been closed.
+            BadDescriptors: it is not a socket; it has been closed.
         """
         return cls(socket_from(fd), session, timeout=timeout)
 
-    def __enter__(self) -> BackendChannel:
+    async def __aenter__(self) -> AsyncBackendChannel:
         return self
 
-    def iotlb_miss(self, iova: int, access: IotlbAccess, *, need_reply: bool | None = None) -> None:
+    async def iotlb_miss(
+        self, iova: int, access: IotlbAccess, *, need_reply: bool | None = None
+    ) -> None:
         """Ask for an IOTLB entry; it comes as an IOTLB_MSG on the main socket."""
-        self._iotlb(iova, access, IotlbType.MISS, need_reply)
+        await self._iotlb(iova, access, IotlbType.MISS, need_reply)
 
-    def iotlb_access_fail(
+    async def iotlb_access_fail(
         self, iova: int, access: IotlbAccess, *, need_reply: bool | None = None
     ) -> None:
         """Report an access that the IOTLB does not permit."""
-        self._iotlb(iova, access, IotlbType.ACCESS_FAIL, need_reply)
+        await self._iotlb(iova, access, IotlbType.ACCESS_FAIL, need_reply)
 
-    def _iotlb(
+    async def _iotlb(
         self, iova: int, access: IotlbAccess, kind: IotlbType, need_reply: bool | None
     ) -> None:
         message = r.BackendIotlbMsg(iova, 0, 0, access, kind)
-        answer = self.request(message, need_reply=need_reply)
+        answer = await self.request(message, need_reply=need_reply)
         if answer is not None and isinstance(answer.message, Ack) and answer.message.value:
             raise RequestFailed("IOTLB_MSG", answer.message.value)
 
-    def config_change(self) -> None:
+    async def config_change(self) -> None:
         """Tell that the configuration space has changed."""
-        self.call(r.BackendConfigChange())
+        await self.call(r.BackendConfigChange())
 
-    def vring_host_notifier(
+    async def vring_host_notifier(
         self, index: int, size: int = 0, offset: int = 0, fd: FdLike | None = None
     ) -> None:
         """Set a ring's host notifier (bytes in ``fd``), or remove it when ``fd`` is None."""
         message = r.BackendVringHostNotifier(index, size, offset, fd is None)
-        self.call(message, [] if fd is None else [fd])
+        await self.call(message, [] if fd is None else [fd])
 
-    def vring_call(self, index: int) -> None:
+    async def vring_call(self, index: int) -> None:
         """Tell in-band that buffers were used."""
-        self.call(r.BackendVringCall(index))
+        await self.call(r.BackendVringCall(index))
 
-    def vring_err(self, index: int) -> None:
+    async def vring_err(self, index: int) -> None:
         """Tell in-band that a ring has an error."""
-        self.call(r.BackendVringErr(index))
+        await self.call(r.BackendVringErr(index))
 
-    def shared_object_add(self, uuid: UUID) -> None:
+    async def shared_object_add(self, uuid: UUID) -> None:
         """Announce a shared object."""
-        self.call(r.BackendSharedObjectAdd(uuid))
+        await self.call(r.BackendSharedObjectAdd(uuid))
 
-    def shared_object_remove(self, uuid: UUID) -> None:
+    async def shared_object_remove(self, uuid: UUID) -> None:
         """Withdraw a shared object."""
-        self.call(r.BackendSharedObjectRemove(uuid))
+        await self.call(r.BackendSharedObjectRemove(uuid))
 
-    def shared_object_lookup(self, uuid: UUID) -> OwnedFd | None:
+    async def shared_object_lookup(self, uuid: UUID) -> OwnedFd | None:
         """Return the dma-buf of another device's shared object, or None when there is none."""
-        answer = self.ask_fds(r.BackendSharedObjectLookup(uuid))
+        answer = await self.ask_fds(r.BackendSharedObjectLookup(uuid))
         return answer.take_fd()
 
-    def shmem_map(
+    async def shmem_map(
         self,
         shmid: int,
         fd: FdLike,
@@ -112,14 +115,14 @@ class BackendChannel(RequestingEndpoint):
         flags: ShmemMapFlags = ShmemMapFlags.READ_ONLY,
     ) -> None:
         """Map part of ``fd`` into a shared memory region (offsets and length in bytes)."""
-        self.call(r.BackendShmemMap(shmid, fd_offset, shm_offset, length, flags), [fd])
+        await self.call(r.BackendShmemMap(shmid, fd_offset, shm_offset, length, flags), [fd])
 
-    def shmem_unmap(self, shmid: int, shm_offset: int, length: int) -> None:
+    async def shmem_unmap(self, shmid: int, shm_offset: int, length: int) -> None:
         """Unmap part of a shared memory region (bytes)."""
-        self.call(r.BackendShmemUnmap(shmid, 0, shm_offset, length))
+        await self.call(r.BackendShmemUnmap(shmid, 0, shm_offset, length))
 
 
-class FrontendChannel(AnsweringEndpoint):
+class AsyncFrontendChannel(AsyncAnsweringEndpoint):
     """The front-end's end of that channel: requests of the back-end arrive here.
 
     Args:
@@ -133,18 +136,18 @@ class FrontendChannel(AnsweringEndpoint):
     ) -> None:
         super().__init__(sock, BACKEND_TABLE, session, timeout=timeout)
 
-    def __enter__(self) -> FrontendChannel:
+    async def __aenter__(self) -> AsyncFrontendChannel:
         return self
 
-    def answer_lookup(self, received: Received, fd: FdLike | None) -> None:
+    async def answer_lookup(self, received: Received, fd: FdLike | None) -> None:
         """Answer SHARED_OBJECT_LOOKUP with a dma-buf, or with failure when ``fd`` is None."""
         if fd is None:
-            self.reply(received, Ack(1))
+            await self.reply(received, Ack(1))
         else:
-            self.reply(received, Ack(0), [fd])
+            await self.reply(received, Ack(0), [fd])
 
 
-class GpuBackendChannel(RequestingEndpoint):
+class AsyncGpuBackendChannel(AsyncRequestingEndpoint):
     """The back-end's end of the GPU socket: a method for each request.
 
     Args:
@@ -156,65 +159,65 @@ class GpuBackendChannel(RequestingEndpoint):
         super().__init__(sock, GPU_TABLE, timeout=timeout)
 
     @classmethod
-    def from_fd(cls, fd: OwnedFd, *, timeout: float | None = None) -> GpuBackendChannel:
+    def from_fd(cls, fd: OwnedFd, *, timeout: float | None = None) -> AsyncGpuBackendChannel:
         """Take the descriptor that came with GPU_SET_SOCKET.
 
         Raises:
-            OSError: it is not a socket; it has been closed.
+            BadDescriptors: it is not a socket; it has been closed.
         """
         return cls(socket_from(fd), timeout=timeout)
 
-    def __enter__(self) -> GpuBackendChannel:
+    async def __aenter__(self) -> AsyncGpuBackendChannel:
         return self
 
-    def get_protocol_features(self) -> GpuProtocolFeatures:
+    async def get_protocol_features(self) -> GpuProtocolFeatures:
         """Return the GPU protocol features the front-end offers."""
-        return self.ask(g.GpuGetProtocolFeatures()).features
+        return (await self.ask(g.GpuGetProtocolFeatures())).features
 
-    def set_protocol_features(self, features: GpuProtocolFeatures) -> None:
+    async def set_protocol_features(self, features: GpuProtocolFeatures) -> None:
         """Set the negotiated GPU protocol features."""
-        self.call(g.GpuSetProtocolFeatures(features))
+        await self.call(g.GpuSetProtocolFeatures(features))
 
-    def get_display_info(self) -> tuple[g.GpuDisplay, ...]:
+    async def get_display_info(self) -> tuple[g.GpuDisplay, ...]:
         """Return the preferred displays."""
-        return self.ask(g.GpuGetDisplayInfo()).displays
+        return (await self.ask(g.GpuGetDisplayInfo())).displays
 
-    def get_edid(self, scanout_id: int) -> bytes:
+    async def get_edid(self, scanout_id: int) -> bytes:
         """Return the EDID of a scanout."""
-        return self.ask(g.GpuGetEdid(scanout_id)).edid
+        return (await self.ask(g.GpuGetEdid(scanout_id))).edid
 
-    def cursor_pos(self, scanout_id: int, x: int, y: int) -> None:
+    async def cursor_pos(self, scanout_id: int, x: int, y: int) -> None:
         """Show the cursor at a position, in pixels."""
-        self.call(g.GpuCursorPos(scanout_id, x, y))
+        await self.call(g.GpuCursorPos(scanout_id, x, y))
 
-    def cursor_pos_hide(self, scanout_id: int, x: int, y: int) -> None:
+    async def cursor_pos_hide(self, scanout_id: int, x: int, y: int) -> None:
         """Hide the cursor."""
-        self.call(g.GpuCursorPosHide(scanout_id, x, y))
+        await self.call(g.GpuCursorPosHide(scanout_id, x, y))
 
-    def cursor_update(self, update: g.GpuCursorUpdate) -> None:
+    async def cursor_update(self, update: g.GpuCursorUpdate) -> None:
         """Set the cursor's shape."""
-        self.call(update)
+        await self.call(update)
 
-    def scanout(self, scanout_id: int, width: int, height: int) -> None:
+    async def scanout(self, scanout_id: int, width: int, height: int) -> None:
         """Set a scanout's size in pixels; 0 x 0 disables it."""
-        self.call(g.GpuScanout(scanout_id, width, height))
+        await self.call(g.GpuScanout(scanout_id, width, height))
 
-    def update(self, update: g.GpuUpdate) -> None:
+    async def update(self, update: g.GpuUpdate) -> None:
         """Replace a rectangle of a scanout."""
-        self.call(update)
+        await self.call(update)
 
-    def dmabuf_scanout(
+    async def dmabuf_scanout(
         self, scanout: g.GpuDmabufScanout | g.GpuDmabufScanout2, fd: FdLike | None = None
     ) -> None:
         """Set a scanout to a dma-buf; without one (and 0 x 0) disable it."""
-        self.call(scanout, [] if fd is None else [fd])
+        await self.call(scanout, [] if fd is None else [fd])
 
-    def dmabuf_update(self, scanout_id: int, x: int, y: int, width: int, height: int) -> None:
+    async def dmabuf_update(self, scanout_id: int, x: int, y: int, width: int, height: int) -> None:
         """Present a rectangle of a dma-buf scanout and wait until it was."""
-        self.call(g.GpuDmabufUpdate(scanout_id, x, y, width, height))
+        await self.call(g.GpuDmabufUpdate(scanout_id, x, y, width, height))
 
 
-class GpuFrontendChannel(AnsweringEndpoint):
+class AsyncGpuFrontendChannel(AsyncAnsweringEndpoint):
     """The front-end's end of the GPU socket: requests of the back-end arrive here.
 
     Args:
@@ -225,20 +228,5 @@ class GpuFrontendChannel(AnsweringEndpoint):
     def __init__(self, sock: socket.socket, *, timeout: float | None = None) -> None:
         super().__init__(sock, GPU_TABLE, timeout=timeout)
 
-    def __enter__(self) -> GpuFrontendChannel:
+    async def __aenter__(self) -> AsyncGpuFrontendChannel:
         return self
-
-
-def socket_from(fd: OwnedFd) -> socket.socket:
-    """Make a socket object of a descriptor that arrived.
-
-    Raises:
-        OSError: it is not a socket; it has been closed.
-    """
-    try:
-        sock = socket.socket(fileno=fd.fileno())
-    except OSError:
-        fd.close()
-        raise
-    fd.detach()
-    return sock

@@ -1,16 +1,17 @@
-"""The front-end's end of the main socket, blocking: a method for each request."""
+# Derived from ../aio/frontend.py by scripts/derive-blocking: change that file.
+"""The front-end's end of the main socket: a method for each request."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
-import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
-from . import requests as r
-from .channels import FrontendChannel, GpuFrontendChannel
-from .constants import (
+from ...errors import RequestFailed
+from ...fds import FdLike, OwnedFd
+from ...messages import requests as r
+from ...messages.constants import (
     ConfigFlags,
     IotlbAccess,
     IotlbType,
@@ -18,93 +19,20 @@ from .constants import (
     ProtocolFeatures,
     TransferDirection,
     VringFlags,
-    XenMapFlags,
 )
-from .core import Answered
+from ...messages.message import Reply, Request
+from ...messages.replies import Ack, ConfigReply, InflightReply, MemRegReply, MemTableReply
+from ...messages.values import AsymmetricSession, SymmetricSession
+from ...rules.core import Answered
+from ...rules.rules import FRONTEND_TABLE
+from ...rules.session import Session
+from ..regions import RegionLike, as_region
+from .channels import FrontendChannel, GpuFrontendChannel
 from .endpoint import RequestingEndpoint
-from .errors import RequestFailed, Timeout
-from .fds import FdLike, OwnedFd
-from .message import Reply
-from .replies import Ack, ConfigReply, InflightReply, MemRegReply, MemTableReply
-from .rules import FRONTEND_TABLE
-from .session import Session
-from .values import AsymmetricSession, MemoryRegion, SymmetricSession
+from .transport import connect_socket
 
 if TYPE_CHECKING:
     from uuid import UUID
-
-
-class RegionLike(Protocol):
-    """What a memory region must tell; ``MemoryRegion`` and ``guest_memory.Region`` do."""
-
-    @property
-    def guest_address(self) -> int:
-        """Guest-physical address."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Size in bytes."""
-        ...
-
-    @property
-    def user_address(self) -> int:
-        """The front-end's virtual address."""
-        ...
-
-    @property
-    def mmap_offset(self) -> int:
-        """Offset in the descriptor, in bytes."""
-        ...
-
-    @property
-    def flags(self) -> int:
-        """Xen mapping flags."""
-        ...
-
-    @property
-    def domid(self) -> int:
-        """Xen domain."""
-        ...
-
-
-def as_region(region: RegionLike) -> MemoryRegion:
-    """Return ``region`` as a message value."""
-    if isinstance(region, MemoryRegion):
-        return region
-    return MemoryRegion(
-        region.guest_address,
-        region.size,
-        region.user_address,
-        region.mmap_offset,
-        XenMapFlags(region.flags),
-        region.domid,
-    )
-
-
-def connect_socket(path: str, timeout: float | None) -> socket.socket:
-    """Connect to a listening Unix socket, waiting for it to appear for at most ``timeout`` seconds.
-
-    Raises:
-        Timeout: it does not listen by then.
-        OSError: it cannot be connected to, and waiting would not help.
-    """
-    end = None if timeout is None else time.monotonic() + timeout
-    while True:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.connect(path)
-            return sock
-        except (FileNotFoundError, ConnectionRefusedError):
-            sock.close()
-            if end is None or time.monotonic() >= end:
-                if timeout:
-                    raise Timeout(timeout) from None
-                raise
-        except BaseException:
-            sock.close()
-            raise
-        time.sleep(0.01)
 
 
 class Frontend(RequestingEndpoint):
@@ -115,7 +43,7 @@ class Frontend(RequestingEndpoint):
     it is not zero.  Descriptors passed in stay the caller's.
 
     All methods raise LocalProtocolError when the request is not legal now (nothing is sent), and
-    RemoteProtocolError, ConnectionClosed, Timeout or DescriptorsLost when the exchange fails (the
+    RemoteProtocolError, ConnectionClosed, Timeout or OutOfResources when the exchange fails (the
     connection is closed).
 
     Args:
@@ -144,7 +72,8 @@ class Frontend(RequestingEndpoint):
             timeout: seconds to wait for it to listen, and that any later exchange may take.
 
         Raises:
-            Timeout, OSError: see ``connect_socket``.
+            Timeout: the back-end does not listen by then.
+            OSError: it cannot be connected to, and waiting would not help.
         """
         return cls(connect_socket(path, timeout), timeout)
 
@@ -193,7 +122,10 @@ class Frontend(RequestingEndpoint):
         """
         message = r.SetMemTable(tuple([as_region(region) for region in regions]))
         answer = self._close_fds(self.request(message, fds))
-        return answer if isinstance(answer, MemTableReply) else self._no_error(message, answer)
+        if isinstance(answer, MemTableReply):
+            return answer
+        self._no_error(message, answer)
+        return None
 
     def acknowledge_mem_table(self) -> None:
         """Tell the back-end that its postcopy addresses have been taken; faults may come."""
@@ -207,7 +139,10 @@ class Frontend(RequestingEndpoint):
         """
         message = r.AddMemReg(as_region(region))
         answer = self._close_fds(self.request(message, [fd]))
-        return answer if isinstance(answer, MemRegReply) else self._no_error(message, answer)
+        if isinstance(answer, MemRegReply):
+            return answer
+        self._no_error(message, answer)
+        return None
 
     def rem_mem_reg(self, region: RegionLike) -> None:
         """Remove the memory region of these addresses and this size."""
@@ -459,10 +394,9 @@ class Frontend(RequestingEndpoint):
         answer.close()
         return answer.message
 
-    @staticmethod
-    def _no_error(message: object, answer: Reply | None) -> None:
+    def _no_error(self, message: Request[Any], answer: Reply | None) -> None:
         if isinstance(answer, Ack) and answer.value:
-            raise RequestFailed(type(message).__name__, answer.value)
+            raise RequestFailed(self._core.name_of(message), answer.value)
 
     @staticmethod
     def _config(size: int, reply: ConfigReply) -> bytes:

@@ -1,12 +1,13 @@
-"""The back-end's end of the main socket, blocking."""
+# Derived from ../aio/backend.py by scripts/derive-blocking: change that file.
+"""The back-end's end of the main socket."""
 
 from __future__ import annotations
 
 import socket
 
+from ...rules.rules import FRONTEND_TABLE
+from ...rules.session import Session
 from .endpoint import AnsweringEndpoint
-from .rules import FRONTEND_TABLE
-from .session import Session
 
 
 class BackendConnection(AnsweringEndpoint):

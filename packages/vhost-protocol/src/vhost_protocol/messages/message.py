@@ -17,7 +17,7 @@ from enum import Enum
 from struct import Struct
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, dataclass_transform
 
-from .errors import LocalProtocolError
+from ..errors import LocalProtocolError
 
 LITTLE = "<"
 BIG = ">"

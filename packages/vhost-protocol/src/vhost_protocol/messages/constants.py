@@ -211,6 +211,8 @@ VHOST_USER_F_PROTOCOL_FEATURES: Final = 30
 VHOST_F_LOG_ALL: Final = 26
 #: Bit of the VIRTIO feature word that makes addresses I/O virtual (ACCESS_PLATFORM).
 VIRTIO_F_IOMMU_PLATFORM: Final = 33
+#: VIRTIO feature: rings are packed, and a ring's position has two halves.
+VIRTIO_F_RING_PACKED: Final = 34
 
 #: Protocol version in the two lowest header bits.
 VERSION: Final = 1

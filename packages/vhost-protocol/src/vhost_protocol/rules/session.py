@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-from . import replies as a
-from . import requests as r
-from .constants import GpuProtocolFeatures, ProtocolFeatures
-from .gpu import GpuFeaturesReply, GpuSetProtocolFeatures
-from .message import NATIVE, Message, Wire
+from ..messages import replies as a
+from ..messages import requests as r
+from ..messages.constants import VIRTIO_F_RING_PACKED, GpuProtocolFeatures, ProtocolFeatures
+from ..messages.gpu import GpuFeaturesReply, GpuSetProtocolFeatures
+from ..messages.message import NATIVE, Message, Wire
 from .rules import REQUIRED_WITH, Answer, Rule, Table, fd_counts
 
 _XEN_MMAP = int(ProtocolFeatures.XEN_MMAP)
@@ -53,15 +53,19 @@ class Session:
         order: byte order of messages, ``"<"`` or ``">"``.
         offered_features: VIRTIO bits of the last GET_FEATURES answer, or None before it.
         features: VIRTIO bits of the last SET_FEATURES.
+        features_set: SET_FEATURES was sent.
         offered_protocol_features: bits of the last GET_PROTOCOL_FEATURES answer, or None.
         protocol_features: bits of the last SET_PROTOCOL_FEATURES.
         owned: SET_OWNER was sent.
         postcopy: between POSTCOPY_LISTEN and POSTCOPY_END.
         gpu_features: bits of the GPU protocol's SET_PROTOCOL_FEATURES.
+        tolerated: how often the peer broke which rule that deployed peers are forgiven for, by the
+            request's name and the rule's text.
     """
 
     __slots__ = (
         "features",
+        "features_set",
         "gpu_features",
         "offered_features",
         "offered_gpu_features",
@@ -70,18 +74,21 @@ class Session:
         "owned",
         "postcopy",
         "protocol_features",
+        "tolerated",
     )
 
     def __init__(self, order: str = NATIVE) -> None:
         self.order: str = order
         self.offered_features: int | None = None
         self.features: int = 0
+        self.features_set: bool = False
         self.offered_protocol_features: ProtocolFeatures | None = None
         self.protocol_features: ProtocolFeatures = ProtocolFeatures(0)
         self.owned: bool = False
         self.postcopy: bool = False
         self.offered_gpu_features: GpuProtocolFeatures | None = None
         self.gpu_features: GpuProtocolFeatures = GpuProtocolFeatures(0)
+        self.tolerated: dict[tuple[str, str], int] = {}
 
     def has(self, feature: ProtocolFeatures) -> bool:
         """Whether every bit of ``feature`` is negotiated."""
@@ -125,8 +132,23 @@ class Session:
             found.append(
                 Violation("request", rule.name, f"needs VIRTIO feature {rule.offered} offered")
             )
+        if rule.kept is not None and self.features_set and not self.has_virtio(rule.kept):
+            text = f"needs VIRTIO feature {rule.kept} kept by SET_FEATURES"
+            found.append(Violation("request", rule.name, text, tolerated=True))
         if rule.after_owner and not self.owned:
             found.append(Violation("request", rule.name, "comes after SET_OWNER", tolerated=True))
+        if rule.not_owned and self.owned:
+            text = "comes once, or after RESET_OWNER"
+            found.append(Violation("request", rule.name, text, tolerated=True))
+        for field in rule.reserved:
+            value = getattr(message, field)
+            if value:
+                found.append(Violation(field, value, "reserved, must be 0", tolerated=True))
+        if rule.both_halves is not None and self.has_virtio(VIRTIO_F_RING_PACKED):
+            value = getattr(message, rule.both_halves)
+            if 0 < value <= 0xFFFF:
+                text = "bits 16 to 31 are the device's half of a packed ring's position"
+                found.append(Violation(rule.both_halves, value, text, tolerated=True))
         if int(rule.not_with) & having:
             names = _names(rule.not_with & self.protocol_features)
             found.append(
@@ -198,6 +220,11 @@ class Session:
             return (a.Ack,)
         return ()
 
+    def tolerate(self, request: str, violation: Violation) -> None:
+        """Count a broken rule that the peer is forgiven for."""
+        key = request, violation.rule
+        self.tolerated[key] = self.tolerated.get(key, 0) + 1
+
     def request_sent(self, message: Message) -> None:
         """Take over what a legal request changes.
 
@@ -208,6 +235,7 @@ class Session:
             return
         if isinstance(message, r.SetFeatures):
             self.features = message.features
+            self.features_set = True
         elif isinstance(message, r.SetProtocolFeatures):
             self.protocol_features = message.features
         elif isinstance(message, r.SetOwner):

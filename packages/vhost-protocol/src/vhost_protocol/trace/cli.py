@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple, TextIO
 
-from .codec import decode_header
-from .constants import HEADER_SIZE, MAX_FDS, MAX_GPU_PAYLOAD_SIZE, FrontendRequest
-from .errors import BadDescriptors, DescriptorsLost
-from .fds import OwnedFd, close_all
-from .message import BIG, LITTLE, NATIVE
-from .trace import CHANNELS, Tracer, format_text, to_json
-from .transport import try_receive, try_send
+from ..errors import DescriptorsLost
+from ..fds import OwnedFd, close_all
+from ..messages.constants import HEADER_SIZE, MAX_FDS, MAX_GPU_PAYLOAD_SIZE, FrontendRequest
+from ..messages.message import BIG, LITTLE, NATIVE
+from ..rules.codec import decode_header
+from ..sockets.raw import try_receive, try_send
+from .tracer import CHANNELS, Tracer, format_text, to_json
 
 _FORMAT = "vhost-trace"
 _VERSION = 1
@@ -203,8 +203,8 @@ class _Pipe:
             wanted = HEADER_SIZE + self._size() - len(self._in)
         try:
             # Descriptors inside a message are against the rules, but passed on all the same.
-            data, fds = try_receive(self.source, min(wanted, 1 << 20), 0)
-        except (DescriptorsLost, BadDescriptors) as error:
+            data, fds = try_receive(self.source, min(wanted, 1 << 20))
+        except DescriptorsLost as error:
             self.lost = str(error)
             self.ended = True
             return False

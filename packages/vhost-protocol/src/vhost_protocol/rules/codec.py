@@ -3,8 +3,7 @@
 from struct import Struct
 from typing import NamedTuple
 
-from .constants import HEADER_SIZE, VERSION, HeaderFlags
-from .errors import (
+from ..errors import (
     BadHeader,
     BadPayload,
     BadSize,
@@ -13,7 +12,8 @@ from .errors import (
     UnexpectedReply,
     UnknownRequest,
 )
-from .message import BIG, LITTLE, Message, Wire
+from ..messages.constants import HEADER_SIZE, VERSION, HeaderFlags
+from ..messages.message import BIG, LITTLE, Message, Wire
 from .rules import Rule, Table
 
 _HEADER = {o: Struct(f"{o}III") for o in (LITTLE, BIG)}

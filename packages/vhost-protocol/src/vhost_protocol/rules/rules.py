@@ -15,22 +15,33 @@ Reading a row:
 ``needs``         protocol features that must be negotiated
 ``virtio``        VIRTIO feature bit that must be negotiated with SET_FEATURES
 ``offered``       VIRTIO feature bit that the back-end must have offered in GET_FEATURES
-``after_owner``   front-ends send SET_OWNER first
-``not_with``      protocol features that exclude the message
+``kept``          * VIRTIO feature bit that SET_FEATURES, once it was sent, must have set
+``after_owner``   * front-ends send SET_OWNER first
+``not_owned``     * not between SET_OWNER and RESET_OWNER
+``not_with``      * protocol features that exclude the message
+``reserved``      * fields that must be 0
+``both_halves``   * field that holds a driver's and a device's half on a packed ring
 
-A broken row is an error.  Two kinds are not fatal when they are the peer's, because deployed peers
-break them and mean no harm; they are reported beside the message, and our own end refuses to do the
-same.  ``after_owner``: the specification gives SET_OWNER no place in the sequence.  ``not_with``:
-QEMU up to 10 sends the postcopy messages although CONFIGURE_MEM_SLOTS is negotiated.
+A broken row is an error.  The columns with a * are not fatal when the peer breaks them, because
+deployed peers do and mean no harm; the breach is reported beside the message and counted
+(``Session.tolerated``), and our own end refuses to do the same.
+
+``kept``: DPDK's virtio-user before 20.11 enables rings without having negotiated bit 30.  QEMU's
+virtio-net enables them before SET_FEATURES, which breaks nothing: the bit has been offered.
+``after_owner``: the specification gives SET_OWNER no place in the sequence.
+``not_owned``: DPDK before 20.11 sends SET_OWNER again at each start of a port.
+``not_with``: QEMU up to 10 sends the postcopy messages although CONFIGURE_MEM_SLOTS is negotiated.
+``reserved``: DPDK and SPDK leave the last ring's state in GET_VRING_BASE's second field.
+``both_halves``: DPDK gives a packed ring's base as the driver's half alone; both are meant.
 """
 
 from enum import Enum, IntEnum
 from typing import Any, Final, NamedTuple
 
-from . import gpu as g
-from . import replies as a
-from . import requests as r
-from .constants import (
+from ..messages import gpu as g
+from ..messages import replies as a
+from ..messages import requests as r
+from ..messages.constants import (
     MAX_BACKEND_FDS,
     MAX_GPU_PAYLOAD_SIZE,
     MAX_PAYLOAD_SIZE,
@@ -42,7 +53,7 @@ from .constants import (
     GpuRequest,
     ProtocolFeatures,
 )
-from .message import Message, Reply, Request
+from ..messages.message import Message, Reply, Request
 
 
 class Answer(Enum):
@@ -86,8 +97,12 @@ class Rule(NamedTuple):
     needs: ProtocolFeatures = ProtocolFeatures(0)
     virtio: int | None = None
     offered: int | None = None
+    kept: int | None = None
     after_owner: bool = False
+    not_owned: bool = False
     not_with: ProtocolFeatures = ProtocolFeatures(0)
+    reserved: tuple[str, ...] = ()
+    both_halves: str | None = None
     variants: tuple[type[Request[Any]], ...] = ()
     gpu_needs: GpuProtocolFeatures = GpuProtocolFeatures(0)
 
@@ -111,7 +126,7 @@ def _frontend() -> tuple[Rule, ...]:
     return (
         Rule(c.GET_FEATURES, r.GetFeatures, value, (a.FeaturesReply,)),
         Rule(c.SET_FEATURES, r.SetFeatures),
-        Rule(c.SET_OWNER, r.SetOwner),
+        Rule(c.SET_OWNER, r.SetOwner, not_owned=True),
         Rule(c.RESET_OWNER, r.ResetOwner),
         Rule(
             c.SET_MEM_TABLE,
@@ -134,8 +149,15 @@ def _frontend() -> tuple[Rule, ...]:
         Rule(c.SET_LOG_FD, r.SetLogFd, fds=Fds.ONE, after_owner=True),
         Rule(c.SET_VRING_NUM, r.SetVringNum, after_owner=True),
         Rule(c.SET_VRING_ADDR, r.SetVringAddr, after_owner=True),
-        Rule(c.SET_VRING_BASE, r.SetVringBase, after_owner=True),
-        Rule(c.GET_VRING_BASE, r.GetVringBase, value, (a.VringBaseReply,), after_owner=True),
+        Rule(c.SET_VRING_BASE, r.SetVringBase, after_owner=True, both_halves="base"),
+        Rule(
+            c.GET_VRING_BASE,
+            r.GetVringBase,
+            value,
+            (a.VringBaseReply,),
+            after_owner=True,
+            reserved=("num",),
+        ),
         Rule(c.SET_VRING_KICK, r.SetVringKick, fds=Fds.UNLESS_NO_FD, after_owner=True),
         Rule(c.SET_VRING_CALL, r.SetVringCall, fds=Fds.UNLESS_NO_FD, after_owner=True),
         Rule(c.SET_VRING_ERR, r.SetVringErr, fds=Fds.UNLESS_NO_FD, after_owner=True),
@@ -155,7 +177,8 @@ def _frontend() -> tuple[Rule, ...]:
         Rule(
             c.SET_VRING_ENABLE,
             r.SetVringEnable,
-            virtio=VHOST_USER_F_PROTOCOL_FEATURES,
+            offered=VHOST_USER_F_PROTOCOL_FEATURES,
+            kept=VHOST_USER_F_PROTOCOL_FEATURES,
             after_owner=True,
         ),
         Rule(c.SEND_RARP, r.SendRarp, needs=_F.RARP, after_owner=True),
@@ -213,7 +236,13 @@ def _frontend() -> tuple[Rule, ...]:
         Rule(c.SET_INFLIGHT_FD, r.SetInflightFd, fds=Fds.ONE, needs=_F.INFLIGHT_SHMFD),
         Rule(c.GPU_SET_SOCKET, r.GpuSetSocket, fds=Fds.ONE),
         Rule(c.RESET_DEVICE, r.ResetDevice, needs=_F.RESET_DEVICE),
-        Rule(c.VRING_KICK, r.VringKick, needs=_F.INBAND_NOTIFICATIONS, after_owner=True),
+        Rule(
+            c.VRING_KICK,
+            r.VringKick,
+            needs=_F.INBAND_NOTIFICATIONS,
+            after_owner=True,
+            reserved=("num",),
+        ),
         Rule(
             c.GET_MAX_MEM_SLOTS,
             r.GetMaxMemSlots,
@@ -274,6 +303,7 @@ def _frontend() -> tuple[Rule, ...]:
             (a.VringBaseReply,),
             needs=_F.GET_VRING_BASE_SKIP_DRAIN,
             after_owner=True,
+            reserved=("num",),
         ),
     )
 
@@ -290,8 +320,8 @@ def _backend() -> tuple[Rule, ...]:
             fds=Fds.UNLESS_NO_FD,
             needs=_F.HOST_NOTIFIER | send,
         ),
-        Rule(c.VRING_CALL, r.BackendVringCall, needs=_F.INBAND_NOTIFICATIONS),
-        Rule(c.VRING_ERR, r.BackendVringErr, needs=_F.INBAND_NOTIFICATIONS),
+        Rule(c.VRING_CALL, r.BackendVringCall, needs=_F.INBAND_NOTIFICATIONS, reserved=("num",)),
+        Rule(c.VRING_ERR, r.BackendVringErr, needs=_F.INBAND_NOTIFICATIONS, reserved=("num",)),
         Rule(c.SHARED_OBJECT_ADD, r.BackendSharedObjectAdd, needs=_F.SHARED_OBJECT),
         Rule(c.SHARED_OBJECT_REMOVE, r.BackendSharedObjectRemove, needs=_F.SHARED_OBJECT),
         Rule(
