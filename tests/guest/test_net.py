@@ -88,10 +88,9 @@ def test_a_guest_pings(
         )
         guest.check(up)
         ping(guest, 100, 1472)
-        driver = {
-            name: int(guest.check(f"cat /sys/class/net/eth0/statistics/{name}"))
-            for name in ("tx_packets", "rx_packets", "rx_errors", "rx_dropped")
-        }
+        statistics = "/sys/class/net/eth0/statistics"
+        names = ("rx_packets", "tx_packets", "rx_errors", "rx_dropped", "tx_errors", "tx_dropped")
+        said = guest.check(f"cd {statistics} && cat {' '.join(names)}").split()
     assert device.running
     assert device.stop() == 0
     *complaints, last = device.tail().splitlines()
@@ -101,5 +100,7 @@ def test_a_guest_pings(
     assert counts["echoed"] == counts["received"] >= 300
     assert counts["echoed_bytes"] >= 200 * (1472 + HEADERS) + 100 * (56 + HEADERS)
     # What the driver has counted since it took the device again.
-    assert 100 <= driver["rx_packets"] <= driver["tx_packets"]
-    assert driver["rx_errors"] == 0
+    received, sent, *lost = map(int, said)
+    assert received >= 100
+    assert sent >= 100
+    assert lost == [0, 0, 0, 0]
