@@ -79,6 +79,13 @@ class Testpmd:
         self._process.stdin.write("".join(f"{command}\n" for command in commands))
         self._process.stdin.flush()
 
+    def await_said(self, words: str) -> None:
+        """Wait until its output has these words."""
+        deadline = time.monotonic() + LIMIT
+        while words not in self.log.read_text():
+            self._check(deadline, repr(words))
+            time.sleep(0.02)
+
     def seen(self) -> Seen:
         """Its counts now."""
         before = len(self._STATISTICS.findall(self.log.read_text()))
@@ -192,7 +199,7 @@ def test_the_device_connects_to_it(
         testpmd.tell("stop")
         before = testpmd.seen()
         with contextlib.closing(connect("second.log")) as second:
-            testpmd.await_said("features")
+            testpmd.await_said("reconnection succeeds")
             testpmd.tell("start tx_first 2")
             testpmd.await_received(before.received + ENOUGH)
             testpmd.tell("stop")
