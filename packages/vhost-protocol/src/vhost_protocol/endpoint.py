@@ -90,7 +90,8 @@ class RequestingEndpoint(_Endpoint):
     ) -> None:
         super().__init__(sock, timeout)
         self._core = Requester(table, session, strict=strict)
-        self._lock = threading.Lock()
+        # Reentrant: an exchange that fails closes the connection.
+        self._lock = threading.RLock()
 
     @property
     def session(self) -> Session:
@@ -193,9 +194,20 @@ class RequestingEndpoint(_Endpoint):
             self._transport.send(Outgoing(data, numbers), Deadline(self.timeout))
 
     def close(self) -> None:
-        """Close the socket and every descriptor that nobody took.  Can be called again."""
-        super().close()
-        self._core.close()
+        """Close the socket and every descriptor that nobody took.  Can be called again.
+
+        An exchange of another thread ends first, with ConnectionClosed: the number of a socket
+        that it still uses must not go to another file.
+        """
+        self._closed = True
+        if not self._lock.acquire(False):
+            self.shutdown()
+            self._lock.acquire()
+        try:
+            super().close()
+            self._core.close()
+        finally:
+            self._lock.release()
 
 
 class AnsweringEndpoint(_Endpoint):
