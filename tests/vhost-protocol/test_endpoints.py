@@ -812,3 +812,26 @@ def test_shutdown_wakes_the_thread_that_waits() -> None:
         thread.join(10)
         assert got == [None]
         back.shutdown()
+
+
+def test_closing_ends_an_exchange_of_another_thread_first() -> None:
+    """Until then the socket's number must not go to another file."""
+    ours, theirs = socket.socketpair()
+    frontend = Frontend(ours)
+    number = frontend.fileno()
+    ended: list[tuple[type[BaseException], bool]] = []
+
+    def ask() -> None:
+        try:
+            frontend.get_features()
+        except ConnectionClosed as error:
+            ended.append((type(error), os.path.exists(f"/proc/self/fd/{number}")))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert theirs.recv(64)  # it has asked and waits
+    frontend.close()
+    assert not os.path.exists(f"/proc/self/fd/{number}")
+    thread.join()
+    assert [kind for kind, _ in ended] == [ConnectionClosed]
+    theirs.close()

@@ -15,7 +15,7 @@ from ...rules.core import Answered, Outgoing, Received, Requester, Responder
 from ...rules.rules import Table
 from ...rules.session import Session
 from ..raw import Deadline
-from .transport import AsyncLock, AsyncTransport
+from .transport import AsyncLock, AsyncTransport, exchange_ended
 
 ReplyT = TypeVar("ReplyT", bound=Reply)
 
@@ -198,9 +198,14 @@ class AsyncRequestingEndpoint(_AsyncEndpoint):
             await self._transport.send(Outgoing(data, numbers), Deadline(self.timeout))
 
     def close(self) -> None:
-        """Close the socket and every descriptor that nobody took.  Can be called again."""
-        super().close()
-        self._core.close()
+        """Close the socket and every descriptor that nobody took.  Can be called again.
+
+        An exchange of another thread ends first, with ConnectionClosed.
+        """
+        self._closed = True
+        with exchange_ended(self._lock, self.shutdown):
+            super().close()
+            self._core.close()
 
 
 class AsyncAnsweringEndpoint(_AsyncEndpoint):

@@ -10,12 +10,18 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from ...errors import ConnectionClosed, Timeout
 from ...rules.core import Outgoing
 from ..raw import Deadline, try_receive, try_send, whose
 
 AsyncLock = asyncio.Lock
+
+
+def exchange_ended(lock: AsyncLock, shutdown: Callable[[], None]) -> AbstractContextManager[None]:
+    """Nothing to wait for: tasks of one loop do not run while another closes its socket."""
+    return nullcontext()
 
 
 class AsyncTransport:

@@ -16,7 +16,7 @@ from ...rules.core import Answered, Outgoing, Received, Requester, Responder
 from ...rules.rules import Table
 from ...rules.session import Session
 from ..raw import Deadline
-from .transport import Lock, Transport
+from .transport import Lock, Transport, exchange_ended
 
 ReplyT = TypeVar("ReplyT", bound=Reply)
 
@@ -197,9 +197,14 @@ class RequestingEndpoint(_Endpoint):
             self._transport.send(Outgoing(data, numbers), Deadline(self.timeout))
 
     def close(self) -> None:
-        """Close the socket and every descriptor that nobody took.  Can be called again."""
-        super().close()
-        self._core.close()
+        """Close the socket and every descriptor that nobody took.  Can be called again.
+
+        An exchange of another thread ends first, with ConnectionClosed.
+        """
+        self._closed = True
+        with exchange_ended(self._lock, self.shutdown):
+            super().close()
+            self._core.close()
 
 
 class AnsweringEndpoint(_Endpoint):

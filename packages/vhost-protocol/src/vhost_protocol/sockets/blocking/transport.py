@@ -10,12 +10,29 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 from ...errors import Timeout
 from ...rules.core import Outgoing
 from ..raw import Deadline, try_receive, try_send, whose
 
-Lock = threading.Lock
+#: Reentrant: an exchange that fails closes the connection.
+Lock = threading.RLock
+
+
+@contextlib.contextmanager
+def exchange_ended(lock: threading.RLock, shutdown: Callable[[], None]) -> Iterator[None]:
+    """Hold `lock` to close a socket, once an exchange of another thread has ended by `shutdown`.
+
+    The number of a socket that an exchange still uses must not go to another file.
+    """
+    if not lock.acquire(False):
+        shutdown()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Transport:
