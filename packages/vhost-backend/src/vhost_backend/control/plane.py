@@ -66,7 +66,7 @@ class ControlPlane:
             DeviceState(context),
             Device(context, self._rings.reset),
             MemoryTable(context, slots=memory_slots),
-            Negotiation(context, self.offered),
+            Negotiation(context, self.offered, self._rings.stop, self._features_changed),
         )
         self._handlers: dict[type[vp.Message], Callable[..., Outcome]] = {}
         for section in self._sections:
@@ -91,11 +91,11 @@ class ControlPlane:
         handler = self._handlers.get(type(message))
         if handler is None:
             raise Refused(type(message).__name__, "not implemented, and not offered")
-        outcome = handler(message, fds)
-        if isinstance(message, vp.SetFeatures):
-            self._logging.features_changed()
-            self._iommu.features_changed()
-        return outcome
+        return handler(message, fds)
+
+    def _features_changed(self) -> None:
+        self._logging.features_changed()
+        self._iommu.features_changed()
 
     @property
     def remains(self) -> Sequence[int]:
