@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from virtqueue import Chain
 
-from .device import Queue, Request, VirtioDevice
+from .device import Queue, Request, VirtioDevice, check_use, fail_request
 from .device_backend import BATCH, DeviceBackend
 from .features import RING_FEATURES
 from .vring_locks import Vring
@@ -24,8 +24,9 @@ class AsyncVringEpollHandler(VringEpollHandler):
     _loop: asyncio.AbstractEventLoop
     _ended: asyncio.Event
     _timer: asyncio.TimerHandle | None = None
+    _failure: BaseException | None = None
 
-    def _run(self) -> None:
+    def _work(self) -> None:
         asyncio.run(self._main())
 
     async def _main(self) -> None:
@@ -35,17 +36,29 @@ class AsyncVringEpollHandler(VringEpollHandler):
         self._turn()
         await self._ended.wait()
         self._loop.remove_reader(self._epoll.fileno())
+        if self._failure is not None:
+            raise self._failure
         # asyncio.run cancels the requests that are still being worked on.
 
     def _turn(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        timeout = self._round(0)
+        try:
+            timeout = self._round(0)
+        except BaseException as error:
+            # Nothing else would be told: a loop goes on when one of its callbacks has raised.
+            self._lost(error)
+            return
         if self._stopping:
             self._ended.set()
         elif timeout is not None:
             self._timer = self._loop.call_later(timeout, self._turn)
+
+    def _lost(self, error: BaseException) -> None:
+        """The worker cannot go on."""
+        self._failure = error
+        self._ended.set()
 
 
 class AsyncDeviceBackend(DeviceBackend):
@@ -65,7 +78,10 @@ class AsyncDeviceBackend(DeviceBackend):
     def handle_event(
         self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
     ) -> bool:
-        """Start a task for each request that waits."""
+        """Start a task for each request that waits; pass other events on."""
+        if device_event >= len(vrings):
+            self.device.handle_event(device_event, event_set)
+            return False
         vring = vrings[device_event]
         with vring.get_mut() as state:
             if not state.running:
@@ -117,11 +133,16 @@ class AsyncDeviceBackend(DeviceBackend):
             waiting = self.device.handle(queue, request)
             if waiting is not None:
                 await waiting
+            check_use(request, None, flags)
             status, written = request.status, request.written + flags
-        except asyncio.CancelledError:
+        except GeneratorExit:
             raise
-        except Exception as error:
-            status, written = self.device.failed(queue, error), flags
+        except BaseException as error:
+            # Whoever cancels the task wants it gone; a handler may raise the same by mistake.
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
+                raise
+            status, written = fail_request(self.device, queue, error), flags
         self._complete(vring, generation, request.chain, written, status)
 
     def _complete(

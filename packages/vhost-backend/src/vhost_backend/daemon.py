@@ -23,9 +23,10 @@ from guest_memory import Mapper, MemoryHolder
 from vhost_protocol import BackendConnection  # by name: imported before anybody connects
 
 from .backend import VhostUserBackend
-from .composition import DaemonBase, close_lent
+from .checks import check_backend
+from .composition import DaemonBase, Pause, close_lent
 from .control import Answer, Wait
-from .errors import BackendUsageError, Refused, VhostBackendError
+from .errors import BackendUsageError, Refused, VhostBackendError, is_shortage
 from .eventfd import WakeFd
 from .listener import Listener
 from .vring_locks import VringMutex, VringRwLock
@@ -69,6 +70,7 @@ class VhostUserDaemon(DaemonBase):
         busy_poll: float = 0.0,
         cpus: Sequence[int] = (),
     ) -> None:
+        check_backend(backend)
         self._stopping = False
         self._wake = WakeFd()
         self._progress = WakeFd()
@@ -90,8 +92,12 @@ class VhostUserDaemon(DaemonBase):
             busy_poll=busy_poll,
             cpus=cpus,
         )
-        for worker in self._workers:
-            worker.start()
+        try:
+            for worker in self._workers:
+                worker.start()
+        except BaseException:
+            self.close()
+            raise
 
     # -- running --------------------------------------------------------------------------------
 
@@ -138,7 +144,7 @@ class VhostUserDaemon(DaemonBase):
     def close(self) -> None:
         """Shut down, wait, and release the workers. Harmless when repeated."""
         self.shutdown()
-        if self._thread is not None:
+        if self._thread is not None and self._thread.ident is not None:
             self._thread.join()
         for worker in self._workers:
             if not worker.stop(self._drain_timeout):
@@ -153,6 +159,11 @@ class VhostUserDaemon(DaemonBase):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _worker_failed(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._failure = error
+        self.shutdown()
+
     # -- the connection's thread ----------------------------------------------------------------
 
     def _spawn(self, target: Callable[[], None]) -> None:
@@ -163,6 +174,8 @@ class VhostUserDaemon(DaemonBase):
             try:
                 target()
             except BaseException as error:
+                if not isinstance(error, VhostBackendError):  # which says enough where it is raised
+                    log.critical("%s: the daemon ends", self.name, exc_info=error)
                 self._failure = error
 
         self._thread = threading.Thread(target=run, name=f"{self.name}-control", daemon=True)
@@ -172,24 +185,34 @@ class VhostUserDaemon(DaemonBase):
         if listener.connected:
             self._serve_connection(listener.accept())
             return
-        while self._wait_readable(listener.fileno()):
+        pause = Pause()
+        # A listener that was closed brings nobody any more.
+        while listener.fileno() >= 0 and self._wait_readable(listener.fileno()):
             try:
                 connection = listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
+            except OSError as error:
+                self._sleep(self._not_accepted(error, pause))
                 continue
+            pause = Pause()
             self._serve_connection(connection)
 
     def _connect_all(self, path: str, reconnect: bool) -> None:
         interval = RECONNECT_INTERVAL[0]
         while not self._stopping:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            # A front-end whose queue of connections is full is one that is not to be had.
-            connection.setblocking(False)
             begin = time.monotonic()
+            connection: socket.socket | None = None
             try:
+                connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                # A front-end whose queue of connections is full is one that is not to be had.
+                connection.setblocking(False)
                 connection.connect(path)
             except OSError as error:
-                connection.close()
+                if connection is not None:
+                    connection.close()
+                if is_shortage(error):
+                    self._shortages.error(
+                        "%s: cannot connect, as this machine is short: %s", self.name, error
+                    )
                 if not reconnect:
                     raise VhostBackendError(f"{path}: {error.strerror}") from None
             else:
@@ -210,11 +233,15 @@ class VhostUserDaemon(DaemonBase):
         try:
             if not self._stopping:
                 self._converse(connection)
-        except Exception as error:
+        except BaseException as error:
+            # On this thread no signal's exception comes: whatever it is, a hook has raised it.
             self._report(error)
         finally:
             self._connection = None
-            self._release()
+            try:
+                self._release()
+            except BaseException as error:
+                self._report(error)
             connection.close()
             log.info("%s: the front-end has gone", self.name)
 
@@ -230,7 +257,7 @@ class VhostUserDaemon(DaemonBase):
                     # Where no answer can say "no", only hanging up can.
                     if not connection.acknowledge(received, False):
                         raise
-                    log.warning("%s: %s", self.name, error)
+                    self._refused(error)
                     continue
                 if isinstance(outcome, Wait):
                     self._wait_for(outcome.ready, connection, outcome.what)
@@ -245,9 +272,11 @@ class VhostUserDaemon(DaemonBase):
 
     def _release(self) -> None:
         """The front-end is gone: let requests in flight end, then forget its rings and memory."""
-        busy = self._control.begin_disconnect()
-        self._wait_for(lambda: self._drained(busy), None, "rings drain")
-        self._control.disconnect()
+        try:
+            busy = self._control.begin_disconnect()
+            self._wait_for(lambda: self._drained(busy), None, "rings drain")
+        finally:
+            self._control.disconnect()
 
     def _wait_for(
         self, ready: Callable[[], bool], connection: BackendConnection | None, what: str

@@ -18,6 +18,7 @@ from .layout import (
     DONE,
     DONE_SIZE,
     MAGIC,
+    RECORD,
     RECORD_SIZE,
     SEGMENT_SIZE,
     DoneFlags,
@@ -286,12 +287,20 @@ class DeviceQueue:
         if result == Result.BROKEN:
             raise QueueBroken(Reason(block.reason), block.detail, notify)
         if result == Result.USAGE:
-            raise UsageError(
-                f"head {block.detail} is not in flight, or more was written than it has room for"
-            )
+            raise UsageError(self._refusal(block.detail))
         if result == Result.NO_MEMORY:
             raise MemoryError("the ring engine is out of memory")
         raise UsageError(f"a structure shared with the engine has another ABI ({result})")
+
+    def _refusal(self, head: int) -> str:
+        """Why the engine does not take a completion of that head."""
+        batch = self._batch
+        for record, done in zip(
+            RECORD.iter_unpack(batch.records), DONE.iter_unpack(batch.done), strict=True
+        ):
+            if record[6] == done[0] == head and done[3] > record[5]:
+                return f"chain {head} has room for {record[5]} bytes, not {done[3]}"
+        return f"head {head} is not in flight, or more was written than it has room for"
 
     # Taking.
 
@@ -316,6 +325,7 @@ class DeviceQueue:
 
         ``batch.notify`` of the result says whether to signal the driver.  Raises `QueueBroken`
         and `Need`, whose ``notify`` says the same: what was completed has been published.
+        After `UsageError` nothing was completed: put ``batch.done`` right and cycle again.
         """
         notify = False
         if self._batch.built:
@@ -368,6 +378,9 @@ class DeviceQueue:
     def _begin(self, count: int, arm: bool = True) -> Batch:
         block, batch = self._block, self._batch
         notify = block.notify != 0
+        if count == Result.USAGE:
+            # Nothing was completed: the batch stays, for `done` to be put right.
+            self._fail(count, notify=False)
         if count <= 0:
             block.count = batch._count = 0
             batch.serial += 1
@@ -445,7 +458,8 @@ class DeviceQueue:
             head = chain
             known = self._chains.get(head)
             if known is None and batch._count:
-                heads = [entry[0] for entry in DONE.iter_unpack(batch.done)]
+                # `done` is the caller's, and may name anything.
+                heads = [record[6] for record in RECORD.iter_unpack(batch.records)]
                 if head in heads:
                     index = heads.index(head)
                     known = batch.built.get(index)
@@ -711,6 +725,11 @@ class DeviceQueue:
     def resubmitted(self) -> int:
         """Chains of the in-flight region that have not been taken again yet."""
         return self._block.resubmit
+
+    @property
+    def batch(self) -> Batch:
+        """The batch that was taken last; empty once it has been completed."""
+        return self._batch
 
     @property
     def settled(self) -> bool:
