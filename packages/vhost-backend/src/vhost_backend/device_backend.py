@@ -234,7 +234,7 @@ class DeviceBackend(VhostUserBackendBase):
         except UsageError as error:
             if state.queue is None:
                 raise
-            self._put_right(view, state.queue.batch, error)
+            self._put_right(view, state.queue.refused_batch(), error)
         return state.cycle(limit)
 
     def _put_right(self, queue: Queue, batch: Batch, refused: UsageError) -> None:

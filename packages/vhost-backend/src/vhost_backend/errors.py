@@ -11,8 +11,6 @@ from __future__ import annotations
 import errno
 from typing import Final
 
-from vhost_protocol import DescriptorsLost
-
 #: What the system answers when this machine, or this process, has no more of something.
 _SHORTAGES: Final = frozenset(
     (
@@ -64,6 +62,8 @@ def is_shortage(error: BaseException) -> bool:
     """Whether we ran out of something (descriptors, memory, threads, room), or what is under
     `error` did: then neither peer nor device has done anything wrong.
     """
+    from vhost_protocol import DescriptorsLost  # the command line's --help needs no protocol
+
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, MemoryError | DescriptorsLost):

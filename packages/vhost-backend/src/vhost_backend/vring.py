@@ -313,7 +313,7 @@ class VringState:
 
         An empty batch means that the driver has been asked for kicks. Returns None when the guest
         has broken the queue. Raises `virtqueue.UsageError` when the batch cannot be completed as
-        its `done` says: put that right and call again. A draining or disabled ring completes and takes nothing.
+        its `done` says; then it is `queue.refused_batch()`. A draining or disabled ring completes and takes nothing.
         """
         queue = self.queue
         if queue is None:
@@ -326,7 +326,7 @@ class VringState:
             try:
                 batch = queue.cycle(1 if limit and self.on_demand.has_stand_ins else limit)
             except UsageError:
-                self._working = completes  # the queue has it still
+                self._working = completes  # see `DeviceQueue.refused_batch`
                 raise
             except QueueBroken as error:
                 if error.notify:

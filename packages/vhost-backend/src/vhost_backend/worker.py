@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
 from virtqueue import RECORD, Batch
 
@@ -50,20 +50,15 @@ MOST_FAILURES: Final = 16
 _RAISED: Final = object()
 
 
-class _Listener(NamedTuple):
+class _Listener:
     """A descriptor that a device registered: what to wait for, and whom to call with the events."""
 
-    events: int
-    data: int
-    callback: Callable[[int], object] | None
+    __slots__ = ("callback", "data", "events")
 
-
-class _Taken(NamedTuple):
-    """Chains that a back-end took in one go: records of the batch."""
-
-    vring: Vring
-    generation: int
-    records: bytes
+    def __init__(self, events: int, data: int, callback: Callable[[int], object] | None) -> None:
+        self.events = events
+        self.data = data
+        self.callback = callback
 
 
 class VringEpollHandler:
@@ -112,8 +107,9 @@ class VringEpollHandler:
         # The worker's own: queues that had their turn and are not empty, and the polling interval.
         self._again: set[int] = set()
         self._interval = POLL_INTERVAL[0]
-        # What the back-end has taken in the call that it is in; None when it is in none.
-        self._taken: list[_Taken] | None = None
+        # What the back-end has taken in the call that it is in: the ring, its generation, records of
+        # the batch. None when it is in none.
+        self._taken: list[tuple[Vring, int, bytes]] | None = None
         self._taker = 0
         #: Called on the worker's thread when that ends though nobody has asked it to.
         self.on_failure: Callable[[BaseException], None] | None = None
@@ -409,7 +405,7 @@ class VringEpollHandler:
         taken = self._taken
         # Others than the back-end's calls may take as well, and raise somewhere else.
         if taken is not None and threading.get_ident() == self._taker:
-            taken.append(_Taken(vring, generation, bytes(batch.records)))
+            taken.append((vring, generation, bytes(batch.records)))
 
     def _dead_kick(self, queue: int, fd: int) -> None:
         """A kick descriptor without a writer is readable for ever: stop watching it."""

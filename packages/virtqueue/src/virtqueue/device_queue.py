@@ -125,6 +125,7 @@ class DeviceQueue:
         self._former: list[tuple[Memory, Table]] = []
         self._chains: dict[int, Chain] = {}
         self._staged_count = 0
+        self._refused = 0  # chains of the batch that could not be completed
         self._releases: dict[int, Callable[[], object]] = {}
         self._provided = 0  # entries of the provisions that were ever used: the first so many
         self._closed = True
@@ -325,7 +326,7 @@ class DeviceQueue:
 
         ``batch.notify`` of the result says whether to signal the driver.  Raises `QueueBroken`
         and `Need`, whose ``notify`` says the same: what was completed has been published.
-        After `UsageError` nothing was completed: put ``batch.done`` right and cycle again.
+        After `UsageError` nothing was completed and the batch has ended; see `refused_batch`.
         """
         notify = False
         if self._batch.built:
@@ -379,15 +380,17 @@ class DeviceQueue:
         block, batch = self._block, self._batch
         notify = block.notify != 0
         if count == Result.USAGE:
-            # Nothing was completed: the batch stays, for `done` to be put right.
-            self._fail(count, notify=False)
+            self._refused = batch._count
         if count <= 0:
+            refusal = self._refusal(block.detail) if count == Result.USAGE else ""
             block.count = batch._count = 0
             batch.serial += 1
             batch.records = batch._record_views[0]
             batch.done = batch._done_views[0]
             if batch._gone:
                 batch._gone = set()
+            if refusal:
+                raise UsageError(refusal)
             if count < 0:
                 batch.notify = notify
                 self._fail(count, notify)
@@ -413,6 +416,15 @@ class DeviceQueue:
         if self._former:
             self._drop_former()
         return batch
+
+    def refused_batch(self) -> Batch:
+        """The batch that `cycle` has refused to complete, current again.
+
+        Put its ``done`` right and cycle; only right after the `UsageError`.
+        """
+        count, self._refused = self._refused, 0
+        self._block.count = count
+        return self.begin(count)
 
     def rewind(self, count: int) -> None:
         """Give back the last ``count`` chains of the current batch; they are taken again."""
@@ -725,11 +737,6 @@ class DeviceQueue:
     def resubmitted(self) -> int:
         """Chains of the in-flight region that have not been taken again yet."""
         return self._block.resubmit
-
-    @property
-    def batch(self) -> Batch:
-        """The batch that was taken last; empty once it has been completed."""
-        return self._batch
 
     @property
     def settled(self) -> bool:
