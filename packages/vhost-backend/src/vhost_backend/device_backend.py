@@ -249,8 +249,6 @@ class DeviceBackend(VhostUserBackendBase):
                 what = f"done[{position}] names chain {named} instead of {head}"
             elif written > room:
                 what = f"done[{position}] says {written} bytes written, but there is room for {room}"
-            elif kind & DoneFlags.STATUS and not flags:
-                what = f"done[{position}] has a status, but the device has no status byte"
             else:
                 continue
             found = True

@@ -399,6 +399,8 @@ class VringEpollHandler:
             with vring.get_mut() as state:
                 if state.generation == generation:
                     state.fail_taken((record[6] for record in RECORD.iter_unpack(records)), status)
+            # It was about to take more, or to ask for kicks.
+            self.scan(self.vrings.index(vring))
 
     def _note(self, vring: Vring, generation: int, batch: Batch) -> None:
         """A back-end has taken chains: remember them while it may still raise."""
