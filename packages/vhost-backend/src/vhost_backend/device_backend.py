@@ -234,7 +234,10 @@ class DeviceBackend(VhostUserBackendBase):
         except UsageError as error:
             if state.queue is None:
                 raise
-            self._put_right(view, state.queue.refused_batch(), error)
+            batch = state.queue.refused_batch()
+            self._put_right(view, batch, error)
+            # Also where it was taken in C, so that the driver is signalled for it.
+            state.finish(len(batch))
         return state.cycle(limit)
 
     def _put_right(self, queue: Queue, batch: Batch, refused: UsageError) -> None:
