@@ -61,7 +61,11 @@ DEVICES: list[tuple[dict[str, object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("attributes", "message"), DEVICES, ids=lambda value: value if isinstance(value, str) else "-".join(value))
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    DEVICES,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
 def test_a_device_that_cannot_work(
     attributes: dict[str, object], message: str, tmp_path: Path
 ) -> None:
@@ -168,8 +172,9 @@ def test_a_back_end_that_forgets_a_method() -> None:
         def num_queues(self) -> int:
             return 1
 
+    forgetful: Any = Forgetful  # which a type checker says, too
     for make, message in (
-        (Forgetful, "Forgetful does not define max_queue_size, features, acked_features"),
+        (forgetful, "Forgetful does not define max_queue_size, features, acked_features"),
         (Half, "Half does not define handle_event: VhostUserBackendBase has defaults for all but"),
         (Duck, "Duck does not define max_queue_size"),
     ):

@@ -11,7 +11,6 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -279,7 +278,7 @@ def test_a_device_that_fails_to_fail_completes_nothing_as_a_success(
         def handle_batch(self, queue: Queue, batch: Batch) -> None:
             raise RuntimeError("not today")
 
-        def failed(self, queue: Queue, error: Exception) -> int:
+        def failed(self, queue: Queue, error: BaseException) -> int:
             raise ValueError("nor tomorrow")
 
     with expect_errors(), attached(Broken()) as session:

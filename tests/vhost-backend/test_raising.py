@@ -25,6 +25,7 @@ from vhost_backend import (
     Vring,
     VringMutex,
     VringRwLock,
+    VringState,
     serve_async,
 )
 from vhost_backend.devices.blk import S_IOERR, T_GET_ID
@@ -610,20 +611,19 @@ def test_a_signal_that_is_owed_is_not_lost_with_the_ring() -> None:
 
 
 def test_changing_a_vring_that_the_thread_reads_raises_at_once() -> None:
-    from vhost_backend import VringState
-
     vring = VringRwLock(VringState(3))
-    with vring.get_ref(), vring.get_ref():
-        with pytest.raises(BackendUsageError, match="this thread reads vring 3"):
-            vring.set_enabled(True)
+    with (
+        vring.get_ref(),
+        vring.get_ref(),
+        pytest.raises(BackendUsageError, match="this thread reads vring 3"),
+    ):
+        vring.set_enabled(True)
     vring.set_enabled(True)
     with vring.get_mut() as state, vring.get_mut(), vring.get_ref():
         assert state.enabled
 
 
 def test_a_reader_that_comes_again_does_not_wait_for_a_writer_that_waits_for_it() -> None:
-    from vhost_backend import VringState
-
     vring = VringRwLock(VringState())
     writer = threading.Thread(target=vring.set_enabled, args=(True,), daemon=True)
     with vring.get_ref():
@@ -637,8 +637,6 @@ def test_a_reader_that_comes_again_does_not_wait_for_a_writer_that_waits_for_it(
 
 
 def test_others_wait_until_a_thread_that_came_twice_has_gone() -> None:
-    from vhost_backend import VringState
-
     vring = VringMutex(VringState())
     other = threading.Thread(target=vring.set_enabled, args=(True,), daemon=True)
     with vring.get_mut() as state:

@@ -29,7 +29,6 @@ from vhost_backend import (
     VhostUserDaemon,
     VirtioDevice,
 )
-from vhost_backend.devices import blk
 from vhost_backend.errors import is_shortage
 from vhost_backend.state_transfer import StateTransfer
 from vhost_backend.testing import BlockDriver, DriverSession, attached, expect_errors, served
@@ -146,7 +145,7 @@ def test_a_flush_that_fails_is_an_error_and_lets_go_of_the_image(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         fsync(fd)
 
-    monkeypatch.setattr(blk.os, "fsync", failing)
+    monkeypatch.setattr(os, "fsync", failing)
     with expect_errors("Input/output error") as errors, served(BlockDevice(image)) as path:
         with DriverSession.connect(path, timeout=20) as session:
             BlockDriver(session).write(0, b"x" * 512)
@@ -204,9 +203,7 @@ def chained(reason: BaseException) -> Refused:
     ],
     ids=repr,
 )
-def test_whose_an_error_is(
-    error: Exception, level: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_whose_an_error_is(error: Exception, level: int, caplog: pytest.LogCaptureFixture) -> None:
     with VhostUserDaemon("test", DeviceBackend.of(Echo())) as daemon, caplog.at_level("DEBUG"):
         daemon._report(error)
     (record,) = caplog.records
@@ -227,7 +224,8 @@ def test_workers_that_cannot_all_be_started_are_all_ended(monkeypatch: pytest.Mo
     class Two(Echo):
         num_queues = 2
 
-    start, started = threading.Thread.start, []
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
 
     def limited(thread: threading.Thread) -> None:
         if started:

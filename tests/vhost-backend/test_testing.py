@@ -442,13 +442,15 @@ def test_a_test_fails_whose_device_has_logged_an_error() -> None:
     with pytest.raises(DeviceErrors, match=message) as failed, attached(Wrong()) as session:
         exchange(session, b"12345678")
     assert len(failed.value.errors) == 1
-    with pytest.raises(DeviceErrors, match=message), served(Wrong()) as path:
-        with DriverSession.connect(path) as session:
-            exchange(session, b"12345678")
+    with (
+        pytest.raises(DeviceErrors, match=message),
+        served(Wrong()) as path,
+        DriverSession.connect(path) as session,
+    ):
+        exchange(session, b"12345678")
     # What the test raises itself is not hidden.
     with pytest.raises(KeyError) as raised, attached(Wrong()) as session:
-        exchange(session, b"12345678")
-        raise KeyError
+        raise KeyError(exchange(session, b"12345678"))
     (note,) = raised.value.__notes__
     assert re.search(message, note)
 

@@ -66,9 +66,7 @@ def check_backend(backend: object) -> None:
     kind = backend if isinstance(backend, type) else type(backend)
     name = kind.__name__
     if isinstance(backend, type):
-        raise BackendUsageError(
-            f"this is the class {name}, not a back-end of it: write {name}()"
-        )
+        raise BackendUsageError(f"this is the class {name}, not a back-end of it: write {name}()")
     if isinstance(backend, VirtioDevice):
         raise BackendUsageError(f"{name} is a device: give DeviceBackend.of(device) to a daemon")
     missing = [method for method in _INTERFACE if _is_missing(kind, backend, method)]
@@ -89,9 +87,7 @@ def _is_missing(kind: type, backend: object, method: str) -> bool:
     if found is None:
         return not callable(getattr(backend, method, None))
     stub = vars(VhostUserBackend)[method]
-    return found is stub or (
-        method in _LEFT_TO_DO and found is vars(VhostUserBackendBase)[method]
-    )
+    return found is stub or (method in _LEFT_TO_DO and found is vars(VhostUserBackendBase)[method])
 
 
 def _check_counts(name: str, queues_are: str, queues: object, size_is: str, size: object) -> None:

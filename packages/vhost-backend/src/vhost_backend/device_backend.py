@@ -251,7 +251,9 @@ class DeviceBackend(VhostUserBackendBase):
             if named != head:
                 what = f"done[{position}] names chain {named} instead of {head}"
             elif written > room:
-                what = f"done[{position}] says {written} bytes written, but there is room for {room}"
+                what = (
+                    f"done[{position}] says {written} bytes written, but there is room for {room}"
+                )
             else:
                 continue
             found = True

@@ -375,7 +375,9 @@ class VringEpollHandler:
                 count,
             )
 
-    def _call(self, what: str, number: int, function: Callable[..., object], *args: object) -> object:
+    def _call(
+        self, what: str, number: int, function: Callable[..., object], *args: object
+    ) -> object:
         """A call of the back-end's, which must not take its worker along: others go on.
 
         Returns what it returned, or `_RAISED`.
