@@ -1,6 +1,7 @@
-"""Whatever a device raises fails one request, is logged with the device's name, and ends nothing."""
+"""Whatever a device raises fails one request, is logged with its name, and ends nothing."""
 
 import asyncio
+import contextlib
 import os
 import select
 import sys
@@ -314,11 +315,13 @@ def test_a_hook_that_raises_costs_no_other_front_end(hook: str, error: BaseExcep
     device = kind(error)
     device.served = 2
     with expect_errors(named(error)), served(device) as path:
-        try:
-            with DriverSession.connect(path, timeout=20) as session:
-                HOOKS[hook](session)
-        except Exception as seen:
-            assert hook != "stopped" or not isinstance(error, Exception), seen
+        # Only a device that fails to stop costs its front-end nothing.
+        costs = hook != "stopped" or not isinstance(error, Exception)
+        with (
+            contextlib.suppress(*[Exception] * costs),
+            DriverSession.connect(path, timeout=20) as session,
+        ):
+            HOOKS[hook](session)
         fails.clear()
         with DriverSession.connect(path, timeout=20) as session:
             assert answers(session, 2) == [(0, 2), (1, 2)]
@@ -396,7 +399,7 @@ def test_a_listener_without_an_owner_is_refused() -> None:
 
 @pytest.mark.parametrize("error", ESCAPES, ids=named)
 def test_a_listener_that_only_fails_does_not_keep_its_worker(error: BaseException) -> None:
-    """What it does not read stays ready: called again and again, the worker would do nothing else."""
+    """What it does not read stays ready: the worker would call it and do nothing else."""
     calls: list[int] = []
 
     def fail(events: int) -> None:

@@ -352,7 +352,7 @@ def check_use(request: Request, answer: object, flags: int) -> None:
         raise BackendUsageError(f"request.written is {written}, but there is room for {room} bytes")
     if request.status and not flags:
         raise BackendUsageError(
-            f"request.status is {request.status}, but the device has no status byte: see status_byte"
+            f"request.status is {request.status}, but the device has no status byte"
         )
     if not 0 <= request.status <= 255:
         raise BackendUsageError(f"request.status is {request.status}, a status byte is 0 to 255")

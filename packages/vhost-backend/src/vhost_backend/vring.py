@@ -49,7 +49,7 @@ _ACCESS_PLATFORM: Final = int(VirtioFeature.ACCESS_PLATFORM)
 class VringState:
     """One vring, unsynchronised.
 
-    `index` is the queue's number, `max_size` the largest ring size accepted, `engine` the ring
+    `index` is the queue's number, `max_size` the ring size before SET_VRING_NUM, `engine` the ring
     engine to use ("c", "python", or None for the best there is), `status_byte` whether a
     completion writes a status into the last writable byte of its chain (block, SCSI, crypto).
 
@@ -313,7 +313,8 @@ class VringState:
 
         An empty batch means that the driver has been asked for kicks. Returns None when the guest
         has broken the queue. Raises `virtqueue.UsageError` when the batch cannot be completed as
-        its `done` says; then it is `queue.refused_batch()`. A draining or disabled ring completes and takes nothing.
+        its `done` says; then it is `queue.refused_batch()`. A draining or disabled ring completes
+        and takes nothing.
         """
         queue = self.queue
         if queue is None:

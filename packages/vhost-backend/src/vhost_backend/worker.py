@@ -107,8 +107,8 @@ class VringEpollHandler:
         # The worker's own: queues that had their turn and are not empty, and the polling interval.
         self._again: set[int] = set()
         self._interval = POLL_INTERVAL[0]
-        # What the back-end has taken in the call that it is in: the ring, its generation, records of
-        # the batch. None when it is in none.
+        # What the back-end has taken in the call that it is in: ring, generation, records of the
+        # batch. None when it is in none.
         self._taken: list[tuple[Vring, int, bytes]] | None = None
         self._taker = 0
         #: Called on the worker's thread when that ends though nobody has asked it to.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import vhost_protocol as vp
 from guest_memory import DirtyLog, GuestMemory, Iotlb, Mapper, MemoryHolder
@@ -18,6 +18,9 @@ from ..worker import VringEpollHandler
 from .outcome import Outcome
 
 log: logging.Logger = logging.getLogger("vhost_backend")
+
+#: Descriptors of the largest ring there can be (virtio 2.6). What a device advises is no limit.
+MAX_RING_SIZE: Final = 32768
 
 
 class Section(Protocol):

@@ -8,8 +8,8 @@
 - `BlockWorkload` is I/O on a block device that checks every answer.
 - `Migration` moves a session from one device to another.
 
-A test fails (`DeviceErrors`) when its device has logged an error: what a handler raised, a misuse of
-its request, a hook that failed. `with expect_errors(pattern):` says that it is meant to.
+A test fails (`DeviceErrors`) when its device has logged an error: what a handler raised, a misuse
+of its request, a hook that failed. `with expect_errors(pattern):` says that it is meant to.
 
 Rules are broken with `session.frontend.send_raw(...)` and by writing to a ring's memory, at
 `vring.descriptor_area`, `driver_area` and `device_area`. Fixtures for pytest are in

@@ -4,7 +4,8 @@
 - `device_process(make, **options)`: a `DeviceProcess`, to be killed and restarted.
 
 What a test opened is closed when it ends, in reverse order; a test whose device has logged an error
-fails then. `with expect_errors(pattern):` is for errors that belong to the test. Ask for them in the top conftest.py:
+fails then. `with expect_errors(pattern):` is for errors that belong to the test. Ask for the fixtures
+in the top conftest.py:
 
     pytest_plugins = ["vhost_backend.testing.pytest_plugin"]
 """
