@@ -15,6 +15,7 @@ import os
 import select
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
@@ -22,12 +23,13 @@ from vhost_protocol import AsyncBackendConnection  # by name: imported before an
 
 from .async_worker import AsyncVringEpollHandler
 from .backend import VhostUserBackend
-from .composition import DaemonBase, close_lent
+from .checks import check_backend, check_device
+from .composition import DaemonBase, Pause, close_lent
 from .control import Answer, Outcome, Wait
-from .device import VirtioDevice
+from .device import VirtioDevice, close_device
 from .device_backend import DeviceBackend
 from .errors import Refused
-from .listener import Listener
+from .listener import Listener, announce
 from .vring_locks import VringMutex
 from .waiting import WaitLog
 
@@ -46,6 +48,15 @@ class LoopWorker(AsyncVringEpollHandler):
         self._ended = asyncio.Event()
         self._loop.add_reader(self._epoll.fileno(), self._turn)
         self._turn()
+
+    def _failed(self, what: str, error: BaseException) -> None:
+        super()._failed(what, error)
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            end_loop(self._loop, error)
+
+    def _lost(self, error: BaseException) -> None:
+        self._loop.remove_reader(self._epoll.fileno())
+        self._give_up(error)
 
     def stop(self, timeout: float | None = None) -> bool:
         """Take the queues out of the loop."""
@@ -75,6 +86,7 @@ class AsyncDaemon(DaemonBase):
         drain_warning: float = 10.0,
     ) -> None:
         loop = asyncio.get_running_loop()
+        check_backend(backend)
         self._progress = asyncio.Event()
         super().__init__(
             name,
@@ -88,24 +100,42 @@ class AsyncDaemon(DaemonBase):
             worker_type=LoopWorker,
             wake=lambda: _call(loop, self._look_on),
         )
+        self._failure: BaseException | None = None
+        self._task: asyncio.Task[Any] | None = None
+        if isinstance(backend, DeviceBackend):
+            backend.on_exit = lambda error: end_loop(loop, error)
         for worker in self._workers:
             worker.start()
 
     async def serve(self, listener: Listener) -> None:
         """Accept front-ends from `listener`, one after another, until cancelled.
 
-        The listener stays the caller's.
+        The listener stays the caller's. Raises what has ended a worker that cannot go on.
         """
+        self._task = asyncio.current_task()
+        try:
+            await self._accept_all(listener)
+        except asyncio.CancelledError:
+            if self._failure is None:
+                raise
+            raise self._failure from None
+        finally:
+            self._task = None
+
+    async def _accept_all(self, listener: Listener) -> None:
         if listener.connected:
             await self.serve_connection(listener.accept())
             return
         loop = asyncio.get_running_loop()
         listener.socket.setblocking(False)
+        pause = Pause()
         while True:
             try:
                 connection, _ = await loop.sock_accept(listener.socket)
-            except ConnectionAbortedError:
+            except OSError as error:
+                await asyncio.sleep(self._not_accepted(error, pause))
                 continue
+            pause = Pause()
             await self.serve_connection(connection)
 
     async def serve_connection(self, sock: socket.socket) -> None:
@@ -116,17 +146,29 @@ class AsyncDaemon(DaemonBase):
         log.info("%s: a front-end has connected", self.name)
         try:
             await self._converse(connection)
-        except Exception as error:
-            self._report(error)
-        except asyncio.CancelledError:
-            await self._finish_requests(connection)
+        except (KeyboardInterrupt, SystemExit):
             raise
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                await self._finish_requests(connection)
+                raise
+            self._report(error)  # some hook of the device's has raised it
+        except BaseException as error:
+            self._report(error)
         finally:
             self._connection = None
             self._ahead.close()
-            self._control.disconnect()
-            connection.close()
-            log.info("%s: the front-end has gone", self.name)
+            try:
+                self._control.disconnect()
+            finally:
+                connection.close()
+                log.info("%s: the front-end has gone", self.name)
+
+    def _worker_failed(self, error: BaseException) -> None:
+        self._failure = error
+        if self._task is not None:
+            self._task.cancel()
 
     async def _converse(self, connection: AsyncBackendConnection) -> None:
         while True:
@@ -143,7 +185,7 @@ class AsyncDaemon(DaemonBase):
                 # Where no answer can say "no", only hanging up can.
                 if not await connection.acknowledge(received, False):
                     raise
-                log.warning("%s: %s", self.name, error)
+                self._refused(error)
                 return True
             if isinstance(outcome, Wait):
                 if not await self._wait_for(outcome, connection):
@@ -199,7 +241,7 @@ class AsyncDaemon(DaemonBase):
         """The daemon ends, and the front-end is still there: show it how its requests end."""
         ended = self._control.end_requests()
         report = self._shutdown_log(lambda: range(len(self.vrings)))
-        while not ended() and not connection.closed:
+        while self._failure is None and not ended() and not connection.closed:
             if not await self._look(connection, report, None):
                 return
         report.end()
@@ -242,7 +284,7 @@ class AsyncDaemon(DaemonBase):
     async def finish(self) -> None:
         """Wait until the device has ended what it works on for front-ends that have gone."""
         report = self._shutdown_log(lambda: self._control.remains)
-        while self._control.remains:
+        while self._failure is None and self._control.remains:
             await self._look(None, report, None)
         report.end()
 
@@ -277,6 +319,7 @@ async def serve_async(
     Ends when cancelled; the device is closed then. No signal handlers are installed. The arguments
     are those of `serve`. Raises `ListenError` when the path cannot be listened on.
     """
+    check_device(device)
     try:
         with path if isinstance(path, Listener) else Listener(path) as listener:
             async with AsyncDaemon(
@@ -286,11 +329,21 @@ async def serve_async(
                 mapper=mapper,
                 memory_slots=memory_slots,
             ) as daemon:
+                announce(daemon.name, listener)
                 if ready is not None:
                     ready()
                 await daemon.serve(listener)
     finally:
-        device.close()
+        close_device(device)
+
+
+def end_loop(loop: asyncio.AbstractEventLoop, error: BaseException) -> None:
+    """Have the loop end with KeyboardInterrupt or SystemExit, which it lets out of a callback."""
+
+    def end() -> None:
+        raise error
+
+    loop.call_soon(end)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from functools import partial
 
 from virtqueue import Chain
 
-from .device import Queue, Recall, Request, VirtioDevice
+from .device import Queue, Recall, Request, VirtioDevice, check_use, fail_request
 from .device_backend import BATCH, DeviceBackend
 from .features import RING_FEATURES
 from .vring import VringState
@@ -26,8 +26,9 @@ class AsyncVringEpollHandler(VringEpollHandler):
     _loop: asyncio.AbstractEventLoop
     _ended: asyncio.Event
     _timer: asyncio.TimerHandle | None = None
+    _failure: BaseException | None = None
 
-    def _run(self) -> None:
+    def _work(self) -> None:
         asyncio.run(self._main())
 
     async def _main(self) -> None:
@@ -37,17 +38,29 @@ class AsyncVringEpollHandler(VringEpollHandler):
         self._turn()
         await self._ended.wait()
         self._loop.remove_reader(self._epoll.fileno())
+        if self._failure is not None:
+            raise self._failure
         # asyncio.run cancels the requests that are still being worked on.
 
     def _turn(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        timeout = self._round(0)
+        try:
+            timeout = self._round(0)
+        except BaseException as error:
+            # Nothing else would be told: a loop goes on when one of its callbacks has raised.
+            self._lost(error)
+            return
         if self._stopping:
             self._ended.set()
         elif timeout is not None:
             self._timer = self._loop.call_later(timeout, self._turn)
+
+    def _lost(self, error: BaseException) -> None:
+        """The worker cannot go on."""
+        self._failure = error
+        self._ended.set()
 
 
 class _Ending:
@@ -90,7 +103,10 @@ class AsyncDeviceBackend(DeviceBackend):
     def handle_event(
         self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
     ) -> bool:
-        """Start a task for each request that waits."""
+        """Start a task for each request that waits; pass other events on."""
+        if device_event >= len(vrings):
+            self.device.handle_event(device_event, event_set)
+            return False
         vring = vrings[device_event]
         with vring.get_mut() as state:
             if not state.running:
@@ -170,8 +186,8 @@ class AsyncDeviceBackend(DeviceBackend):
         for request, fate in zip(requests, fates, strict=True):
             try:
                 self.device.recalled(view, request, fate)
-            except Exception as error:
-                self.device.failed(view, error)
+            except BaseException as error:
+                fail_request(self.device, view, error)
         for ending in endings:
             ending.ended = True
             ending.wake()
@@ -204,11 +220,18 @@ class AsyncDeviceBackend(DeviceBackend):
             waiting = self.device.handle(queue, request)
             if waiting is not None:
                 await waiting
+            check_use(request, None, flags)
             status, written = request.status, request.written + flags
-        except asyncio.CancelledError:
+        except GeneratorExit:
             raise
-        except Exception as error:
-            status, written = self.device.failed(queue, error), flags
+        except BaseException as error:
+            # Whoever cancels the task wants it gone; a handler may raise the same by mistake.
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and (
+                request._recalled or (task and task.cancelling())
+            ):
+                raise
+            status, written = fail_request(self.device, queue, error), flags
         self._complete(served, request.chain, written, status)
 
     def _complete(self, served: _Served, chain: Chain, written: int, status: int) -> None:

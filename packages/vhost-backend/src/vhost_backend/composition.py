@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
 
 from .backend import VhostUserBackend
 from .control import Answer, ControlPlane, Outcome
-from .errors import BackendUsageError, Refused
+from .errors import BackendUsageError, Refused, is_shortage
+from .ratelimit import RateLimited
 from .vring import VringState
 from .vring_locks import Vring, VringMutex, VringRwLock
 from .waiting import ReadAhead, WaitLog
 from .worker import VringEpollHandler
 
 log: logging.Logger = logging.getLogger("vhost_backend")
+
+#: Connections that were gone before they were accepted (accept(2)).
+_PASSING: Final = frozenset(
+    (errno.ECONNABORTED, errno.EAGAIN, errno.EINTR, errno.EPROTO, errno.EPERM)
+)
 
 
 class DaemonBase:
@@ -53,6 +61,7 @@ class DaemonBase:
         self._drain_warning = drain_warning
         self._ahead = ReadAhead()
         self._connection: socket.socket | None = None
+        self._shortages = RateLimited(log)
         status_byte = bool(getattr(backend, "status_byte", False))
         self.vrings: list[Vring] = [
             vring(
@@ -61,6 +70,8 @@ class DaemonBase:
             for index in range(backend.num_queues())
         ]
         self._workers = _make_workers(name, backend, self.vrings, worker_type, busy_poll, cpus)
+        for worker in self._workers:
+            worker.on_failure = self._worker_failed
         self._control = ControlPlane(
             backend,
             self.vrings,
@@ -88,11 +99,18 @@ class DaemonBase:
             with contextlib.suppress(OSError):
                 connection.shutdown(how)
 
-    def _report(self, error: Exception) -> None:
+    def _worker_failed(self, error: BaseException) -> None:
+        """A worker has ended though nobody has asked it to: the daemon ends, and says so."""
+        raise NotImplementedError
+
+    def _report(self, error: BaseException) -> None:
         """Log what has ended a connection."""
-        if isinstance(error, vp.RemoteProtocolError | Refused):
+        if is_shortage(error):
+            # Neither the front-end nor the device can help it.
+            log.error("%s: closing the connection: this machine is short: %s", self.name, error)
+        elif isinstance(error, vp.RemoteProtocolError | Refused):
             log.warning("%s: closing the connection: %s", self.name, error)
-        elif isinstance(error, vp.ProtocolError | OSError):
+        elif isinstance(error, vp.ProtocolError) or _is_hang_up(error):
             log.info("%s: the connection was lost: %s", self.name, error)
         else:
             # A mistake of ours, or of the back-end's: loud, but the next front-end is served.
@@ -104,8 +122,50 @@ class DaemonBase:
             f"{self.name}: {what}", lambda: self._control.working(rings()), self._drain_warning
         )
 
+    def _refused(self, error: Refused) -> None:
+        """Log a refusal that the front-end was told of."""
+        level = logging.ERROR if is_shortage(error) else logging.WARNING
+        log.log(level, "%s: %s", self.name, error)
+
+    def _not_accepted(self, error: OSError, pause: Pause) -> float:
+        """No connection came of an `accept`: seconds to wait before the next attempt.
+
+        A front-end waits in the socket's queue meanwhile. Raises what waiting does not help.
+        """
+        if error.errno in _PASSING:
+            return 0.0
+        if is_shortage(error):
+            seconds = next(pause)
+            self._shortages.error(
+                "%s: a front-end has to wait, as this machine is short: %s", self.name, error
+            )
+            return seconds
+        raise error
+
     def _shutdown_log(self, rings: Callable[[], Sequence[int]]) -> WaitLog:
         return self._wait_log("the end of the daemon", rings)
+
+
+class Pause:
+    """Seconds between attempts, as an iterator: more and more, up to the longest."""
+
+    def __init__(self, first: float = 0.05, longest: float = 1.0) -> None:
+        self._next = first
+        self._longest = longest
+
+    def __iter__(self) -> Pause:
+        return self
+
+    def __next__(self) -> float:
+        seconds, self._next = self._next, min(2 * self._next, self._longest)
+        return seconds
+
+
+def _is_hang_up(error: BaseException) -> bool:
+    """Whether this is the socket's word for a peer that has gone, or of our own hanging up."""
+    return isinstance(error, ConnectionError) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOTCONN, errno.ESHUTDOWN)
+    )
 
 
 def close_lent(answer: Outcome) -> None:
@@ -129,12 +189,7 @@ def _make_workers(
     if missing:
         raise BackendUsageError(f"this process may not run on processors {sorted(missing)}")
     workers = []
-    seen = 0
     for thread_id, mask in enumerate(backend.queues_per_thread()):
-        mask &= (1 << len(vrings)) - 1
-        if mask & seen:
-            raise BackendUsageError("a queue belongs to two workers")
-        seen |= mask
         owned = [vring for index, vring in enumerate(vrings) if mask >> index & 1]
         cpu = cpus[thread_id % len(cpus)] if cpus else None
         workers.append(
@@ -142,6 +197,4 @@ def _make_workers(
                 backend, owned, thread_id, f"{name}-{thread_id}", busy_poll=busy_poll, cpu=cpu
             )
         )
-    if seen != (1 << len(vrings)) - 1:
-        raise BackendUsageError("a queue belongs to no worker")
     return workers

@@ -24,9 +24,10 @@ from guest_memory import Mapper, MemoryHolder
 from vhost_protocol import BackendConnection, Received  # by name: before anybody connects
 
 from .backend import VhostUserBackend
-from .composition import DaemonBase, close_lent
+from .checks import check_backend
+from .composition import DaemonBase, Pause, close_lent
 from .control import Answer, Wait
-from .errors import BackendUsageError, Refused, VhostBackendError
+from .errors import BackendUsageError, Refused, VhostBackendError, is_shortage
 from .eventfd import WakeFd
 from .listener import Listener
 from .vring_locks import VringMutex, VringRwLock
@@ -72,6 +73,7 @@ class VhostUserDaemon(DaemonBase):
         busy_poll: float = 0.0,
         cpus: Sequence[int] = (),
     ) -> None:
+        check_backend(backend)
         self._stopping = False
         self._wake = WakeFd()
         self._progress = WakeFd()
@@ -94,8 +96,12 @@ class VhostUserDaemon(DaemonBase):
             busy_poll=busy_poll,
             cpus=cpus,
         )
-        for worker in self._workers:
-            worker.start()
+        try:
+            for worker in self._workers:
+                worker.start()
+        except BaseException:
+            self.close()
+            raise
 
     # -- running --------------------------------------------------------------------------------
 
@@ -150,7 +156,7 @@ class VhostUserDaemon(DaemonBase):
         Returns when the device has ended the requests that it works on, however long that takes.
         """
         self.shutdown()
-        if self._thread is not None:
+        if self._thread is not None and self._thread.ident is not None:
             self._thread.join()
         for worker in self._workers:
             while not worker.stop(self._drain_warning):
@@ -165,6 +171,11 @@ class VhostUserDaemon(DaemonBase):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _worker_failed(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._failure = error
+        self.shutdown()
+
     # -- the connection's thread ----------------------------------------------------------------
 
     def _spawn(self, target: Callable[[], None]) -> None:
@@ -178,6 +189,8 @@ class VhostUserDaemon(DaemonBase):
                 finally:
                     self._finish_remains()
             except BaseException as error:
+                if not isinstance(error, VhostBackendError):  # which says enough where it is raised
+                    log.critical("%s: the daemon ends", self.name, exc_info=error)
                 self._failure = error
 
         self._thread = threading.Thread(target=run, name=f"{self.name}-control", daemon=True)
@@ -187,18 +200,23 @@ class VhostUserDaemon(DaemonBase):
         if listener.connected:
             self._serve_connection(listener.accept())
             return
-        while self._wait_readable(listener.fileno()):
+        pause = Pause()
+        # A listener that was closed brings nobody any more.
+        while listener.fileno() >= 0 and self._wait_readable(listener.fileno()):
             try:
                 connection = listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
+            except OSError as error:
+                self._sleep(self._not_accepted(error, pause))
                 continue
+            pause = Pause()
             self._serve_connection(connection)
 
     def _finish_requests(self, connection: BackendConnection) -> None:
         """The daemon ends, and the front-end is still there: show it how its requests end."""
         ended = self._control.end_requests()
         report = self._shutdown_log(lambda: range(len(self.vrings)))
-        while not ended():
+        # A worker that has ended by itself leaves requests behind that nothing works on.
+        while self._failure is None and not ended():
             if self._look(connection, report, reading=False) & select.POLLHUP:
                 return
         report.end()
@@ -206,21 +224,27 @@ class VhostUserDaemon(DaemonBase):
     def _finish_remains(self) -> None:
         """The daemon ends: nothing may be unmapped or let go of under a request that still runs."""
         report = self._shutdown_log(lambda: self._control.remains)
-        while self._control.remains:
+        while self._failure is None and self._control.remains:
             self._look(None, report)
         report.end()
 
     def _connect_all(self, path: str, reconnect: bool) -> None:
         interval = RECONNECT_INTERVAL[0]
         while not self._stopping:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            # A front-end whose queue of connections is full is one that is not to be had.
-            connection.setblocking(False)
             begin = time.monotonic()
+            connection: socket.socket | None = None
             try:
+                connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                # A front-end whose queue of connections is full is one that is not to be had.
+                connection.setblocking(False)
                 connection.connect(path)
             except OSError as error:
-                connection.close()
+                if connection is not None:
+                    connection.close()
+                if is_shortage(error):
+                    self._shortages.error(
+                        "%s: cannot connect, as this machine is short: %s", self.name, error
+                    )
                 if not reconnect:
                     raise VhostBackendError(f"{path}: {error.strerror}") from None
             else:
@@ -241,14 +265,18 @@ class VhostUserDaemon(DaemonBase):
         try:
             if not self._stopping:
                 self._converse(connection)
-        except Exception as error:
+        except BaseException as error:
+            # On this thread no signal's exception comes: whatever it is, a hook has raised it.
             self._report(error)
         finally:
             if self._stopping and not connection.closed:
                 self._finish_requests(connection)
             self._connection = None
             self._ahead.close()
-            self._control.disconnect()
+            try:
+                self._control.disconnect()
+            except BaseException as error:
+                self._report(error)
             connection.close()
             log.info("%s: the front-end has gone", self.name)
 
@@ -271,7 +299,7 @@ class VhostUserDaemon(DaemonBase):
                 # Where no answer can say "no", only hanging up can.
                 if not connection.acknowledge(received, False):
                     raise
-                log.warning("%s: %s", self.name, error)
+                self._refused(error)
                 return True
             if isinstance(outcome, Wait):
                 if not self._wait_for(outcome, connection):

@@ -7,7 +7,9 @@
 - `handle_batch(queue, batch)` is called with everything that was waiting: the fastest way.
 
 A handler that raises fails its request (with `error_status`, where the device type has a status
-byte), is logged, and takes nothing else down.
+byte), is logged, and takes nothing else down, whatever it raises: `sys.exit()` is no way to end a
+daemon from a worker. So does one that misuses its request: `written` beyond the room there is, a
+`status` where the device type has no status byte, an answer that is returned instead of written.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
+from types import CoroutineType
 from typing import Any, Final
 
 from guest_memory import GuestMemory
@@ -33,7 +36,7 @@ from virtqueue import (
 )
 
 from .counters import QueueCounters
-from .errors import Refused
+from .errors import BackendUsageError, Refused
 from .ratelimit import RateLimited
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -54,7 +57,7 @@ class Queue:
     snapshot of guest memory that it belongs to; both are valid for the batch that came with them.
     """
 
-    __slots__ = ("counters", "index", "memory", "window")
+    __slots__ = ("_on_exit", "counters", "index", "memory", "window")
 
     def __init__(self, index: int, counters: QueueCounters) -> None:
         self.index: int = index
@@ -62,6 +65,8 @@ class Queue:
         self.window: memoryview | None = None
         # Held here, it stays mapped for what a handler in C works on, whatever becomes of the ring.
         self.memory: Memory | None = None
+        #: In an event loop of the caller's: ends it with what a handler has raised to end it.
+        self._on_exit: Callable[[BaseException], None] | None = None
 
     def forget(self) -> None:
         """Let go of the memory: the worker has done what there was."""
@@ -281,11 +286,14 @@ class VirtioDevice:
         for position, record in requests:
             request = Request(batch, record, position)
             try:
-                handle(queue, request)
+                answer = handle(queue, request)
                 status, written = request.status, request.written + flags
-            except Exception as error:
-                status, written = self.failed(queue, error), flags
-            _pack_done(done, 8 * position, record[6], status, flags, written)
+                if answer is not None or status or not flags <= written <= record[5]:
+                    check_use(request, answer, flags)
+                _pack_done(done, 8 * position, record[6], status, flags, written)
+            except BaseException as error:
+                status = fail_request(self, queue, error)
+                _pack_done(done, 8 * position, record[6], status, flags, flags)
 
     def batch_handler(self, queue: int) -> CHandler | None:
         """A handler in C for the batches of that queue, or None; asked once for each queue.
@@ -299,7 +307,13 @@ class VirtioDevice:
         """What a request is, in a few words for the log, by its first 16 bytes (zero padded)."""
         return header.hex()
 
-    def failed(self, queue: Queue, error: Exception) -> int:
+    def handle_event(self, data: int, events: int) -> None:
+        """A descriptor is ready that was registered with `VringEpollHandler.register_listener`
+        without a callback. Called on the worker's thread; override it before registering any.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no handle_event")
+
+    def failed(self, queue: Queue, error: BaseException) -> int:
         """Log a handler's exception (rate-limited) and count it; returns `error_status`."""
         queue.counters.errors += 1
         if self._failures is None:
@@ -368,3 +382,49 @@ class VirtioDevice:
 
     def close(self) -> None:
         """Release what the device holds."""
+
+
+def close_device(device: VirtioDevice) -> None:
+    """Close a device; one that fails keeps no other from being closed."""
+    try:
+        device.close()
+    except Exception:
+        log.exception("%s has failed to close", type(device).__name__)
+
+
+def fail_request(device: VirtioDevice, queue: Queue, error: BaseException) -> int:
+    """A handler has raised `error`: the status of its request, whatever `failed` does."""
+    try:
+        status = device.failed(queue, error)
+        if not 0 <= status <= 255:
+            raise BackendUsageError(f"failed() returned {status!r}, which is no status byte")
+    except BaseException:
+        log.exception("%s.failed has failed itself", type(device).__name__)
+        status = device.error_status
+    if queue._on_exit is not None and isinstance(error, KeyboardInterrupt | SystemExit):
+        queue._on_exit(error)
+    return status
+
+
+def check_use(request: Request, answer: object, flags: int) -> None:
+    """Raise `BackendUsageError` when a handler that returned `answer` has not left its request as
+    it can be completed; `flags` is 1 with a status byte.
+    """
+    if isinstance(answer, CoroutineType):
+        answer.close()
+        raise BackendUsageError(
+            "handle returned a coroutine that nothing awaits: it must be an `async def` itself"
+        )
+    if isinstance(answer, bytes | bytearray | memoryview | str | Awaitable):
+        raise BackendUsageError(
+            f"handle returned {type(answer).__name__}: an answer is written with request.write()"
+        )
+    written, room = request.written, request.writable_length - flags
+    if not 0 <= written <= room:
+        raise BackendUsageError(f"request.written is {written}, but there is room for {room} bytes")
+    if request.status and not flags:
+        raise BackendUsageError(
+            f"request.status is {request.status}, but the device has no status byte"
+        )
+    if not 0 <= request.status <= 255:
+        raise BackendUsageError(f"request.status is {request.status}, a status byte is 0 to 255")

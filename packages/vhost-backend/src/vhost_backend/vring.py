@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from guest_memory import DirtyLog, GuestMemory
@@ -27,6 +27,7 @@ from virtqueue import (
     QueueBroken,
     Reason,
     RingConfig,
+    UsageError,
 )
 
 from . import eventfd
@@ -89,9 +90,13 @@ class VringState:
         self.generation: int = 0
         #: The front-end has gone, and `queue` is what its last requests are in: see `leave`.
         self.leaving: bool = False
+        #: Called, with the lock held, with the generation and each batch that a back-end takes.
+        self.on_take: Callable[[int, Batch], None] | None = None
         self._on_drained: Callable[[], None] | None = None
         #: Chains that the next cycle completes.
         self._working = 0
+        #: Whether `needs_notification` was true and nobody has been signalled since.
+        self._owes_signal = False
         self._forget()
 
     def _forget(self) -> None:
@@ -233,6 +238,8 @@ class VringState:
             self.started = self.draining = self.deferred = False
             return self.base
         self._on_drained = None
+        if self._owes_signal:
+            self.signal_call()  # the driver must not be signalled any more once this is answered
         if self.queue is not None:
             self.base = self.queue.base
             self._close_queue()
@@ -355,7 +362,9 @@ class VringState:
         """Complete the batch before, signal the driver if it wants that, and take the next.
 
         An empty batch means that the driver has been asked for kicks. Returns None when the guest
-        has broken the queue. A draining or disabled ring completes and takes nothing.
+        has broken the queue. Raises `virtqueue.UsageError` when the batch cannot be completed as
+        its `done` says; then it is `queue.refused_batch()`. A draining or disabled ring completes
+        and takes nothing.
         """
         queue = self.queue
         if queue is None:
@@ -367,6 +376,9 @@ class VringState:
         while True:
             try:
                 batch = queue.cycle(1 if limit and self.on_demand.has_stand_ins else limit)
+            except UsageError:
+                self._working = completes  # see `DeviceQueue.refused_batch`
+                raise
             except QueueBroken as error:
                 if error.notify:
                     self.signal_call()
@@ -386,6 +398,8 @@ class VringState:
         taken = len(batch)
         if taken:
             self._working = taken
+            if self.on_take is not None:
+                self.on_take(self.generation, batch)
         else:
             self._check_drained()
         return batch
@@ -406,7 +420,36 @@ class VringState:
                     continue
                 return None
             break
+        if batch and self.on_take is not None:
+            self.on_take(self.generation, batch)
         return batch
+
+    def fail_taken(self, heads: Iterable[int], status: int) -> int:
+        """Complete those of these chains that are still in flight, with nothing written and
+        `status` where the device has a status byte; returns how many there were.
+
+        For chains that whoever has taken them will not complete any more.
+        """
+        self._publish_or_drop()
+        failed = 0
+        for head in heads:
+            if self.queue is None:
+                break
+            self.queue.complete(head, int(self.status_byte), status)
+            failed += self._publish_or_drop()
+        self._working = 0
+        self.signal_used_queue()
+        return failed
+
+    def _publish_or_drop(self) -> bool:
+        """Publish what is staged, or forget it where the queue does not take it."""
+        try:
+            if self._publish():
+                self._owes_signal = True
+        except UsageError as error:
+            log.debug("vring %d: a completion is dropped: %s", self.index, error)
+            return False
+        return True
 
     def add_used(self, chain: Chain | int, written: int, status: int = 0) -> None:
         """Stage the completion of one chain (or head); visible at `signal_used_queue`."""
@@ -414,21 +457,42 @@ class VringState:
             self.queue.complete(chain, written, status)
 
     def needs_notification(self) -> bool:
-        """Publish what is staged; whether the driver asked to be signalled for it."""
-        return self.queue.publish() if self.queue is not None else False
+        """Publish what is staged; whether the driver asked to be signalled for it.
+
+        It is signalled by `signal_used_queue`, which has to follow when this is true.
+        """
+        if self._publish():
+            self._owes_signal = True
+        elif not self._owes_signal:
+            self.counters.notifications_suppressed += 1
+        return self._owes_signal
 
     def signal_used_queue(self) -> None:
-        """Publish what is staged and signal the driver unless it said not to."""
-        if self.queue is None:
+        """Publish what is staged and signal the driver unless it said not to.
+
+        What `needs_notification` has published counts as well.
+        """
+        if self.queue is None and not self._owes_signal:
             return
+        if self._publish() or self._owes_signal:
+            self.signal_call()
+        else:
+            self.counters.notifications_suppressed += 1
+
+    def _publish(self) -> bool:
+        """Publish what is staged; whether the driver wants to be signalled for that."""
+        queue = self.queue
+        if queue is None:
+            return False
         try:
-            wanted = self.queue.publish()
+            wanted = queue.publish()
         except QueueBroken as error:
             self.break_queue(error)
-            return
-        self._published(wanted)
-        self.on_demand.reclaim(self.queue)
+            return False
+        self._after_publishing()
+        self.on_demand.reclaim(queue)
         self._check_drained()
+        return wanted
 
     def enable_notification(self) -> bool:
         """Ask for kicks; True when chains came in meanwhile, so that the ring must be looked at."""
@@ -480,6 +544,7 @@ class VringState:
 
     def signal_call(self) -> None:
         """Signal the driver: by the call descriptor, or by a message where that was negotiated."""
+        self._owes_signal = False
         if self.call_fd >= 0:
             self.counters.notifications_sent += 1
             eventfd.signal(self.call_fd)
@@ -494,12 +559,15 @@ class VringState:
             channel.request(message, need_reply=False)
 
     def _published(self, wanted: bool) -> None:
-        if self.log_fd >= 0 and self.log is not None and self.log.enabled:
-            eventfd.signal(self.log_fd)
         if wanted:
             self.signal_call()
         else:
             self.counters.notifications_suppressed += 1
+        self._after_publishing()
+
+    def _after_publishing(self) -> None:
+        if self.log_fd >= 0 and self.log is not None and self.log.enabled:
+            eventfd.signal(self.log_fd)
         if self.on_progress is not None:
             self.on_progress()
 

@@ -126,6 +126,7 @@ class DeviceQueue:
         self._former: list[tuple[Memory, Table]] = []
         self._chains: dict[int, Chain] = {}
         self._staged_count = 0
+        self._refused = 0  # chains of the batch that could not be completed
         self._releases: dict[int, Callable[[], object]] = {}
         self._provided = 0  # entries of the provisions that were ever used: the first so many
         self._closed = True
@@ -288,12 +289,20 @@ class DeviceQueue:
         if result == Result.BROKEN:
             raise QueueBroken(Reason(block.reason), block.detail, notify)
         if result == Result.USAGE:
-            raise UsageError(
-                f"head {block.detail} is not in flight, or more was written than it has room for"
-            )
+            raise UsageError(self._refusal(block.detail))
         if result == Result.NO_MEMORY:
             raise MemoryError("the ring engine is out of memory")
         raise UsageError(f"a structure shared with the engine has another ABI ({result})")
+
+    def _refusal(self, head: int) -> str:
+        """Why the engine does not take a completion of that head."""
+        batch = self._batch
+        for record, done in zip(
+            RECORD.iter_unpack(batch.records), DONE.iter_unpack(batch.done), strict=True
+        ):
+            if record[6] == done[0] == head and done[3] > record[5]:
+                return f"chain {head} has room for {record[5]} bytes, not {done[3]}"
+        return f"head {head} is not in flight, or more was written than it has room for"
 
     # Taking.
 
@@ -316,6 +325,7 @@ class DeviceQueue:
 
         ``batch.notify`` of the result says whether to signal the driver.  Raises `QueueBroken`
         and `Need`, whose ``notify`` says the same: what was completed has been published.
+        After `UsageError` nothing was completed and the batch has ended; see `refused_batch`.
         """
         notify = False
         if self._batch.built:
@@ -373,13 +383,18 @@ class DeviceQueue:
     def _begin(self, count: int, arm: bool = True) -> Batch:
         block, batch = self._block, self._batch
         notify = block.notify != 0
+        if count == Result.USAGE:
+            self._refused = batch._count
         if count <= 0:
+            refusal = self._refusal(block.detail) if count == Result.USAGE else ""
             block.count = batch._count = 0
             batch.serial += 1
             batch.records = batch._record_views[0]
             batch.done = batch._done_views[0]
             if batch._gone:
                 batch._gone = set()
+            if refusal:
+                raise UsageError(refusal)
             if count < 0:
                 batch.notify = notify
                 self._fail(count, notify)
@@ -405,6 +420,15 @@ class DeviceQueue:
         if self._former:
             self._drop_former()
         return batch
+
+    def refused_batch(self) -> Batch:
+        """The batch that `cycle` has refused to complete, current again.
+
+        Put its ``done`` right and cycle; only right after the `UsageError`.
+        """
+        count, self._refused = self._refused, 0
+        self._block.count = count
+        return self.begin(count)
 
     def rewind(self, count: int) -> None:
         """Give back the last ``count`` chains of the current batch; they are taken again."""
@@ -517,7 +541,8 @@ class DeviceQueue:
             return head, chain, -1
         known = self._chains.get(chain)
         if known is None and batch._count:
-            heads = [entry[0] for entry in DONE.iter_unpack(batch.done)]
+            # `done` is the caller's, and may name anything.
+            heads = [record[6] for record in RECORD.iter_unpack(batch.records)]
             if chain in heads:
                 index = heads.index(chain)
                 return chain, batch.built.get(index), index

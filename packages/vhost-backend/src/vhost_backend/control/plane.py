@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -23,6 +24,8 @@ from .memory import MemoryTable
 from .negotiation import Negotiation
 from .outcome import Descriptors, Outcome
 from .rings import Rings
+
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 #: Requests of a ring that a log line names.
 NAMED: Final = 4
@@ -127,7 +130,19 @@ class ControlPlane:
         return self._rings.end()
 
     def disconnect(self) -> None:
-        """The front-end is gone: nothing of it stays, except the device's own state."""
+        """The front-end is gone: nothing of it stays, except the device's own state.
+
+        A section that fails is logged and keeps no other from clearing away. What is no ordinary
+        exception is raised in the end.
+        """
+        passes: BaseException | None = None
         for section in self._sections:
-            section.disconnect()
+            try:
+                section.disconnect()
+            except BaseException as error:
+                log.exception("a front-end's remains cannot all be cleared away")
+                if not isinstance(error, Exception):
+                    passes = error
         self._context.session = None
+        if passes is not None:
+            raise passes

@@ -305,7 +305,7 @@ class Rings:
             # before the kick descriptor came is not announced again.
             worker.watch(position, kick_fd, scan=enabled)
         except OSError as error:
-            raise Refused("SET_VRING_KICK", f"cannot wait on the descriptor: {error}") from None
+            raise Refused("SET_VRING_KICK", f"cannot wait on the descriptor: {error}") from error
         return None
 
     def _kick(self, message: vp.VringKick, fds: Descriptors) -> Outcome:

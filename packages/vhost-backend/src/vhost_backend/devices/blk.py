@@ -173,10 +173,16 @@ class BlockDevice(VirtioDevice):
             raise Refused("SET_VRING_KICK", f"{self.path} is in use by another back-end") from None
 
     def stopped(self) -> None:
-        """Let others have the image."""
+        """Let others have the image, also where it does not take what was written."""
         if self._fd >= 0:
-            os.fsync(self._fd)
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                log.error(
+                    "%s: what the guest has written may be lost: %s", self.path, error.strerror
+                )
+            finally:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def acked_features(self, features: int) -> None:
         """Without FLUSH every write has to be durable when it completes."""
