@@ -131,7 +131,7 @@ class AsyncDeviceBackend(DeviceBackend):
                     continue
                 request = Request(batch, chain.record, position)
                 _ = request.chain  # it outlives the batch
-                request._waits = waits
+                request._waits, request._recalled = waits, False
                 # Still with the lock: who stops the ring next finds a task for all that was taken.
                 task = loop.create_task(self._serve_one(served, view, request))
                 served.tasks[task] = request

@@ -98,6 +98,10 @@ class Request:
 
     status: int
     """What the status byte will say, for device types that have one."""
+    # A coroutine's only, set by its worker: how many `waiting` blocks it is in, and whether its ring
+    # is being stopped.
+    _waits: int
+    _recalled: bool
     written: int
     """Bytes reported to the driver: what `write` wrote, unless set."""
 
@@ -109,9 +113,6 @@ class Request:
         self._chain: Chain | None = None
         #: Bytes of the header that `read` has returned.
         self._position = 0
-        #: How many `waiting` blocks its coroutine is in, and whether its ring is being stopped.
-        self._waits = 0
-        self._recalled = False
         self.status = 0
         self.written = 0
 
