@@ -193,7 +193,7 @@ def chained(reason: BaseException) -> Refused:
         (OSError(errno.EIO, "x"), logging.ERROR),
         (MemoryError(), logging.ERROR),
         (RuntimeError("can't start new thread"), logging.ERROR),
-        (vp.DescriptorsLost("the kernel dropped descriptors"), logging.ERROR),
+        (vp.DescriptorsLost("the kernel dropped descriptors", errno.EMFILE), logging.ERROR),
         (chained(MappingFailed(errno.ENOMEM)), logging.ERROR),
         (chained(MappingFailed(errno.EINVAL)), logging.WARNING),
         (Refused("SET_VRING_NUM", "no"), logging.WARNING),

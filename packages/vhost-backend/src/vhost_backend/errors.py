@@ -62,11 +62,11 @@ def is_shortage(error: BaseException) -> bool:
     """Whether we ran out of something (descriptors, memory, threads, room), or what is under
     `error` did: then neither peer nor device has done anything wrong.
     """
-    from vhost_protocol import DescriptorsLost  # the command line's --help needs no protocol
+    from vhost_protocol import OutOfResources  # the command line's --help needs no protocol
 
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, MemoryError | DescriptorsLost):
+        if isinstance(found, MemoryError | OutOfResources):
             return True
         if getattr(found, "errno", None) in _SHORTAGES:
             return True

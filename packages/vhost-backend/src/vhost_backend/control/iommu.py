@@ -172,7 +172,10 @@ class Iommu:
         self._timers[state.index] = timer
         if before is not None:
             before.cancel()
-        timer.start()
+        try:
+            timer.start()
+        except RuntimeError as error:  # there can be no more threads: it waits as long as it takes
+            self._faults.error("nobody watches how long an IOTLB entry takes: %s", error)
 
     def _expire(self, index: int, need: Need) -> None:
         with self._context.vrings[index].get_mut() as state:
