@@ -98,8 +98,8 @@ class Request:
 
     status: int
     """What the status byte will say, for device types that have one."""
-    # A coroutine's only, set by its worker: how many `waiting` blocks it is in, and whether its ring
-    # is being stopped.
+    # Set by a worker with coroutines: how many `waiting` blocks the request's is in, and whether its
+    # ring is being stopped.
     _waits: int
     _recalled: bool
     written: int
