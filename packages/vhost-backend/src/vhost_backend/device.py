@@ -98,7 +98,7 @@ class Request:
 
     status: int
     """What the status byte will say, for device types that have one."""
-    # Set by a worker with coroutines: how many `waiting` blocks the request's is in, and whether its
+    # Set by a worker with coroutines: how many `waiting` blocks this one's is in, and whether its
     # ring is being stopped.
     _waits: int
     _recalled: bool
