@@ -168,7 +168,8 @@ def test_two_processes_lose_no_bit() -> None:
 
 CLEARING = """
 import ctypes, os, sys
-from guest_memory import DirtyLog, GuestAddress, syscalls
+from guest_memory import DirtyLog, GuestAddress
+from guest_memory.linux import syscalls
 fd = os.memfd_create("log")
 os.ftruncate(fd, 4096)
 child = os.fork()

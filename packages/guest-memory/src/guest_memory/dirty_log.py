@@ -9,12 +9,12 @@ import ctypes
 import threading
 from typing import Protocol
 
-from . import syscalls
 from .abi import ABI_VERSION, LOG_MAGIC, GmLog
 from .addresses import GuestAddress, fits
 from .errors import OutOfBounds, Poisoned, UsageError
-from .region import Region
-from .shared import SharedMapping
+from .linux import syscalls
+from .regions.region import Region
+from .regions.shared import SharedMapping
 
 PAGE_SHIFT = 12
 

@@ -14,10 +14,10 @@ import errno
 import os
 import threading
 
-from . import syscalls
-from .entry import Entry
 from .errors import PostcopyError, UsageError
-from .memory import GuestMemory
+from .linux import syscalls
+from .regions.entry import Entry
+from .snapshot.memory import GuestMemory
 
 # The ioctls of linux/userfaultfd.h, computed there from the sizes of their structures.
 _API = 0xC018AA3F

@@ -3,10 +3,10 @@
 import ctypes
 from typing import Any
 
-from . import syscalls
-from .addresses import READ, WRITE, BusAddress
-from .entry import Entry
-from .errors import Misaligned, Poisoned, UsageError
+from ..addresses import READ, WRITE, BusAddress
+from ..errors import Misaligned, Poisoned, UsageError
+from ..linux import syscalls
+from ..regions.entry import Entry
 from .read_write import ReadWrite
 
 _WORDS: dict[int, Any] = {

@@ -4,10 +4,10 @@ import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import syscalls
-from .addresses import READ, WRITE, BusAddress, GuestAddress
-from .entry import Entry, Span
-from .errors import Poisoned, UsageError
+from ..addresses import READ, WRITE, BusAddress, GuestAddress
+from ..errors import Poisoned, UsageError
+from ..linux import syscalls
+from ..regions.entry import Entry, Span
 from .translation import Translation
 
 if TYPE_CHECKING:

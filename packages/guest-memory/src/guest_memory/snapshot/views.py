@@ -1,8 +1,8 @@
 """Views: guest memory without copies."""
 
-from .addresses import WRITE, Access, BusAddress
-from .entry import Span
-from .errors import Poisoned, Unguarded, UsageError
+from ..addresses import WRITE, Access, BusAddress
+from ..errors import Poisoned, Unguarded, UsageError
+from ..regions.entry import Span
 from .translation import Translation
 
 

@@ -13,9 +13,9 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable
 
-from . import syscalls
-from .addresses import align_up
-from .errors import GuestMemoryError, MappingFailed
+from ..addresses import align_up
+from ..errors import GuestMemoryError, MappingFailed
+from ..linux import syscalls
 
 # Address space costs nothing, but there are only 47 bits of it (some aarch64 kernels: 39). 64 GiB
 # leave room for 2,000 connections and for most guests' hotplug.

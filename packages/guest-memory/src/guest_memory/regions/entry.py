@@ -4,9 +4,9 @@ import ctypes
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from .abi import REGION_ON_DEMAND, REGION_READ_ONLY, REGION_RECORD, REGION_UNGUARDED
-from .addresses import READ, WRITE, fits
-from .errors import UsageError
+from ..abi import REGION_ON_DEMAND, REGION_READ_ONLY, REGION_RECORD, REGION_UNGUARDED
+from ..addresses import READ, WRITE, fits
+from ..errors import UsageError
 from .mapping import Mapping
 from .region import Region
 

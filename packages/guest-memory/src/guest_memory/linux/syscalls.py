@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .errors import MappingFailed
+from ..errors import MappingFailed
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -18,19 +18,19 @@ import os
 from bisect import bisect_left
 from collections.abc import Iterable
 
-from .addresses import READ, GuestAddress, UserAddress, fits
-from .assembly import check_neighbours, check_overlaps, map_all, map_another
+from ..addresses import READ, GuestAddress, UserAddress, fits
+from ..dirty_log import DirtyLog
+from ..errors import NoSuchRegion, TooManyRegions, UsageError
+from ..iotlb import Iotlb
+from ..regions.assembly import check_neighbours, check_overlaps, map_all, map_another
+from ..regions.entry import Entry
+from ..regions.mapping import Mapper
+from ..regions.mmap_mapper import MmapMapper
+from ..regions.pins import pinned_rows
+from ..regions.region import MAX_MEM_SLOTS, Region
+from ..regions.shared import allocate_memfd
 from .atomic_words import AtomicWords
-from .dirty_log import DirtyLog
-from .entry import Entry
-from .errors import NoSuchRegion, TooManyRegions, UsageError
 from .file_transfer import FileTransfer
-from .iotlb import Iotlb
-from .mapping import Mapper
-from .mmap_mapper import MmapMapper
-from .pins import pinned_rows
-from .region import MAX_MEM_SLOTS, Region
-from .shared import allocate_memfd
 from .snapshot import State
 from .views import Views
 

@@ -5,10 +5,10 @@ import errno
 import os
 from collections.abc import Sequence
 
-from . import syscalls
-from .addresses import READ, WRITE, BusAddress
-from .entry import Entry, Span
-from .errors import Poisoned, UsageError
+from ..addresses import READ, WRITE, BusAddress
+from ..errors import Poisoned, UsageError
+from ..linux import syscalls
+from ..regions.entry import Entry, Span
 from .read_write import ReadWrite
 
 _IOV_MAX = 1024

@@ -4,14 +4,14 @@ import ctypes
 from array import array
 from typing import NamedTuple, Self
 
-from . import syscalls
-from .abi import ABI_VERSION, TABLE_IOMMU, TABLE_MAGIC, GmTable
-from .dirty_log import DirtyLog
-from .entry import Entry
-from .iotlb import FrozenIotlb
-from .mapping import Mapper
-from .region import Region
-from .window import Window
+from ..abi import ABI_VERSION, TABLE_IOMMU, TABLE_MAGIC, GmTable
+from ..dirty_log import DirtyLog
+from ..iotlb import FrozenIotlb
+from ..linux import syscalls
+from ..regions.entry import Entry
+from ..regions.mapping import Mapper
+from ..regions.region import Region
+from ..regions.window import Window
 
 
 class State(NamedTuple):

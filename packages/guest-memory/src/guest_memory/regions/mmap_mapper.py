@@ -5,9 +5,10 @@ import os
 import stat
 from typing import Any
 
-from . import seals, syscalls
-from .addresses import align_down, align_up
-from .errors import InvalidRegion, MappingFailed, OutOfBounds, UsageError
+from ..addresses import align_down, align_up
+from ..errors import InvalidRegion, MappingFailed, OutOfBounds, UsageError
+from ..linux import syscalls
+from . import seals
 from .region import Region
 from .window import Window
 

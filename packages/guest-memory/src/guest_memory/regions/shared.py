@@ -5,9 +5,10 @@ import os
 import stat
 from collections.abc import Callable
 
-from . import seals, syscalls
-from .addresses import align_down, align_up
-from .errors import InvalidRegion, MappingFailed, UsageError
+from ..addresses import align_down, align_up
+from ..errors import InvalidRegion, MappingFailed, UsageError
+from ..linux import syscalls
+from . import seals
 
 
 class _Range:
