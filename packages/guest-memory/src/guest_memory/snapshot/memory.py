@@ -9,9 +9,9 @@ The address space of `read`, `write`, `load`, `store`, `pieces`, `translate` and
 that the driver uses in descriptors: guest-physical addresses, or I/O virtual ones in a snapshot
 made by `with_iotlb`.
 
-This file makes snapshots out of others. What can be done with one is in base classes by subject,
-each in its file: the table and its properties (``snapshot``), finding addresses (``translation``),
-and on top of that ``views``, ``read_write``, ``atomic_words`` and ``file_transfer``.
+This file makes snapshots out of others. What can be done with one is in its base classes, a file
+each: the table and its properties (``snapshot``), finding addresses (``translation``), and reaching
+what is there (``access``).
 """
 
 import os
@@ -29,15 +29,13 @@ from ..regions.mmap_mapper import MmapMapper
 from ..regions.pins import pinned_rows
 from ..regions.region import MAX_MEM_SLOTS, Region
 from ..regions.shared import allocate_memfd
-from .atomic_words import AtomicWords
-from .file_transfer import FileTransfer
+from .access import Reachable
 from .snapshot import State
-from .views import Views
 
 _USER_DISTANCE = 1 << 46
 
 
-class GuestMemory(Views, AtomicWords, FileTransfer):
+class GuestMemory(Reachable):
     """An immutable snapshot of a guest's memory. ``GuestMemory()`` is empty.
 
     Methods may be called from any thread at any time.
