@@ -131,7 +131,7 @@ def keep_private(address: int, length: int) -> None:
     """Leave a range out of core dumps and of forked children.
 
     A guest's memory in a core dump is a leak of the guest's secrets; in a child it would be a
-    second user of the mapping that nobody counts. Both are advice: a kernel without them is no
+    second, uncounted user of the mapping. Both are advice: a kernel without them is no
     error.
     """
     _madvise(address, length, _MADV_DONTDUMP)
@@ -244,7 +244,7 @@ _OP_ADD = 1
 _OP_OR = 2
 _OP_XOR = 4
 _OP_SHIFT = 8  # the operand is 1 << argument
-_idle = ctypes.c_uint32()  # nobody ever waits on it
+_idle = ctypes.c_uint32()  # no thread ever waits on it
 _IDLE_ADDRESS = ctypes.addressof(_idle)
 
 
@@ -252,8 +252,8 @@ def _word_operation(address: int, operation: int, operand: int) -> bool:
     """Change an aligned 32-bit word atomically; False when its page is missing.
 
     FUTEX_WAKE_OP changes the word at its second address with the machine's atomic instruction
-    before it wakes whoever waits there, and nobody does. Operands have 12 signed bits, or are a
-    power of two given by its exponent.
+    before it wakes the threads that wait there, which are none. Operands have 12 signed bits, or
+    are a power of two given by its exponent.
     """
     while True:
         code = operation << 28 | (operand & 0xFFF) << 12

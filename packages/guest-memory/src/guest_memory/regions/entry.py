@@ -172,7 +172,7 @@ class Entry:
         return memoryview(exporter).cast("B")[offset : offset + length]
 
     def borrow(self, host: int, length: int) -> memoryview:
-        """A view for use while somebody holds the entry anyway; cheaper than `export`."""
+        """A view for use while the entry is held anyway; cheaper than `export`."""
         view = self._view
         if view is None:
             exporter = (ctypes.c_ubyte * (self.end - self.guest)).from_address(self.host)

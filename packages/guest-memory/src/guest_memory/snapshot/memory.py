@@ -2,8 +2,7 @@
 
 A `GuestMemory` never changes. Adding or removing a region, or taking over an IOTLB, makes another
 snapshot that shares the mappings; a mapping goes when the last snapshot or view that uses it is
-gone. So whoever holds a snapshot needs no lock, and nobody's memory disappears under a request in
-flight.
+gone. So the holder of a snapshot needs no lock, and no memory disappears under a request in flight.
 
 The address space of `read`, `write`, `load`, `store`, `pieces`, `translate` and `view` is the one
 that the driver uses in descriptors: guest-physical addresses, or I/O virtual ones in a snapshot

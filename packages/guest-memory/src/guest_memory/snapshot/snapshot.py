@@ -168,7 +168,7 @@ class Snapshot:
     def pins(self) -> int:
         """How many requests a C engine has taken and not yet completed with this snapshot.
 
-        Whoever runs the engine keeps a reference to the snapshot while this is not zero.
+        The engine's owner keeps a reference to the snapshot while this is not zero.
         """
         return self._table.pins
 
