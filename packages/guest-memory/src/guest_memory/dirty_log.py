@@ -12,7 +12,7 @@ from typing import Protocol
 from .abi import ABI_VERSION, LOG_MAGIC, GmLog
 from .addresses import GuestAddress, fits
 from .errors import OutOfBounds, Poisoned, UsageError
-from .linux import syscalls
+from .linux import atomics
 from .regions.region import Region
 from .regions.shared import SharedMapping
 
@@ -143,7 +143,7 @@ class DirtyLog:
                 word, first = divmod(bit, 32)
                 count = min(end - bit, 32 - first)
                 mask = ((1 << count) - 1) << first
-                if not syscalls.atomic_or(base + 4 * word, mask):
+                if not atomics.atomic_or(base + 4 * word, mask):
                     self._mapping.poison()
                     raise Poisoned(address, length)
                 bit += count

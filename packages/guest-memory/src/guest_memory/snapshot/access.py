@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..addresses import READ, WRITE, Access, BusAddress, GuestAddress
 from ..errors import Misaligned, Poisoned, Unguarded, UsageError
-from ..linux import syscalls
+from ..linux import atomics, buffers, copies
 from ..regions.entry import Entry, Span
 from .translation import Translation
 
@@ -62,7 +62,7 @@ class Reachable(Translation):
                 raise Poisoned(address, length)
             return data
         spans = self._spans(address, length, READ)
-        result, local = syscalls.new_bytes(length)
+        result, local = buffers.new_bytes(length)
         self._copy(spans, local, READ)
         return result
 
@@ -75,7 +75,7 @@ class Reachable(Translation):
         Raises:
             As `read`; the buffer may be filled in part when the memory is gone.
         """
-        with syscalls.BufferAddress(buffer, True) as (local, length):
+        with buffers.BufferAddress(buffer, True) as (local, length):
             if length:
                 self._copy(self._spans(address, length, READ), local, READ)
             return length
@@ -109,7 +109,7 @@ class Reachable(Translation):
                 if entry.poison.value:
                     raise Poisoned(address, length)
                 return length
-        with syscalls.BufferAddress(data, False) as (local, length):
+        with buffers.BufferAddress(data, False) as (local, length):
             if length:
                 spans = self._spans(address, length, WRITE)
                 try:
@@ -148,7 +148,7 @@ class Reachable(Translation):
                 raise Poisoned(guest, length)
         elif entry.poison.value:
             raise Poisoned(guest, length)
-        elif not syscalls.try_copy(host, local, length, access == WRITE):
+        elif not copies.try_copy(host, local, length, access == WRITE):
             entry.poison.value = 1
             raise Poisoned(guest, length)
 
@@ -238,7 +238,7 @@ class Reachable(Translation):
         elif entry.poison.value:
             raise Poisoned(guest, size)
         elif size == 2:
-            if not syscalls.store_halfword(host, value):
+            if not atomics.store_halfword(host, value):
                 entry.poison.value = 1
                 raise Poisoned(guest, size)
         else:
@@ -324,7 +324,7 @@ class Reachable(Translation):
         for entry, guest, size in spans:
             if entry.host:
                 host = entry.host + guest - entry.guest
-                if not syscalls.try_copy(host + size - 1, local, 1, False):
+                if not copies.try_copy(host + size - 1, local, 1, False):
                     entry.poison.value = 1
                     found = True
         if not found:

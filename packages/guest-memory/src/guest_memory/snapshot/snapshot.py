@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 from ..abi import ABI_VERSION, TABLE_IOMMU, TABLE_MAGIC, GmTable
 from ..dirty_log import DirtyLog
 from ..iotlb import FrozenIotlb
-from ..linux import syscalls
+from ..linux import buffers
 from ..regions.entry import Entry
 from ..regions.mapping import Mapper
 from ..regions.region import Region
@@ -113,9 +113,9 @@ class Snapshot:
             ABI_VERSION,
             ctypes.sizeof(GmTable),
             len(self._entries),
-            syscalls.address_of(self._records),
+            buffers.address_of(self._records),
             self._order.buffer_info()[0],
-            0 if iotlb is None else syscalls.address_of(iotlb.records),
+            0 if iotlb is None else buffers.address_of(iotlb.records),
             0 if iotlb is None else len(iotlb.entries),
             0 if iotlb is None else TABLE_IOMMU,
             0 if window is None else window.base,
