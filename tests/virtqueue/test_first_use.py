@@ -1,4 +1,4 @@
-"""Rings that begin: with or without a past, at odd bases, beside in-flight regions of other sizes."""
+"""Rings that begin: with or without a past, at odd bases, beside regions of other sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def serve(rig: Rig, count: int = 1) -> bool:
 
 
 def set_up_anew(make_rig: Any, before: Rig, size: int, region: InflightRegion | None) -> Rig:
-    """What a guest does after a reset: a ring of zeroes at the same place, and a region that stays."""
+    """After a guest's reset: a ring of zeroes at the same place, and the region of before."""
     before.device.close()
     before.memory.write(before.ring, bytes(max(before.layout.size, 1 << 16)))
     rig: Rig = make_rig(

@@ -90,7 +90,8 @@ class DeviceQueue:
     what VIRTQUEUE_ENGINE says, else the best there is.  ``batch`` is the most chains that a take
     returns.  ``inflight`` is this queue's part of the in-flight region: chains that a back-end
     before us took and did not complete are taken first, and the region decides the position
-    instead of ``base``, unless nothing is in flight and the ring was set up anew.  ``log`` is the dirty log.  ``state`` restores a saved position.
+    instead of ``base``, unless nothing is in flight and the ring was set up anew.  ``log`` is the
+    dirty log.  ``state`` restores a saved position.
     ``counters`` are added to by what the queue does.
 
     Raises `UsageError` for settings that cannot be, `EngineUnavailable`.  A ring outside of

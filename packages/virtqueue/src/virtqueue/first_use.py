@@ -1,8 +1,9 @@
 """Whether a ring is used for the first time, and what an in-flight region of its past is worth.
 
-Front-ends keep an in-flight region while the guest resets its device and sets the ring up anew.  A
-back-end that dies leaves the same region, and front-ends may send a base as at reset for a ring that is
-in use (QEMU does for a packed one).  So the ring itself is looked at: drivers begin with zeroes.
+Front-ends keep an in-flight region while the guest resets its device and sets the ring up anew.
+A back-end that dies leaves the same region, and front-ends may send a base as at reset for a ring
+that is in use (QEMU does for a packed one).  So the ring itself is looked at: drivers begin with
+zeroes.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ def in_use(region: InflightRegion) -> bool:
 
 
 def forget(block: QueueBlock, region: InflightRegion, packed: bool) -> None:
-    """Make a region in use a new one when nothing is in flight in it, and the ring, whose position is
-    as at reset, was set up anew."""
+    """Make a region in use a new one when nothing is in flight in it and the ring was set up anew.
+
+    The ring's position is as at reset.
+    """
     header, entry = (PACKED_HEADER, PACKED_ENTRY) if packed else (SPLIT_HEADER, SPLIT_ENTRY)
     raw = _copy(region.address, region.size)
     if len(raw) < header or any(raw[header::entry]):
