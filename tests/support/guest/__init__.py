@@ -37,6 +37,7 @@ from .guest import (
     Result,
     VhostUserDevice,
     VhostUserDisk,
+    VhostUserNet,
 )
 from .initramfs import MODULES, build_initramfs
 from .migration import SLOW, Migration, MigrationError
@@ -78,6 +79,7 @@ __all__ = [
     "VerifyingWriters",
     "VhostUserDevice",
     "VhostUserDisk",
+    "VhostUserNet",
     "able",
     "build_initramfs",
     "cache_directory",
