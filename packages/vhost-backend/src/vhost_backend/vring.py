@@ -287,6 +287,12 @@ class VringState:
         )
 
     @property
+    def has_news(self) -> bool:
+        """Whether something was completed that the driver may not have been told of."""
+        queue = self.queue
+        return queue is not None and (not queue.fresh or queue.completed > 0)
+
+    @property
     def ready(self) -> bool:
         """Whether a chain waits to be taken."""
         return self.running and self.queue is not None and self.queue.ready()
