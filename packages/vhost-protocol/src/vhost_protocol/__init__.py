@@ -33,6 +33,18 @@ from .fds import (
     HasFileno,
     OwnedFd,
 )
+from .messages.backend_requests import (
+    BackendConfigChange,
+    BackendIotlbMsg,
+    BackendSharedObjectAdd,
+    BackendSharedObjectLookup,
+    BackendSharedObjectRemove,
+    BackendShmemMap,
+    BackendShmemUnmap,
+    BackendVringCall,
+    BackendVringErr,
+    BackendVringHostNotifier,
+)
 from .messages.constants import (
     BASELINE_REGIONS,
     GPU_CURSOR_EDGE,
@@ -121,16 +133,6 @@ from .messages.replies import (
 from .messages.requests import (
     AddMemReg,
     AddMemRegAck,
-    BackendConfigChange,
-    BackendIotlbMsg,
-    BackendSharedObjectAdd,
-    BackendSharedObjectLookup,
-    BackendSharedObjectRemove,
-    BackendShmemMap,
-    BackendShmemUnmap,
-    BackendVringCall,
-    BackendVringErr,
-    BackendVringHostNotifier,
     CheckDeviceState,
     CloseCryptoSession,
     CreateCryptoSession,

@@ -38,6 +38,7 @@ virtio-net enables them before SET_FEATURES, which breaks nothing: the bit has b
 from enum import Enum, IntEnum
 from typing import Any, Final, NamedTuple
 
+from ..messages import backend_requests as b
 from ..messages import gpu as g
 from ..messages import replies as a
 from ..messages import requests as r
@@ -312,27 +313,27 @@ def _backend() -> tuple[Rule, ...]:
     c = BackendRequest
     send = _F.BACKEND_SEND_FD
     return (
-        Rule(c.IOTLB_MSG, r.BackendIotlbMsg, virtio=VIRTIO_F_IOMMU_PLATFORM),
-        Rule(c.CONFIG_CHANGE_MSG, r.BackendConfigChange, needs=_F.CONFIG),
+        Rule(c.IOTLB_MSG, b.BackendIotlbMsg, virtio=VIRTIO_F_IOMMU_PLATFORM),
+        Rule(c.CONFIG_CHANGE_MSG, b.BackendConfigChange, needs=_F.CONFIG),
         Rule(
             c.VRING_HOST_NOTIFIER_MSG,
-            r.BackendVringHostNotifier,
+            b.BackendVringHostNotifier,
             fds=Fds.UNLESS_NO_FD,
             needs=_F.HOST_NOTIFIER | send,
         ),
-        Rule(c.VRING_CALL, r.BackendVringCall, needs=_F.INBAND_NOTIFICATIONS, reserved=("num",)),
-        Rule(c.VRING_ERR, r.BackendVringErr, needs=_F.INBAND_NOTIFICATIONS, reserved=("num",)),
-        Rule(c.SHARED_OBJECT_ADD, r.BackendSharedObjectAdd, needs=_F.SHARED_OBJECT),
-        Rule(c.SHARED_OBJECT_REMOVE, r.BackendSharedObjectRemove, needs=_F.SHARED_OBJECT),
+        Rule(c.VRING_CALL, b.BackendVringCall, needs=_F.INBAND_NOTIFICATIONS, reserved=("num",)),
+        Rule(c.VRING_ERR, b.BackendVringErr, needs=_F.INBAND_NOTIFICATIONS, reserved=("num",)),
+        Rule(c.SHARED_OBJECT_ADD, b.BackendSharedObjectAdd, needs=_F.SHARED_OBJECT),
+        Rule(c.SHARED_OBJECT_REMOVE, b.BackendSharedObjectRemove, needs=_F.SHARED_OBJECT),
         Rule(
             c.SHARED_OBJECT_LOOKUP,
-            r.BackendSharedObjectLookup,
+            b.BackendSharedObjectLookup,
             Answer.ALWAYS,
             reply_fds=Fds.OPTIONAL,
             needs=_F.SHARED_OBJECT,
         ),
-        Rule(c.SHMEM_MAP, r.BackendShmemMap, fds=Fds.ONE, needs=_F.SHMEM | send),
-        Rule(c.SHMEM_UNMAP, r.BackendShmemUnmap, needs=_F.SHMEM),
+        Rule(c.SHMEM_MAP, b.BackendShmemMap, fds=Fds.ONE, needs=_F.SHMEM | send),
+        Rule(c.SHMEM_UNMAP, b.BackendShmemUnmap, needs=_F.SHMEM),
     )
 
 
