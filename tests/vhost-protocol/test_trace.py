@@ -174,7 +174,7 @@ def test_violations_are_marked_and_the_rest_goes_on() -> None:
     assert feed(False, frame(1, bytes(8), 5)) == []
     assert feed(True, frame(10, bytes(8))) == ["comes after SET_OWNER"]
     assert tracer.unanswered >= 1
-    assert feed(False, frame(2), ch="backend")[0] == "needs CONFIG negotiated"
+    assert feed(False, frame(2), ch="backend")[0] == "needs BACKEND_REQ|CONFIG negotiated"
     assert feed(False, frame(4, struct.pack("=III", 0, 1, 2), 0), ch="gpu") == []
     assert feed(True, frame(7, b"", 4), ch="gpu")[-1] == "answers nothing that was asked"
     assert feed(True, frame(26, bytes(1072)))[0].startswith("must be one of")

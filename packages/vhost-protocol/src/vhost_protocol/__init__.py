@@ -198,18 +198,20 @@ from .rules.core import (
     Requester,
     Responder,
 )
-from .rules.rules import (
-    BACKEND_TABLE,
-    FRONTEND_TABLE,
-    GPU_TABLE,
+from .rules.rule import (
     Answer,
     Fds,
     Rule,
-    Table,
+    Violation,
 )
 from .rules.session import (
     Session,
-    Violation,
+)
+from .rules.table import (
+    BACKEND_TABLE,
+    FRONTEND_TABLE,
+    GPU_TABLE,
+    Table,
 )
 
 if _TYPE_CHECKING:

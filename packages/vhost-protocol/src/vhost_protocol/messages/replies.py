@@ -173,9 +173,14 @@ class DeviceStateReply(Reply, code=FrontendRequest.SET_DEVICE_STATE_FD, layout="
         return self.value & 0xFF
 
     @property
+    def no_fd(self) -> bool:
+        """Whether the channel that the front-end passed is used."""
+        return bool(self.value & NO_FD)
+
+    @property
     def has_fd(self) -> bool:
         """Whether the back-end passes a channel of its own."""
-        return not self.value & NO_FD
+        return not self.no_fd
 
 
 _SHMEM = {o: Struct(f"{o}I4x{MAX_SHMEM_REGIONS}Q") for o in (LITTLE, BIG)}

@@ -32,8 +32,9 @@ from .codec import (
     decode_payload,
     encode_message,
 )
-from .rules import Rule, Table
-from .session import Session, Violation
+from .rule import Rule, Violation
+from .session import Session
+from .table import Table
 
 MessageT = TypeVar("MessageT", bound=Message, covariant=True)
 

@@ -14,8 +14,9 @@ from ..errors import RemoteProtocolError, RuleError
 from ..messages.constants import HEADER_SIZE, VERSION
 from ..messages.message import Message, Reply, show
 from ..rules.codec import Header, choose, decode_header, decode_payload, find_rule
-from ..rules.rules import BACKEND_TABLE, FRONTEND_TABLE, GPU_TABLE, Rule, Table
-from ..rules.session import Session, Violation
+from ..rules.rule import Rule, Violation
+from ..rules.session import Session
+from ..rules.table import BACKEND_TABLE, FRONTEND_TABLE, GPU_TABLE, Table
 
 #: The sockets of a connection, by name, and which end asks on them.
 CHANNELS: dict[str, Table] = {

@@ -12,8 +12,8 @@ from ...messages import gpu as g
 from ...messages.constants import GpuProtocolFeatures, IotlbAccess, IotlbType, ShmemMapFlags
 from ...messages.replies import Ack
 from ...rules.core import Received
-from ...rules.rules import BACKEND_TABLE, GPU_TABLE
 from ...rules.session import Session
+from ...rules.table import BACKEND_TABLE, GPU_TABLE
 from ..raw import socket_from
 from .endpoint import AsyncAnsweringEndpoint, AsyncRequestingEndpoint
 

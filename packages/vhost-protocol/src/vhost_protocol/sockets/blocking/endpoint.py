@@ -13,8 +13,8 @@ from ...fds import FdLike, fd_number
 from ...messages.message import Reply, Request
 from ...messages.replies import Ack
 from ...rules.core import Answered, Outgoing, Received, Requester, Responder
-from ...rules.rules import Table
 from ...rules.session import Session
+from ...rules.table import Table
 from ..raw import Deadline
 from .transport import Lock, Transport, exchange_ended
 
