@@ -32,8 +32,11 @@ from vhost_protocol import (
     SetBackendReqFd,
     VringBaseReply,
 )
-from vhost_protocol.trace.cli import Printer, Proxy, TraceError, main, read_records
-from vhost_protocol.trace.tracer import Tracer, format_text, to_json
+from vhost_protocol.trace.cli import main
+from vhost_protocol.trace.proxy import Proxy
+from vhost_protocol.trace.recording import TraceError, read_records
+from vhost_protocol.trace.show import Printer, format_text, to_json
+from vhost_protocol.trace.tracer import Tracer
 
 DATA = Path(__file__).parent / "data"
 RECORDING = DATA / "qemu-7.2-storage-daemon.jsonl"
