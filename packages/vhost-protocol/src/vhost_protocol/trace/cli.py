@@ -88,4 +88,4 @@ def _trace(options: argparse.Namespace) -> int:
             old = signal.signal(number, lambda *_: proxy.stop())
             stack.callback(signal.signal, number, old)
         proxy.run(once=options.once)
-    return 0
+    return 0 if proxy.recorded else 2

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import stat
 from collections.abc import Callable
 
-from ..errors import DescriptorsLost
+from ..errors import ConnectionClosed, DescriptorsLost
 from ..fds import OwnedFd, close_all
 from ..messages.constants import HEADER_SIZE, MAX_FDS, MAX_GPU_PAYLOAD_SIZE
 from ..messages.message import NATIVE
 from ..rules.codec import decode_header
-from ..sockets.raw import try_receive, try_send
+from ..sockets.raw import try_receive, try_send, whose
 
 
 def describe_fd(fd: int) -> str:
@@ -51,23 +50,32 @@ class Pipe:
         return bool(self._out)
 
     def pump(self) -> None:
-        """Read and write until the sockets would block."""
-        try:
-            while not self.ended:
-                if self._out:
-                    self._flush()
-                elif not self._read():
-                    return
-        except BlockingIOError:
-            return
-        except OSError:
-            self.ended = True
+        """Read and write until the sockets would block.
 
-    def _flush(self) -> None:
+        What goes wrong with showing a message is not the sockets' and passes.
+        """
+        more = True
+        while more and not self.ended:
+            more = self._flush() if self._out else self._read()
+
+    def _flush(self) -> bool:
         numbers = [fd.fileno() for fd in self._out_fds]
-        sent = try_send(self.sink, self._out, numbers)
+        try:
+            sent = try_send(self.sink, self._out, numbers)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._end(whose(error))
+            return False
         self._out = self._out[sent:]
         close_all(self._out_fds)
+        return True
+
+    def _end(self, error: Exception) -> None:
+        self.ended = True
+        # That a peer has left is no news; anything else is.
+        if not isinstance(error, ConnectionClosed):
+            self.lost = str(error)
 
     def _read(self) -> bool:
         if self._opaque:
@@ -79,17 +87,20 @@ class Pipe:
         try:
             # Descriptors inside a message are against the rules, but passed on all the same.
             data, fds = try_receive(self.source, min(wanted, 1 << 20))
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self._end(whose(error))
+            return False
         except DescriptorsLost as error:
-            self.lost = str(error)
-            self.ended = True
+            self._end(error)
             return False
         self._fds += [OwnedFd(fd) for fd in fds]
         if not data:
             self.ended = True
             if self._in:
                 self._pass_on()
-                with contextlib.suppress(OSError):
-                    self._flush()
+                self._flush()
             return False
         self._in += data
         if self._opaque:

@@ -26,6 +26,10 @@ _SOCKETS = {
 }
 
 
+#: Seconds after which a front-end that could not be accepted is tried again.
+_RETRY = 0.2
+
+
 class Proxy:
     """Sits between front-ends that connect to one path and a back-end that listens on another."""
 
@@ -35,11 +39,14 @@ class Proxy:
         self._connect = connect
         self._printer = printer
         self._recording = recording
+        #: False once a message could not be written to the recording.
+        self.recorded: bool = True
         self._start = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._pipes: dict[int, list[Pipe]] = {}
         self._sockets: dict[int, list[socket.socket]] = {}
         self._connections = 0
+        self._waiting = False
         self._path = listen
         self._listener = _listen(listen)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
@@ -57,11 +64,13 @@ class Proxy:
     def run(self, *, once: bool = False) -> None:
         """Serve until ``stop()``, or until the first connection ends."""
         while True:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(_RETRY if self._waiting else None):
                 if key.fileobj is self._stop_read:
                     return
                 if key.fileobj is self._listener:
                     self._accept()
+            if self._listener not in self._selector.get_map():
+                self._selector.register(self._listener, selectors.EVENT_READ, None)
             for number in list(self._pipes):
                 self._work(number)
                 if once and not self._pipes and self._connections:
@@ -72,15 +81,28 @@ class Proxy:
         return round(time.monotonic() - self._start, 6)
 
     def _accept(self) -> None:
-        front, _ = self._listener.accept()
+        try:
+            front, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            # Out of descriptors, most likely: the connections that are here go on, others wait.
+            if not self._waiting:
+                self._printer.note(self._now(), 0, f"a front-end has to wait: {error.strerror}")
+            self._waiting = True
+            self._selector.unregister(self._listener)
+            return
+        self._waiting = False
         self._connections += 1
         number = self._connections
-        back = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        back = None
         try:
+            back = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             back.connect(self._connect)
         except OSError as error:
             front.close()
-            back.close()
+            if back is not None:
+                back.close()
             self._printer.note(self._now(), number, f"cannot connect to the back-end: {error}")
             return
         self._pipes[number] = []
@@ -107,9 +129,7 @@ class Proxy:
     ) -> list[OwnedFd]:
         words = tuple([describe_fd(fd.fileno()) for fd in fds])
         record = Record(self._now(), number, channel, from_frontend, data, words)
-        if self._recording is not None:
-            write_record(self._recording, record)
-            self._recording.flush()
+        self._record(record)
         self._printer.record(record)
         if channel == "main" and from_frontend and len(fds) == 1 and words[0] == "socket":
             code = decode_header(data[:HEADER_SIZE], NATIVE).code
@@ -118,10 +138,28 @@ class Proxy:
                 return [self._interpose(number, other, fds[0])]
         return fds
 
+    def _record(self, record: Record) -> None:
+        if self._recording is None:
+            return
+        try:
+            write_record(self._recording, record)
+            self._recording.flush()
+        except OSError as error:
+            # A full disk is no reason to cut the connection that is traced.
+            self.recorded = False
+            self._recording = None
+            note = f"the recording ends before this message: {error.strerror}"
+            self._printer.note(record.time, record.connection, note)
+
     def _interpose(self, number: int, channel: str, fd: OwnedFd) -> OwnedFd:
         """Keep the socket that was passed and pass one of ours instead."""
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            note = f"the {channel} channel is not traced: {error.strerror}"
+            self._printer.note(self._now(), number, note)
+            return fd
         front = socket.socket(fileno=fd.detach())
-        ours, theirs = socket.socketpair()
         self._add(number, channel, front, ours)
         return OwnedFd(theirs.detach())
 
