@@ -1,8 +1,8 @@
 """Messages of the vhost-user-gpu protocol (docs/interop/vhost-user-gpu.rst).
 
 They travel on the socket of GPU_SET_SOCKET; the back-end asks, the front-end answers.  The header
-has no version.  What is taken from virtio-gpu (display information, EDID) is little-endian in any
-case; the rest is in native order.
+has no version.  Parts of virtio-gpu (display information, EDID) are little-endian in any case; the
+rest is in native order.
 """
 
 from __future__ import annotations

@@ -81,8 +81,9 @@ def _gpu_needs(rule: Rule, features: GpuProtocolFeatures) -> Check:
 
 def _virtio(rule: Rule, bit: int) -> Check:
     def check(state: Negotiated, message: Any, fds: int) -> tuple[Violation, ...]:
-        kept = state.features >> bit & 1
-        return () if kept else _request(rule, f"needs VIRTIO feature {bit} negotiated")
+        if state.has_virtio(bit):
+            return ()
+        return _request(rule, f"needs VIRTIO feature {bit} negotiated")
 
     return check
 
@@ -99,7 +100,7 @@ def _offered(rule: Rule, bit: int) -> Check:
 
 def _kept(rule: Rule, bit: int) -> Check:
     def check(state: Negotiated, message: Any, fds: int) -> tuple[Violation, ...]:
-        if not state.features_set or state.features >> bit & 1:
+        if not state.features_set or state.has_virtio(bit):
             return ()
         return _request(rule, f"needs VIRTIO feature {bit} kept by SET_FEATURES", tolerated=True)
 
@@ -146,7 +147,7 @@ def _reserved(rule: Rule, fields: tuple[str, ...]) -> Check:
 def _both_halves(rule: Rule, field: str) -> Check:
     def check(state: Negotiated, message: Any, fds: int) -> tuple[Violation, ...]:
         value = getattr(message, field)
-        if not state.features >> VIRTIO_F_RING_PACKED & 1 or not 0 < value <= 0xFFFF:
+        if not 0 < value <= 0xFFFF or not state.has_virtio(VIRTIO_F_RING_PACKED):
             return ()
         text = "bits 16 to 31 are the device's half of a packed ring's position"
         return (Violation(field, value, text, tolerated=True),)

@@ -64,7 +64,7 @@ class _WithFds:
         return fds
 
     def close(self) -> None:
-        """Close the descriptors nobody took."""
+        """Close the descriptors that were not taken."""
         close_all(self.fds)
 
     def __exit__(
@@ -381,7 +381,7 @@ class Requester(_Core):
             self.table, rule, message, session.wire, reply=False, need_reply=need_reply
         )
         session.request_sent(message)
-        # Asked after the change, like the peer does: SET_PROTOCOL_FEATURES decides on its own Ack.
+        # Ask after the change, as the peer does: SET_PROTOCOL_FEATURES decides on its own Ack.
         answers = session.answer_to(rule, message, need_reply)
         if answers:
             self._pending.append(_Pending(rule, message, answers))

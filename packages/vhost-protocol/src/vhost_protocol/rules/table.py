@@ -261,7 +261,7 @@ class Table:
     """The rows of one kind of socket.
 
     Attributes:
-        name: ``"front-end"``, ``"back-end"`` or ``"gpu"``: who asks, or which protocol.
+        name: ``"front-end"``, ``"back-end"`` or ``"gpu"``: the side that asks, or the protocol.
         needs: protocol features that every request needs.
         rules: rows by request code.
         by_message: rows by message class.

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         with open(options.read, encoding="utf-8") as file:
             return 1 if replay(file, sys.stdout, as_json=options.json) else 0
     except BrokenPipeError:
-        # Whoever read our output has enough; keep the interpreter from writing more at exit.
+        # The reader of our output has enough; keep the interpreter from writing more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:

@@ -52,7 +52,7 @@ class Pipe:
     def pump(self) -> None:
         """Read and write until the sockets would block.
 
-        What goes wrong with showing a message is not the sockets' and passes.
+        Errors of the sockets end the pipe; errors of showing a message are raised.
         """
         more = True
         while more and not self.ended:
@@ -73,7 +73,7 @@ class Pipe:
 
     def _end(self, error: Exception) -> None:
         self.ended = True
-        # That a peer has left is no news; anything else is.
+        # A peer that leaves is no news; any other end is.
         if not isinstance(error, ConnectionClosed):
             self.lost = str(error)
 
@@ -129,7 +129,7 @@ class Pipe:
         self._out_fds, self._fds = self._fds[:MAX_FDS], []
 
     def close(self) -> None:
-        """Close what is held; the sockets are closed by their owner."""
+        """Close the descriptors held; the proxy closes the sockets."""
         close_all(self._fds)
         close_all(self._out_fds)
 

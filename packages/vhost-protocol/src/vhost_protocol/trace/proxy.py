@@ -31,7 +31,17 @@ _RETRY = 0.2
 
 
 class Proxy:
-    """Sits between front-ends that connect to one path and a back-end that listens on another."""
+    """Passes messages on between front-ends and a back-end, and shows them.
+
+    Args:
+        listen: path of the socket to make for front-ends.
+        connect: path of the socket on which the back-end listens.
+        printer: shows the messages.
+        recording: gets them as well, or None.
+
+    Attributes:
+        recorded: False once a message could not be written to the recording.
+    """
 
     def __init__(
         self, listen: str, connect: str, printer: Printer, recording: TextIO | None
@@ -39,7 +49,6 @@ class Proxy:
         self._connect = connect
         self._printer = printer
         self._recording = recording
-        #: False once a message could not be written to the recording.
         self.recorded: bool = True
         self._start = time.monotonic()
         self._selector = selectors.DefaultSelector()
@@ -77,7 +86,7 @@ class Proxy:
                     return
 
     def _now(self) -> float:
-        # In whole microseconds, as recordings have it: what is printed live and later is the same.
+        # Whole microseconds, as in a recording: a replay prints the same lines.
         return round(time.monotonic() - self._start, 6)
 
     def _accept(self) -> None:
@@ -86,7 +95,7 @@ class Proxy:
         except BlockingIOError:
             return
         except OSError as error:
-            # Out of descriptors, most likely: the connections that are here go on, others wait.
+            # Out of descriptors, most likely: present connections go on, others wait.
             if not self._waiting:
                 self._printer.note(self._now(), 0, f"a front-end has to wait: {error.strerror}")
             self._waiting = True
@@ -245,7 +254,7 @@ def _listen(path: str) -> socket.socket:
 
 
 def _stale(path: str) -> bool:
-    """Whether ``path`` is a socket nobody listens on any more."""
+    """Whether ``path`` is a socket without a listener."""
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return False

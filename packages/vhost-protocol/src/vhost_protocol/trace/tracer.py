@@ -35,7 +35,7 @@ class Event(NamedTuple):
         time: seconds since the start of the trace.
         connection: counts the connections of a trace from 1.
         channel: ``"main"``, ``"backend"`` or ``"gpu"``.
-        from_frontend: who sent it.
+        from_frontend: whether the front-end sent it.
         header: its header.
         request: name of its request code, or None for one that is not known.
         is_reply: whether it is an answer.
@@ -97,7 +97,7 @@ class Tracer:
         Args:
             time: seconds since the start of the trace.
             channel: a key of ``CHANNELS``.
-            from_frontend: who sent it.
+            from_frontend: whether the front-end sent it.
             data: header and payload.
             fds: a word for each descriptor that came along.
         """
