@@ -755,7 +755,7 @@ def test_every_error_names_the_request_as_the_specification_does() -> None:
     assert str(RequestFailed("SET_OWNER", 7)).startswith("SET_OWNER: the peer answered 0x7")
     for table in (FRONTEND_TABLE, BACKEND_TABLE, GPU_TABLE):
         for rule in table.rules.values():
-            assert {kind._request for kind in rule.messages} == {rule.name}
+            assert {kind.request_name for kind in rule.messages} == {rule.name}
 
 
 def test_construction_takes_keywords_and_defaults() -> None:

@@ -67,7 +67,11 @@ class MessageType(type):
         code: IntEnum | None = None,
         **kwargs: Any,
     ) -> "MessageType":
-        own = [f for f in namespace.get("__annotations__", ()) if not f.startswith("_")]
+        own = [
+            field
+            for field, kind in namespace.get("__annotations__", {}).items()
+            if not field.startswith("_") and "ClassVar" not in str(kind)
+        ]
         fields: tuple[str, ...] = ()
         defaults: dict[str, Any] = {}
         for base in bases:
@@ -83,7 +87,7 @@ class MessageType(type):
         namespace["_fields"] = fields
         namespace["_defaults"] = defaults
         namespace["_code"] = code
-        namespace["_request"] = name if code is None else code.name
+        namespace["request_name"] = name if code is None else code.name
         cls = super().__new__(mcls, name, bases, namespace, **kwargs)
         if not abstract:
             cls._setters = tuple([cls.__dict__[f].__set__ for f in fields])
@@ -118,8 +122,8 @@ class Message(metaclass=MessageType):
 
     #: The request this is, or answers, if it is one alone.
     _code: ClassVar[IntEnum | None]
-    #: What errors call it: the specification's name of the request, else the class's.
-    _request: ClassVar[str]
+    #: The specification's name of the request that this is or answers; else the class's.
+    request_name: ClassVar[str]
     _fields: ClassVar[tuple[str, ...]]
     _defaults: ClassVar[dict[str, Any]]
     _setters: ClassVar[tuple[Callable[[Any, Any], None], ...]]
@@ -139,7 +143,7 @@ class Message(metaclass=MessageType):
         for (name, low, high), value in self._limited(args):
             if not low <= value <= high:
                 raise LocalProtocolError(
-                    name, value, f"must be {low} to {high:#x}", request=self._request
+                    name, value, f"must be {low} to {high:#x}", request=self.request_name
                 )
         self._store(args)
 
@@ -188,7 +192,7 @@ class Message(metaclass=MessageType):
 
     @classmethod
     def _wrong(cls, field: str, value: object, rule: str) -> LocalProtocolError:
-        return LocalProtocolError(field, value, rule, request=cls._request)
+        return LocalProtocolError(field, value, rule, request=cls.request_name)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable: cannot set {name!r}")

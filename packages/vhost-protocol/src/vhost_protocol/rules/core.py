@@ -342,8 +342,7 @@ class Requester(_Core):
 
     def name_of(self, message: Message) -> str:
         """Return the specification's name of a request."""
-        rule = self.table.by_message.get(type(message))
-        return type(message).__name__ if rule is None else rule.name
+        return message.request_name
 
     def request(
         self,

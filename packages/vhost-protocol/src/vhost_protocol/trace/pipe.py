@@ -41,7 +41,7 @@ class Pipe:
         self._out = memoryview(b"")
         self._out_fds: list[OwnedFd] = []
         self._opaque = False
-        self.ended = False
+        self.ended: bool = False
         self.lost: str | None = None
 
     @property
