@@ -771,6 +771,13 @@ def test_construction_takes_keywords_and_defaults() -> None:
         SetVringNum(1, number=2)  # type: ignore[call-arg]
 
 
+def test_a_device_state_reply_says_whose_channel_is_used() -> None:
+    for value, passed in ((0, True), (0x100, False), (0x101, False)):
+        reply = DeviceStateReply(value)
+        assert (reply.has_fd, reply.no_fd) == (passed, not passed)
+        assert reply.error == value & 0xFF
+
+
 def test_messages_are_immutable() -> None:
     message: Any = SetVringNum(1, 2)
     with pytest.raises(AttributeError, match="immutable"):
