@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import mmap
 import os
 import select
 import socket
@@ -916,3 +917,37 @@ def test_a_worker_is_not_woken_for_rings_that_do_not_run(monkeypatch: pytest.Mon
     with attached(Echo()) as session:
         assert exchange(session, b"hello") == b"hello"
     assert woken == [0]  # when it was enabled
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_in_flight_memory_of_a_larger_ring_serves_a_smaller_one(packed: bool) -> None:
+    """libvhost-user writes into the record how many descriptors GET_INFLIGHT_FD asked for."""
+    features = VirtioFeature.VERSION_1 | (VirtioFeature.RING_PACKED if packed else 0)
+    with attached(Echo(), queue_size=64, features=features, inflight=True) as session:
+        assert exchange(session, b"before") == b"before"
+        base = session.stop_ring(0)
+        assert session._inflight is not None
+        reply, fd = session._inflight
+        with mmap.mmap(fd, reply.mmap_size) as region:
+            version, descriptors = struct.unpack_from("<HH", region, 8)
+            assert (version, descriptors) == (1, 64)
+            if packed:
+                # The free list goes on through the entries that the small ring does not need.
+                for entry in range(64, 128):
+                    struct.pack_into("<H", region, 32 + 32 * entry + 2, entry + 1)
+            struct.pack_into("<H", region, 10, 128)
+        session.frontend.set_inflight_fd(reply.mmap_size, 0, 1, 128, fd)
+        session.start_ring(0, base)
+        assert exchange(session, b"after") == b"after"
+
+
+def test_a_ring_that_begins_anew_needs_no_new_in_flight_memory() -> None:
+    """A guest that boots again under QEMU keeps the memory, and begins its ring at 0."""
+    with attached(Echo(), inflight=True) as session:
+        for _ in range(300):
+            assert exchange(session, b"before") == b"before"
+        session.stop_ring(0)
+        session._hand_over_inflight()
+        session.vrings.pop().close()
+        session._set_up_ring(0, 128)
+        assert exchange(session, b"after") == b"after"
