@@ -1,11 +1,11 @@
-"""``python -m benchmarks`` is ``python benchmarks/run.py``."""
+"""``python -m benchmarks``: measure our back-ends beside their peers (comparison/command.py)."""
 
-import runpy
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
-    runpy.run_path(str(HERE / "run.py"), run_name="__main__")
+    # Files of this folder import each other by the same names as when each is run as a program.
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from comparison.command import main
+
+    sys.exit(main())

@@ -1,19 +1,18 @@
-"""Keep the data path from getting slower: counts that do not depend on the machine's mood.
+"""Keep the data path from getting slower: count what does not depend on the machine's load.
 
-``python benchmarks/guard.py`` takes less than a minute and ends with status 1 when a count is above
-its bound. Two kinds of count, both the same on every run of the same code:
+``python benchmarks/guard.py`` takes less than a minute and ends with status 1 when a count exceeds
+its bound. Each count is the same on every run of the same code:
 
-- machine instructions for each chain inside the C engine's ``vq_cycle`` (valgrind's callgrind over
-  ``rings/engine.c``). They depend on the compiler, so the bounds leave 15 % over gcc 12 -O2.
-- Python function calls and bytecode instructions that the queue spends on a batch in the idioms of
-  ``rings.py``, and bytecode instructions that a worker spends from one kick to its next sleep, for
-  a single request of a null device (`sys.setprofile`, `sys.settrace`). They depend on the
-  interpreter's version, so the bounds leave 25 % over CPython 3.11.
+- the machine instructions of the C engine's ``vq_cycle`` for a chain: valgrind's callgrind counts
+  them over rings/engine.c. They depend on the compiler: the bounds leave 15 % over gcc 12 -O2.
+- the function calls and the bytecode instructions of a queue for a batch, over rings/loops.py.
+- the bytecode instructions of a worker from a kick to its next sleep, for a single request of a
+  null device. Python's counts depend on its version: the bounds leave 25 % over CPython 3.11.
 
-What they cannot see is waiting: code that stalls costs the same instructions.
+The guard does not see waiting: code that stalls has the same instructions.
 
-A bound is raised only together with the reason for it, beside it. When a change makes a count much
-smaller, lower the bound in the same change: otherwise the gain can be lost again unseen.
+Raise a bound only together with the reason beside it. When a change makes a count much smaller,
+lower the bound in the same change, or a later change can lose the gain unnoticed.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-import rings
 from devices import null
+from rings import engine, loops
+from rings.ring import Ring
 from vhost_backend.testing import attached
 
 CHAINS = 12800
@@ -51,7 +50,7 @@ class Engine(NamedTuple):
 
 
 class WakeUp(NamedTuple):
-    """Bytecode instructions of a worker for one request that comes alone."""
+    """Bytecode instructions of a worker for a single request."""
 
     name: str
     bytecodes: int
@@ -60,16 +59,16 @@ class WakeUp(NamedTuple):
 
 
 class Python(NamedTuple):
-    """Bytecode instructions, and function calls, of a loop for each batch of 32."""
+    """Bytecode instructions and function calls of a loop for each batch of 32."""
 
     name: str
     bytecodes: int
     calls: int
-    loop: rings.Loop
+    loop: loops.Loop
     reason: str
 
 
-# One line a bound. Where a count falls, move its bound down to 15 % (Python: 25 %) above it.
+# One line a bound. When a count falls, lower its bound to 15 % (Python: 25 %) above it.
 # fmt: off
 ENGINE = (
     Engine("split", 605, "", "three plain descriptors, all checks, record, done entry, completion"),
@@ -80,9 +79,9 @@ ENGINE = (
     Engine("packed, indirect", 805, "--packed --indirect", "one slot of the ring and the table"),
 )
 PYTHON = (
-    Python("a call a batch", 125, 3, rings.batches, "one call into the engine for one batch"),
-    Python("records", 980, 4, rings.records, "23 bytecodes a record, and the call"),
-    Python("chain objects", 6800, 265, rings.chains, "an object, its segments, 16 bytes copied"),
+    Python("a call a batch", 125, 3, loops.batches, "one call into the engine for one batch"),
+    Python("records", 980, 4, loops.records, "23 bytecodes a record, and the call"),
+    Python("chain objects", 6800, 265, loops.chains, "an object, its segments, 16 bytes copied"),
 )
 WAKE_UPS = (
     WakeUp("wake-up, batches in C", 5, "batch", "C sleeps, handles, completes and signals"),
@@ -92,13 +91,41 @@ WAKE_UPS = (
 # fmt: on
 
 
+class Bytecodes:
+    """Counts the bytecode instructions of the frames that `enter` traces."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        """Trace a frame: a function for `sys.settrace`."""
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        return self._step
+
+    def _step(self, frame: FrameType, event: str, argument: Any) -> Any:
+        self.count += event == "opcode"
+        return self._step
+
+
+class Calls:
+    """Counts function calls, of Python and of C."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def enter(self, frame: FrameType, kind: str, argument: Any) -> None:
+        """Count an event: a function for `sys.setprofile`."""
+        self.count += kind in ("call", "c_call")
+
+
 def instructions(case: Engine, library: str) -> int:
-    """Instructions for each chain that callgrind counts inside ``vq_cycle``."""
+    """Have callgrind count the instructions of ``vq_cycle`` for each chain."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *("valgrind", "--tool=callgrind", "--toggle-collect=vq_cycle"),
             f"--callgrind-out-file={folder}/out",
-            *(str(rings.DRIVER), library, f"--chains={CHAINS}", *case.options.split()),
+            *(str(engine.PROGRAM), library, f"--chains={CHAINS}", *case.options.split()),
         ]
         done = subprocess.run(command, capture_output=True, text=True)
     found = re.search(r"Collected : (\d+)", done.stderr)
@@ -107,98 +134,54 @@ def instructions(case: Engine, library: str) -> int:
     return int(found[1]) // CHAINS
 
 
-def bytecodes(case: Python) -> int:
-    """Bytecode instructions for each batch."""
-    ring = rings.Ring(2, BATCH)
-    count = 0
-
-    def local(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal count
-        count += event == "opcode"
-        return local
-
-    def enter(frame: FrameType, event: str, argument: Any) -> Any:
-        frame.f_trace_opcodes = True
-        frame.f_trace_lines = False
-        return local
-
-    return _counted(case, ring, sys.settrace, enter, lambda: count)
-
-
-def calls(case: Python) -> int:
-    """Function calls, of Python and of C, for each batch."""
-    ring = rings.Ring(2, BATCH)
-    count = 0
-
-    def event(frame: FrameType, kind: str, argument: Any) -> None:
-        nonlocal count
-        count += kind in ("call", "c_call")
-
-    return _counted(case, ring, sys.setprofile, event, lambda: count)
-
-
-def _counted(
-    case: Python,
-    ring: rings.Ring,
-    install: Callable[[Any], None],
-    hook: Any,
-    count: Callable[[], int],
-) -> int:
+def for_each_batch(case: Python, counter: Bytecodes | Calls, install: Callable[[Any], None]) -> int:
+    """Run the loop while `install` feeds the counter; return the count for each batch."""
+    ring = Ring(2, BATCH)
     avail = case.loop(ring.queue, ring.index, 0, BATCH, 1)
-    install(hook)
+    install(counter.enter)
     try:
         case.loop(ring.queue, ring.index, avail, BATCH, TURNS)
     finally:
         install(None)
     ring.queue.close()
-    return count() // TURNS
+    return counter.count // TURNS
 
 
 def wake_up(style: str) -> int:
-    """Bytecode instructions of the worker for one request; the middle of a few.
+    """Return the median of the worker's bytecode instructions for one request.
 
-    A worker that has not gone back to sleep when the next request comes does less for it: hence the
-    pause between them.
+    A worker that is still awake when the next request arrives does less for it. The pause lets it
+    go to sleep.
     """
-    count = 0
-
-    def local(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal count
-        count += event == "opcode"
-        return local
+    counter = Bytecodes()
 
     def enter(frame: FrameType, event: str, argument: Any) -> Any:
-        frame.f_trace_opcodes = True
-        frame.f_trace_lines = False
-        return local
-
-    def choose(frame: FrameType, event: str, argument: Any) -> Any:
         if threading.current_thread().name.endswith("-control"):
             sys.settrace(None)
             return None
-        sys.settrace(enter)
-        return enter(frame, event, argument)
+        sys.settrace(counter.enter)
+        return counter.enter(frame, event, argument)
 
     each = []
-    threading.settrace(choose)
+    threading.settrace(enter)
     try:
         with attached(null.STYLES[style](1), engine="c") as session:
             header, data, status = (session.allocate(size) for size in (16, 4096, 1))
             ring = session.vrings[0]
             for _ in range(15):
-                before = count
+                before = counter.count
                 ring.submit(readable=[(header, 16)], writable=[(data, 4096), (status, 1)])
                 ring.kick()
                 ring.completions()
                 time.sleep(0.01)
-                each.append(count - before)
+                each.append(counter.count - before)
     finally:
         threading.settrace(None)
     return int(statistics.median(each))
 
 
 def check(name: str, what: str, count: int, bound: int, reason: str) -> bool:
-    """Print one line; whether the count is within its bound."""
+    """Print one line; return whether the count is within its bound."""
     good = count <= bound
     print(f"{'ok' if good else 'TOO MANY':8} {name}: {count} {what}, bound {bound}")
     if not good:
@@ -211,21 +194,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--library", help="the C engine to count (the installed one)")
+    parser.add_argument("--library", help="count in this build of the C engine (the installed one)")
     options = parser.parse_args()
     good = True
     if shutil.which("valgrind") is None:
         print("guard: valgrind is not installed", file=sys.stderr)
         return 1
-    subprocess.run(["make", "--silent"], cwd=Path(rings.HERE, "rings"), check=True)
-    library = options.library or rings.library()
-    for engine in ENGINE:
-        count = instructions(engine, library)
-        good &= check(engine.name, "instructions a chain", count, engine.bound, engine.reason)
+    engine.build()
+    library = options.library or engine.library()
+    for case in ENGINE:
+        count = instructions(case, library)
+        good &= check(case.name, "instructions a chain", count, case.bound, case.reason)
     for python in PYTHON:
-        name = python.name
-        good &= check(name, "bytecodes a batch", bytecodes(python), python.bytecodes, python.reason)
-        good &= check(name, "calls a batch", calls(python), python.calls, python.reason)
+        name, reason = python.name, python.reason
+        count = for_each_batch(python, Bytecodes(), sys.settrace)
+        good &= check(name, "bytecodes a batch", count, python.bytecodes, reason)
+        count = for_each_batch(python, Calls(), sys.setprofile)
+        good &= check(name, "calls a batch", count, python.calls, reason)
     for wake in WAKE_UPS:
         count = wake_up(wake.style)
         good &= check(wake.name, "bytecodes a request", count, wake.bytecodes, wake.reason)

@@ -1,10 +1,10 @@
-"""Guest memory: translation, table changes, and copies against memmove.
+"""Measure guest memory: translation, changes of the table, and copies beside memmove.
 
     python benchmarks/memory_tables.py [--json FILE]
 
-Needs guest-memory only. Times are medians of several runs, taken in turn so that a noisy machine
-disturbs all of them alike. What counts is how they grow: translation as log n, table changes
-slowly, copies as memmove.
+It needs guest-memory only. The actions take turns, so that other load disturbs all alike; the times
+are medians. Their growth counts: translation grows as log n, a change of the table slowly, a copy
+as memmove.
 """
 
 import argparse
@@ -35,7 +35,7 @@ RUNS = 7
 
 
 def table(count: int, size: int = PAGE) -> list[Region]:
-    """Regions with gaps between them, in one file."""
+    """Lay out regions with gaps between them, in one file."""
     return [
         Region(GuestAddress(n * 2 * size), size, UserAddress((1 << 46) + n * 3 * size), n * size)
         for n in range(count)
@@ -43,14 +43,14 @@ def table(count: int, size: int = PAGE) -> list[Region]:
 
 
 def per_call(action: Callable[[], object], calls: int) -> float:
-    """Nanoseconds for each of ``calls`` calls that ``action`` makes."""
+    """Measure nanoseconds for each of the ``calls`` calls that ``action`` makes."""
     start = time.perf_counter_ns()
     action()
     return (time.perf_counter_ns() - start) / calls
 
 
 def median(actions: dict[str, tuple[Callable[[], object], int]]) -> dict[str, float]:
-    """Run all actions in turn, several times."""
+    """Run all actions in turn, several times; return the median of each."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(RUNS):
         for name, (action, calls) in actions.items():
@@ -59,7 +59,7 @@ def median(actions: dict[str, tuple[Callable[[], object], int]]) -> dict[str, fl
 
 
 def translation() -> dict[str, float]:
-    """Cost of translate() and pieces() at random addresses and at the same one again."""
+    """Measure translate() at random addresses, and again and again at one."""
     actions: dict[str, tuple[Callable[[], object], int]] = {}
     keep = []
     for count in COUNTS:
@@ -86,7 +86,7 @@ def translation() -> dict[str, float]:
 
 
 def changes() -> dict[str, float]:
-    """Cost of changing the table: whole tables, and one region of many."""
+    """Measure changes of the table: of all regions, of one region, of an IOTLB entry."""
     actions: dict[str, tuple[Callable[[], object], int]] = {}
     for count in COUNTS:
         regions = table(count)
@@ -126,7 +126,7 @@ def changes() -> dict[str, float]:
 
 
 def copies() -> dict[str, float]:
-    """MiB/s of read and write, side by side with memmove over the same memory."""
+    """Measure MiB/s of read and write beside memmove over the same memory."""
     result: dict[str, float] = {}
     size = 1 << 26
     fd = allocate_memfd(size)
@@ -186,7 +186,7 @@ def copies() -> dict[str, float]:
 
 
 def main() -> int:
-    """Print the tables; write them as JSON on request."""
+    """Measure, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="also write the figures to this file")
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""How fast messages are made into bytes and bytes into messages, and what importing costs.
+"""Measure how fast the codec encodes and decodes messages, and the cost of importing it.
 
     python benchmarks/protocol_codec.py [--json]
 
-Encoding is everything ``Requester.request`` does (checks against the session included); decoding is
-everything ``Responder.receive`` and ``next`` do.  ``struct`` alone is measured beside them in the
-same run, because figures from different runs on a busy machine cannot be compared.
+Encoding is the whole of ``Requester.request``, with its checks against the session. Decoding is the
+whole of ``Responder.receive`` and ``next``. ``struct`` alone runs beside them, because figures of
+different runs cannot be compared on a busy machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vhost_protocol import (
 
 
 def session() -> Session:
-    """A session in which the benchmark's messages are legal, without acknowledgements."""
+    """Make a session that allows the benchmark's messages, without acknowledgements."""
     made = Session()
     made.features = 1 << 30
     made.protocol_features = ProtocolFeatures.MQ
@@ -42,7 +42,7 @@ def session() -> Session:
 
 
 def rate(work: Callable[[], object], seconds: float = 1.0) -> float:
-    """Return calls per second, of the best of five rounds."""
+    """Return the calls per second of the best of five rounds."""
     count, best = 1, 0.0
     while True:
         began = time.perf_counter()
@@ -61,7 +61,7 @@ def rate(work: Callable[[], object], seconds: float = 1.0) -> float:
 
 
 def codec() -> dict[str, float]:
-    """Return messages per second."""
+    """Return the messages per second of each step."""
     regions = tuple(MemoryRegion(n << 30, 1 << 30, (n + 9) << 30, 0) for n in range(8))
     front, back = Requester(FRONTEND_TABLE, session()), Responder(FRONTEND_TABLE, session())
     nowhere = os.open(os.devnull, os.O_RDONLY)
@@ -93,7 +93,7 @@ def codec() -> dict[str, float]:
 
 
 def import_cost() -> dict[str, float]:
-    """Return processor milliseconds over the bare interpreter, of the best of fifteen."""
+    """Return the CPU milliseconds that each import adds to the interpreter, best of fifteen."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "PYTHONPYCACHEPREFIX": cache}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -111,8 +111,8 @@ def import_cost() -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Measure the vhost-user codec.")
-    parser.add_argument("--json", action="store_true")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
     rates, costs = codec(), import_cost()
     if options.json:

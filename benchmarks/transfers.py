@@ -3,16 +3,21 @@
     python benchmarks/transfers.py [--folders /var/tmp /dev/shm] [--batches 1 32 128]
         [--length 4096] [--seconds 1] [--cases warm cold ...]
 
-The ways: ``single`` makes the calls one by one, ``calls`` is `Transfer`; ``ring`` has all reads and
-writes go through io_uring, ``chosen`` is `Transfer(uring=True)`. The first and the third are of a
-build of the engine for this benchmark alone. They take turns in random order, a batch each, at
-random places of a file of 256 MiB, and the medians of one run are what can be compared.
+The ways are:
 
-``cold`` drops the file's pages before each batch and ``half`` those of every other request,
-``direct`` goes past the page cache, ``durable`` writes with RWF_DSYNC.
+- ``single``: system calls one by one, in a build of the engine for this benchmark alone;
+- ``calls``: `Transfer`;
+- ``ring``: every read and write through io_uring, in the same special build;
+- ``chosen``: `Transfer(uring=True)`.
 
-``--gil`` measures what releasing the interpreter's lock costs a batch out of the page cache, alone
-and beside a thread that computes; these are means.
+They take turns in random order, a batch each, at random places of a file of 256 MiB. Compare only
+the medians of one run.
+
+``cold`` drops the file's pages before each batch, ``half`` those of every other request; ``direct``
+passes the page cache, ``durable`` writes with RWF_DSYNC.
+
+``--gil`` measures the cost of releasing the interpreter's lock for a batch in the page cache, alone
+and beside a thread that computes. It prints means.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ from virtqueue.transfer import TransferItem
 SIZE = 256 << 20
 BUILD = Path(__file__).parents[1] / "packages" / "virtqueue" / "hatch_build.py"
 CASES = {
-    # operation, flags of the file, flags of the item, which requests are made cold
+    # operation, flags of the file, flags of the item, requests made cold (1: all, 2: every other)
     "warm": (Operation.READ, 0, 0, 0),
     "cold": (Operation.READ, 0, 0, 1),
     "half": (Operation.READ, 0, 0, 2),
@@ -57,7 +62,7 @@ Run = Callable[[int], int]
 
 
 class Batch:
-    """Requests of one piece each, in guest memory that is shared as a guest's is."""
+    """Requests of one piece each, in shared memory like a guest's."""
 
     def __init__(self, count: int, length: int) -> None:
         fd = os.memfd_create("guest")
@@ -73,7 +78,7 @@ class Batch:
         self.base = base
 
     def fill(self, operation: Operation, flags: int, random_: random.Random) -> list[int]:
-        """New places in the file; returns their offsets."""
+        """Choose new places in the file; return their offsets."""
         places = random_.sample(range(SIZE // self.length), self.count)
         for n, place in enumerate(places):
             writable = int(operation is Operation.READ)
@@ -94,6 +99,7 @@ class Batch:
 
 
 def ways(batch: Batch, plain: Library, everything: Library, held: bool = False) -> dict[str, Run]:
+    """Return each way as a function of the file; `held` keeps the interpreter's lock."""
     items, count = ctypes.c_void_p(ctypes.addressof(batch.items)), ctypes.c_uint32(batch.count)
 
     def by_calls(library: Library) -> Run:
@@ -124,6 +130,7 @@ def ways(batch: Batch, plain: Library, everything: Library, held: bool = False) 
 
 
 def make_file(folder: str) -> str:
+    """Write a file of random content; return its path."""
     handle, path = tempfile.mkstemp(prefix="transfers-", dir=folder)
     for _ in range(SIZE >> 20):
         os.write(handle, os.urandom(1 << 20))
@@ -140,6 +147,7 @@ def measure(
     seconds: float,
     average: Callable[[list[float]], float] = statistics.median,
 ) -> dict[str, float]:
+    """Return the average microseconds per request of each way."""
     operation, file_flags, item_flags, cold = CASES[case]
     random_ = random.Random(1)
     fd = os.open(path, os.O_RDWR | file_flags)
@@ -170,7 +178,7 @@ def measure(
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """Another thread that never gives the interpreter's lock up by itself."""
+    """Run a thread that never releases the interpreter's lock by itself."""
     stop = threading.Event()
 
     def compute() -> None:
@@ -187,6 +195,7 @@ def computing() -> Iterator[None]:
 
 
 def measure_gil(path: str, options: argparse.Namespace, libraries: tuple[Library, Library]) -> None:
+    """Print the microseconds per batch with the interpreter's lock kept and released."""
     print("\n| lock | other thread | batch | µs/batch |\n|---|---|---|---|")
     for busy in (False, True):
         for count in options.batches:
@@ -195,7 +204,7 @@ def measure_gil(path: str, options: argparse.Namespace, libraries: tuple[Library
                 "released": ways(batch, *libraries)["chosen"],
                 "kept": ways(batch, *libraries, held=True)["chosen"],
             }
-            # Getting the lock back takes long now and then: a median would not show it.
+            # A thread sometimes waits long for the lock: a median would hide it.
             with computing() if busy else nullcontext():
                 found = measure(path, "warm", batch, runs, options.seconds, statistics.fmean)
             for lock in ("kept", "released"):
@@ -204,13 +213,18 @@ def measure_gil(path: str, options: argparse.Namespace, libraries: tuple[Library
 
 
 def main() -> None:
+    """Build the special engine, measure in each folder, print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folders", nargs="+", default=["/var/tmp", "/dev/shm"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128])
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
+    parser.add_argument(
+        "--folders", nargs="+", default=["/var/tmp", "/dev/shm"], help="for the file"
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 32, 128], help="requests a batch"
+    )
+    parser.add_argument("--length", type=int, default=4096, help="bytes of a request (4096)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each row (1)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--gil", action="store_true")
+    parser.add_argument("--gil", action="store_true", help="measure the lock instead")
     options = parser.parse_args()
     print(f"Python {platform.python_version()}, Linux {platform.release()}, {options.length} bytes")
     with tempfile.TemporaryDirectory() as folder:
@@ -232,7 +246,7 @@ def main() -> None:
                         runs = ways(batch, *libraries)
                         try:
                             found = measure(path, case, batch, runs, options.seconds)
-                        except OSError as error:  # O_DIRECT on tmpfs
+                        except OSError as error:  # tmpfs may refuse O_DIRECT
                             print(f"| {case} | {count} | {error.strerror} | | | |", flush=True)
                             continue
                         cells = " | ".join(f"{found[name]:.2f}" for name in runs)

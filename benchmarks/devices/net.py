@@ -1,14 +1,14 @@
-"""A network device that echoes, swallows or makes packets, in two ways of writing one.
+"""A network device that echoes, drops or makes packets, written in two ways.
 
-It has its rings in its own hands (`VhostUserBackendBase`), because a packet that arrives is none of
-the driver's requests: the transmit ring's worker fills the receive ring's buffers. ``--work`` says
-what it does, as testpmd's forwarding modes do:
+It handles its rings itself (`VhostUserBackendBase`), because no request of the driver brings a
+received packet: the worker of the transmit ring fills the buffers of the receive ring. ``--work``
+chooses a forwarding mode of testpmd:
 
-- ``echo`` (io): every packet that the driver sends comes back to it;
-- ``sink`` (rxonly): what is sent is counted and dropped;
-- ``source`` (txonly): the driver's receive buffers are filled.
+- ``echo`` (io): send every packet back to the driver;
+- ``sink`` (rxonly): count and drop the driver's packets;
+- ``source`` (txonly): fill the driver's receive buffers.
 
-``records`` touches each packet in Python; ``batch`` has numpy move a whole batch.
+``records`` touches each packet in Python; in ``batch`` numpy moves a whole batch.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ FEATURES = (
     | VirtioFeature.VERSION_1
     | VirtioFeature.RING_PACKED
 )
-# struct virtio_net_hdr: nothing to do for the driver, and the packet lies in one buffer.
+# struct virtio_net_hdr: no offloads, and the packet lies in one buffer.
 HEADER = struct.pack("<10xH", 1)
 RECEIVE, TRANSMIT = 0, 1
 BATCH = 128
 TURN = 8
-SPIN = 0.0001  # seconds with the rings in hand, before others get a chance
+SPIN = 0.0001  # seconds at the rings before the worker releases their locks
 
-# Of a record (virtqueue.RECORD): readable, readable_length, flags, segment_count of what was sent;
-# writable, writable_length, flags, segment_count of the room for it.
+# Fields of virtqueue.RECORD. SENT, of a transmit chain: readable, readable_length, flags,
+# segment_count. ROOM, of a receive chain: writable, writable_length, flags, segment_count.
 SENT = struct.Struct("=16xQ16xI4x2xHH10x")
 ROOM = struct.Struct("=24xQ12xI2xHH10x")
-# The first 16 bytes of a packet are copied into the record, of which 12 are virtio's header.
+# The record holds the first 16 bytes of a transmit chain: virtio's header and 4 of the packet.
 IN_RECORD = 16 - len(HEADER)
 PLAIN = int(RecordFlags.READABLE_CONTIGUOUS)
 FREE = int(RecordFlags.WRITABLE_CONTIGUOUS)
@@ -60,7 +60,7 @@ PACKET = bytes((2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xB5)).ljust(60, b"\0"
 
 
 class Net(VhostUserBackendBase):
-    """Both rings of a pair on one worker; `move`, `make` and `count` are the styles' own."""
+    """Serves both rings of a pair with one worker; a style defines `move`, `make` and `count`."""
 
     def __init__(self, work: str, pairs: int, busy_poll: float) -> None:
         self._pairs = pairs
@@ -70,21 +70,21 @@ class Net(VhostUserBackendBase):
         self.packets = 0
 
     def num_queues(self) -> int:
-        """Two for each pair."""
+        """Return two for each pair."""
         return 2 * self._pairs
 
     def features(self) -> int:
-        """Rings, and receive buffers that may be merged, which is never needed here."""
+        """Offer ring features, and mergeable receive buffers, which this device never merges."""
         return FEATURES
 
     def queues_per_thread(self) -> Sequence[int]:
-        """A worker for each pair."""
+        """Give each pair a worker."""
         return [3 << 2 * pair for pair in range(self._pairs)]
 
     def handle_event(
         self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
     ) -> bool:
-        """Work on the pair, whichever of its rings was kicked."""
+        """Serve the pair, after a kick of either ring."""
         with vrings[RECEIVE].get_mut() as receive, vrings[TRANSMIT].get_mut() as transmit:
             if not (receive.running and transmit.running):
                 return False
@@ -93,7 +93,7 @@ class Net(VhostUserBackendBase):
             return self._event(receive, transmit, thread_id)
 
     def _empty(self, ring: VringState, pair: int) -> bool:
-        """Look at an empty ring for a while; True when the worker should come back soon."""
+        """Look at an empty ring for a while; return whether to come back without a kick."""
         assert ring.queue is not None
         now = time.monotonic()
         if not self._idle_since[pair]:
@@ -107,15 +107,15 @@ class Net(VhostUserBackendBase):
         return True
 
     def _take(self, ring: VringState, pair: int) -> Batch | bool:
-        """The next batch; else whether to come back without a kick."""
+        """Take the next batch, or return whether to come back without a kick."""
         assert ring.queue is not None
         if self._busy_poll and not ring.queue.ready():
-            ring.cycle(0)  # complete what is done, and ask for nothing
+            ring.cycle(0)  # completes, and takes nothing
             if self._empty(ring, pair):
                 return True
         batch = ring.cycle(BATCH)
         if not batch:
-            return False  # the driver has been asked for kicks
+            return False  # the take has asked the driver for kicks
         self._idle_since[pair] = 0.0
         return batch
 
@@ -132,7 +132,7 @@ class Net(VhostUserBackendBase):
                 transmit.queue.rewind(count - found)
             if not room:
                 transmit.cycle(0)
-                return False  # the driver has been asked to kick when there is room
+                return False  # the take has asked the driver for a kick with new buffers
             assert receive.queue is not None
             assert receive.queue.window is not None
             used = self.move(receive.queue.window, sent, room)
@@ -163,19 +163,19 @@ class Net(VhostUserBackendBase):
         return True
 
     def move(self, window: memoryview, sent: Batch, room: Batch) -> int:
-        """Copy packets from what was sent to what there is room in; how many rooms were used."""
+        """Copy the sent packets into receive buffers; return the number of used buffers."""
         raise NotImplementedError
 
     def make(self, window: memoryview, room: Batch) -> None:
-        """Fill the room with packets of our own."""
+        """Fill the receive buffers with packets of our own."""
         raise NotImplementedError
 
     def count(self, sent: Batch) -> None:
-        """Count what was sent."""
+        """Count the sent packets."""
         raise NotImplementedError
 
     def move_slowly(self, sent: Batch, room: Batch) -> int:
-        """The same for packets of any form, through chain objects; what has no room is dropped."""
+        """Move packets of any form through chain objects; drop a packet that does not fit."""
         used = 0
         for chain in sent:
             packet = chain.read()[len(HEADER) :]
@@ -190,10 +190,10 @@ class Net(VhostUserBackendBase):
 
 
 class Records(Net):
-    """Python for each packet, in its cheapest form."""
+    """Python touches each packet, in the cheapest form."""
 
     def move(self, window: memoryview, sent: Batch, room: Batch) -> int:
-        """Two slices of the window a packet."""
+        """Copy each packet with two slices of the window."""
         put, done, position = WRITTEN.pack_into, room.done, 4
         head, extra = len(HEADER), 16
         for (readable, length, flags, pieces), (writable, space, form, parts) in zip(
@@ -210,7 +210,7 @@ class Records(Net):
         return len(sent)
 
     def make(self, window: memoryview, room: Batch) -> None:
-        """One slice a packet."""
+        """Write each packet with one slice."""
         put, done, position = WRITTEN.pack_into, room.done, 4
         packet = HEADER + PACKET
         size = len(packet)
@@ -233,7 +233,7 @@ ENTRIES = np.dtype([("rest", "V4"), ("written", "u4")])
 
 
 class Batches(Net):
-    """numpy over the batch: packets of one length are moved by one assignment."""
+    """numpy moves a batch of packets of one length by one assignment."""
 
     def __init__(self, work: str, pairs: int, busy_poll: float) -> None:
         super().__init__(work, pairs, busy_poll)
@@ -241,7 +241,7 @@ class Batches(Net):
         self._window: memoryview | None = None
 
     def _pieces(self, window: memoryview, size: int) -> Any:
-        """The window as an array of all pieces of `size` bytes, one beginning at each byte."""
+        """View the window as an array of pieces of `size` bytes, one at each byte."""
         if window is not self._window:
             self._views, self._window = {}, window
         view = self._views.get(size)
@@ -251,7 +251,7 @@ class Batches(Net):
         return view
 
     def move(self, window: memoryview, sent: Batch, room: Batch) -> int:
-        """One assignment for the packets and one for their headers."""
+        """Copy the packets with one assignment, and their headers with another."""
         source, target = np.frombuffer(sent.records, RECORDS), np.frombuffer(room.records, RECORDS)
         lengths = source["readable_length"]
         length = int(lengths[0])
@@ -273,7 +273,7 @@ class Batches(Net):
         return len(sent)
 
     def make(self, window: memoryview, room: Batch) -> None:
-        """One assignment."""
+        """Write the packets with one assignment."""
         target = np.frombuffer(room.records, RECORDS)
         size = len(HEADER) + len(PACKET)
         if (target["writable_length"] < size).any() or not (target["flags"] & FREE).all():
@@ -283,7 +283,7 @@ class Batches(Net):
         np.frombuffer(room.done, ENTRIES)["written"] = size
 
     def count(self, sent: Batch) -> None:
-        """All at once."""
+        """Count the whole batch."""
         self.packets += len(sent)
 
 
@@ -293,16 +293,18 @@ STYLES = {"records": Records, "batch": Batches}
 def main() -> None:
     """Serve one of the devices until SIGTERM."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--socket-path", required=True)
-    parser.add_argument("--style", choices=sorted(STYLES), default="records")
-    parser.add_argument("--work", choices=("echo", "sink", "source"), default="echo")
-    parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--socket-path", required=True, help="listen here")
+    parser.add_argument("--style", choices=sorted(STYLES), default="records", help="way of writing")
+    parser.add_argument(
+        "--work", choices=("echo", "sink", "source"), default="echo", help="forwarding mode"
+    )
+    parser.add_argument("--pairs", type=int, default=1, help="pairs of rings (1)")
     parser.add_argument(
         "--busy-poll",
         type=float,
         default=0.0,
         metavar="MICROSECONDS",
-        help="look at empty rings so long before sleeping (0)",
+        help="look at empty rings for this long before sleeping (0)",
     )
     options = parser.parse_args()
     device = STYLES[options.style](options.work, options.pairs, options.busy_poll / 1e6)

@@ -1,7 +1,6 @@
-"""A block device that moves no data, in each way a device can be written with this library.
+"""A block device that moves no data, written in three ways.
 
-What is left is the cost of the framework. The same device on the Rust crate is
-``peers/src/bin/device.rs``.
+It shows the cost of the framework. peers/src/bin/device.rs is the same device on the Rust crate.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ from virtqueue import DONE, Batch, CHandler, FileAction, FileHandler
 
 SECTOR = 512
 CAPACITY = (1 << 30) // SECTOR
-# What begins at this sector or before and is no longer than LONGEST ends inside the disk: that
-# needs no arithmetic. Requests that fail the comparison, and flushes, are looked at again.
+# A request that begins up to SAFE and is no longer than LONGEST ends inside the disk, so most
+# requests need no arithmetic. `refuse` looks at the others and at flushes again.
 LONGEST = 1 << 20
 SAFE = CAPACITY - LONGEST // SECTOR
 T_IN, T_OUT, T_FLUSH = 0, 1, 4
 S_UNSUPP = 2
 F_FLUSH, F_MQ = 1 << 9, 1 << 12
 
-# Of a record (virtqueue.RECORD) what is needed to decide: the block header's type and sector,
-# readable_length, writable_length. Fields that are skipped cost nothing.
+# The fields of virtqueue.RECORD that the device needs: the header's type and sector,
+# readable_length, writable_length. Skipped fields cost nothing.
 BLOCK_RECORD = struct.Struct("=I4xQ24xII16x")
 
 
 class Null(VirtioDevice):
-    """What all have in common."""
+    """The common part: identity, features, configuration."""
 
     device_id = 2
     status_byte = True
@@ -42,24 +41,24 @@ class Null(VirtioDevice):
 
 
 class Batches(Null):
-    """Batches handled in C: each request's type is looked up, and it succeeds.
+    """C handles each batch: it looks the request's type up and lets the request succeed.
 
-    The engine has checked every chain and filled in success with everything written.
+    The engine has checked every chain, and filled in success with everything written.
     """
 
     def batch_handler(self, queue: int) -> CHandler:
-        """One that does nothing for reads, writes and flushes."""
+        """Return a handler that lets reads, writes and flushes succeed."""
         return FileHandler(-1, 0, dict.fromkeys((T_IN, T_OUT, T_FLUSH), FileAction.SUCCEED))
 
     def handle_batch(self, queue: Queue, batch: Batch) -> None:
-        """What is left is of a type that there is not."""
+        """Refuse the rest: requests of an unknown type."""
         for position in batch.left:
             head = DONE.unpack_from(batch.done, position * 8)[0]
             DONE.pack_into(batch.done, position * 8, head, S_UNSUPP, 1, 1)
 
 
 class Records(Null):
-    """Python for each request, in its cheapest form: unpack the records, say only what failed."""
+    """Python handles each request, in the cheapest form: it writes only the failures."""
 
     def handle_batch(self, queue: Queue, batch: Batch) -> None:
         """Look at each request's type and sector."""
@@ -78,7 +77,7 @@ class Records(Null):
         self.refuse(batch)
 
     def refuse(self, batch: Batch) -> None:
-        """Fail what is wrong in a batch: the rare case, which may take its time."""
+        """Fail the wrong requests of a batch. This is rare, so it need not be fast."""
         records = BLOCK_RECORD.iter_unpack(batch.records)
         for position, (kind, sector, readable_length, writable_length) in enumerate(records):
             length = {T_IN: writable_length - 1, T_OUT: readable_length, T_FLUSH: 0}.get(kind)
@@ -88,12 +87,12 @@ class Records(Null):
 
 
 class Requests(Null):
-    """The comfortable way: a call and an object for each request."""
+    """Each request is a call and an object: the comfortable way."""
 
     handle_batch = VirtioDevice.handle_batch
 
     def handle(self, queue: Queue, request: Request) -> None:
-        """Read the header; claim that all was written."""
+        """Read the header, and report the whole buffer as written."""
         kind, sector = struct.unpack("<I4xQ", request.header)
         if kind == T_IN:
             request.written = request.writable_length - 1
@@ -111,15 +110,15 @@ def main() -> None:
         "--socket-path",
         required=True,
         action="append",
-        help="where to listen; given more than once, that many devices in this process",
+        help="listen here; repeat it for several devices in this process",
     )
-    parser.add_argument("--style", choices=sorted(STYLES), default="records")
-    parser.add_argument("--queues", type=int, default=1)
+    parser.add_argument("--style", choices=sorted(STYLES), default="records", help="way of writing")
+    parser.add_argument("--queues", type=int, default=1, help="queues of each device (1)")
     parser.add_argument(
         "--busy-poll",
         type=float,
         metavar="MICROSECONDS",
-        help="look at empty rings so long before sleeping",
+        help="look at empty rings for this long before sleeping",
     )
     options = parser.parse_args()
     kind = STYLES[options.style]

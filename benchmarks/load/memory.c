@@ -7,7 +7,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define HOLE (2ull << 20) /* between regions in guest addresses: no two are neighbours */
+#define HOLE (2ull << 20) /* of guest addresses between regions, so that no two are neighbours */
 
 struct region regions[MAX_REGIONS];
 

@@ -1,4 +1,4 @@
-/* Guest memory: regions that are shared with the back-end, and where things lie in them. */
+/* Guest memory: the regions shared with the back-end, and places in them. */
 #ifndef LOAD_MEMORY_H
 #define LOAD_MEMORY_H
 
@@ -17,10 +17,10 @@ struct place {
 
 extern struct region regions[MAX_REGIONS];
 
-/* Reserve bytes of a region; the offset. All is reserved before anything is mapped. */
+/* Reserve bytes of a region and return their offset. Reserve everything before `memory_map`. */
 uint64_t memory_reserve(unsigned region, uint64_t size, uint64_t alignment);
 
-/* Make `count` regions of what was reserved in them; `seal` them against resizing. */
+/* Map `count` regions, each as large as its reservations; `seal` them against resizing. */
 void memory_map(unsigned count, bool seal);
 
 struct place memory_at(unsigned region, uint64_t offset);

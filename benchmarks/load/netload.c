@@ -1,14 +1,12 @@
 /* A load generator for vhost-user net back-ends: the front-end and the guest's driver in one.
  *
- * One thread for each pair of rings. Three directions: `echo` sends packets and waits for the
- * back-end to send them back; `sink` only sends; `source` only receives. It prints one JSON object
- * of the same form as `load`, where a request is a packet. See README.md.
+ * It starts one thread for each pair of rings. `echo` sends packets and waits until the back-end sends
+ * them back; `sink` only sends; `source` only receives. It prints the JSON object of `load`, in which
+ * a request is a packet. See README.md.
  */
 #define _GNU_SOURCE
-#include <fcntl.h>
 #include <getopt.h>
 #include <pthread.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,24 +15,23 @@
 
 #include "memory.h"
 #include "ring.h"
+#include "run.h"
 #include "stats.h"
 #include "wire.h"
 
 #define MAX_PAIRS 8
 #define HEADER 12      /* struct virtio_net_hdr of version 1 devices, and of mergeable buffers */
-#define NUM_BUFFERS 10 /* le16 in it: over how many buffers a received packet goes */
+#define NUM_BUFFERS 10 /* le16 in it: the number of buffers of a received packet */
 #define ETHERNET 14
 #define ETHERTYPE 0x88b5u /* for local experiments */
 #define MIN_PACKET 60
 #define MAX_PACKET 9000
-#define STALL_SECONDS 5
 
 #define F_NET_MRG_RXBUF (1ull << 15)
 #define F_NET_CTRL_VQ (1ull << 17)
 #define F_NET_MQ (1ull << 22)
 
 enum direction { ECHO, SINK, SOURCE };
-enum phase { WARM_UP, MEASURE, DRAIN };
 
 struct options {
     const char *socket;
@@ -44,7 +41,7 @@ struct options {
     bool packed, event_idx, mergeable, poll, seal;
 };
 
-/* What every packet of ours carries behind its Ethernet header. */
+/* Every packet of ours carries this behind its Ethernet header. */
 struct stamp {
     uint64_t sequence, sent;
 };
@@ -61,19 +58,14 @@ struct side {
 struct worker {
     const struct options *options;
     struct side receive, transmit;
-    uint64_t sent, expected; /* sequence numbers: of the next to send, and to come back */
-    unsigned in_flight, pieces; /* packets; buffers still to come of a packet over several */
+    uint64_t sent, expected; /* sequence numbers: of the next packet to send, and to come back */
+    unsigned in_flight, pieces; /* packets; missing buffers of a packet in several */
     uint32_t piece_bytes;
     struct stamp piece_stamp;
-    uint64_t lost, done, first_done, begun, ended;
-    uint64_t kicks_before, sleeps_before;
-    struct peak peak;
-    struct histogram histogram;
-    _Atomic uint64_t progress;
+    uint64_t lost; /* packets that never came back */
+    struct progress progress;
     pthread_t thread;
 };
-
-static _Atomic int phase;
 
 /* --- guest memory --- */
 
@@ -138,7 +130,7 @@ static void push_free(struct side *side, unsigned slot)
     unsigned tail = side->free_head + side->free_count++;
 
     if (slot >= side->slots || side->free_count > side->slots)
-        die(EXIT_DATA, "slot %u came back and was not in flight", slot);
+        die(EXIT_DATA, "slot %u came back but was not in flight", slot);
     side->free_slots[tail >= side->slots ? tail - side->slots : tail] = slot;
 }
 
@@ -157,7 +149,7 @@ static void send_one(struct worker *worker, uint64_t now)
     worker->in_flight++;
 }
 
-/* Headers and what does not change of the packets to send. */
+/* Write the constant part of the packets to send. */
 static void fill_packets(struct worker *worker)
 {
     static const uint8_t addresses[] = {2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2};
@@ -186,41 +178,41 @@ static void post_receives(struct worker *worker)
     ring_publish(&side->ring);
 }
 
-/* A whole packet of ours has come back: the right one, and all of it. */
+/* Check that a whole packet of ours came back, and the right one. */
 static void check_echo(struct worker *worker, uint32_t bytes, const struct stamp *stamp, uint64_t now)
 {
     if (bytes != HEADER + worker->options->packet)
-        die(EXIT_DATA, "%u bytes came back of a packet of %u", bytes,
+        die(EXIT_DATA, "%u bytes of a packet of %u came back", bytes,
             HEADER + worker->options->packet);
     if (stamp->sequence - worker->expected >= worker->sent - worker->expected)
-        die(EXIT_DATA, "packet %llu came back, %llu was the next",
+        die(EXIT_DATA, "packet %llu came back instead of packet %llu",
             (unsigned long long)stamp->sequence, (unsigned long long)worker->expected);
     uint64_t lost = stamp->sequence - worker->expected;
     worker->lost += lost;
     worker->in_flight -= (unsigned)lost + 1;
     worker->expected = stamp->sequence + 1;
-    histogram_add(&worker->histogram, now - stamp->sent);
+    histogram_add(&worker->progress.histogram, now - stamp->sent);
 }
 
-/* Handle one received buffer; 1 when a packet is complete with it. */
+/* Handle one received buffer; return 1 when it completes a packet. */
 static unsigned receive_one(struct worker *worker, unsigned slot, uint32_t written, uint64_t now)
 {
     struct side *side = &worker->receive;
     const uint8_t *data = side->buffers[slot].host;
 
     if (written > worker->options->receive_buffer)
-        die(EXIT_DATA, "%u bytes were written to a buffer of %u", written,
+        die(EXIT_DATA, "the back-end wrote %u bytes to a buffer of %u", written,
             worker->options->receive_buffer);
     if (!worker->pieces) {
         uint16_t buffers;
         if (written < HEADER + ETHERNET + sizeof(struct stamp))
-            die(EXIT_DATA, "a packet of %u bytes was received", written);
+            die(EXIT_DATA, "the back-end sent a packet of %u bytes", written);
         memcpy(&buffers, data + NUM_BUFFERS, sizeof buffers);
-        /* Without mergeable buffers it has to be 1, but DPDK leaves it alone and Linux never looks. */
+        /* Without mergeable buffers it must be 1, but DPDK does not write it and Linux ignores it. */
         if (!worker->options->mergeable)
             buffers = 1;
         if (!buffers || buffers > side->slots)
-            die(EXIT_DATA, "a packet over %u buffers was received", buffers);
+            die(EXIT_DATA, "the back-end sent a packet in %u buffers", buffers);
         worker->pieces = buffers;
         worker->piece_bytes = 0;
         memcpy(&worker->piece_stamp, data + HEADER + ETHERNET, sizeof worker->piece_stamp);
@@ -236,17 +228,7 @@ static unsigned receive_one(struct worker *worker, unsigned slot, uint32_t writt
 
 /* --- the driver's thread --- */
 
-static void begin_measuring(struct worker *worker, uint64_t now)
-{
-    memset(&worker->histogram, 0, sizeof worker->histogram);
-    worker->begun = now;
-    worker->done = worker->lost = 0;
-    peak_start(&worker->peak, now);
-    worker->kicks_before = worker->receive.ring.kicks + worker->transmit.ring.kicks;
-    worker->sleeps_before = worker->receive.ring.sleeps + worker->transmit.ring.sleeps;
-}
-
-/* Sleep until the ring that matters has something, or spin once. */
+/* Sleep until the side's ring has completions, or spin once. */
 static void wait_for(struct worker *worker, struct side *side)
 {
     if (worker->options->poll)
@@ -255,7 +237,7 @@ static void wait_for(struct worker *worker, struct side *side)
         ring_sleep(&side->ring);
 }
 
-/* Collect what was sent: in a sink that is the result. */
+/* Collect sent packets: a sink counts these. */
 static unsigned collect_sent(struct worker *worker, uint64_t now)
 {
     struct side *side = &worker->transmit;
@@ -267,7 +249,7 @@ static unsigned collect_sent(struct worker *worker, uint64_t now)
         if (worker->options->direction == SINK) {
             struct stamp stamp;
             memcpy(&stamp, side->buffers[slot].host + HEADER + ETHERNET, sizeof stamp);
-            histogram_add(&worker->histogram, now - stamp.sent);
+            histogram_add(&worker->progress.histogram, now - stamp.sent);
             worker->in_flight--;
         }
         push_free(side, (unsigned)slot);
@@ -287,7 +269,7 @@ static unsigned collect_received(struct worker *worker, uint64_t now)
     return count;
 }
 
-/* Send what the depth allows; whether all of it could be sent. */
+/* Send as many packets as the depth allows. */
 static void send_more(struct worker *worker, uint64_t now)
 {
     while (worker->in_flight < worker->options->depth && worker->transmit.free_count)
@@ -295,6 +277,7 @@ static void send_more(struct worker *worker, uint64_t now)
     ring_publish(&worker->transmit.ring);
 }
 
+/* Send, and collect until packets are complete; return their number, or 0 when the run drains. */
 static unsigned turn(struct worker *worker, uint64_t *now)
 {
     const enum direction direction = worker->options->direction;
@@ -318,7 +301,7 @@ static unsigned turn(struct worker *worker, uint64_t *now)
         if (count)
             return count;
         wait_for(worker, waited);
-        if (atomic_load_explicit(&phase, memory_order_relaxed) == DRAIN)
+        if (run_drains())
             return 0;
     }
 }
@@ -326,108 +309,51 @@ static unsigned turn(struct worker *worker, uint64_t *now)
 static void *work(void *argument)
 {
     struct worker *worker = argument;
-    uint64_t now = now_ns(), total = 0;
-    int seen = WARM_UP;
+    const bool sink = worker->options->direction == SINK;
+    uint64_t now = now_ns();
 
-    /* No calls for the ring that is not waited for; none at all when polling. */
-    if (worker->options->poll || worker->options->direction != SINK)
+    /* The thread wants no calls for the other ring, and none at all when it polls. */
+    if (worker->options->poll || !sink)
         ring_quiet(&worker->transmit.ring);
-    if (worker->options->poll || worker->options->direction == SINK)
+    if (worker->options->poll || sink)
         ring_quiet(&worker->receive.ring);
-    for (;;) {
-        int current = atomic_load_explicit(&phase, memory_order_relaxed);
-        if (current != seen) {
-            if (seen == WARM_UP)
-                begin_measuring(worker, now);
-            if (current == DRAIN)
-                break;
-            seen = current;
-        }
+    while (progress_follow(&worker->progress, now)) {
         unsigned count = turn(worker, &now);
-        worker->done += count;
-        total += count;
-        peak_add(&worker->peak, now, count);
-        if (!worker->first_done && count)
-            worker->first_done = now;
-        atomic_store_explicit(&worker->progress, total, memory_order_relaxed);
+        progress_add(&worker->progress, now, count);
     }
-    worker->ended = now;
     return NULL;
 }
 
 /* --- the run --- */
 
-/* Sleep, and end the program when a pair makes no progress. */
-static void watch(struct worker *workers, unsigned count, double seconds)
+static void prepare(struct worker *worker, const struct options *options)
 {
-    static uint64_t last[MAX_PAIRS], since[MAX_PAIRS];
-    uint64_t end = now_ns() + (uint64_t)(seconds * 1e9);
-
-    for (;;) {
-        uint64_t now = now_ns();
-        for (unsigned i = 0; i < count; i++) {
-            uint64_t done = atomic_load_explicit(&workers[i].progress, memory_order_relaxed);
-            if (done != last[i] || !since[i]) {
-                last[i] = done;
-                since[i] = now;
-            } else if (now - since[i] > STALL_SECONDS * 1000000000ull) {
-                die(EXIT_STALLED, "pair %u stands still: %llu packets, %u in flight", i,
-                    (unsigned long long)done, workers[i].in_flight);
-            }
-        }
-        if (now >= end)
-            return;
-        usleep(end - now > 50000000 ? 50000 : (useconds_t)((end - now) / 1000 + 1));
-    }
+    worker->options = options;
+    prepare_side(&worker->receive, options);
+    prepare_side(&worker->transmit, options);
+    fill_packets(worker);
+    bool sink = options->direction == SINK;
+    worker->progress.rings[sink] = &worker->receive.ring;
+    worker->progress.rings[!sink] = &worker->transmit.ring;
 }
 
-static void report(const struct options *options, struct worker *workers, uint64_t cpu,
-                   uint64_t own_cpu, uint64_t elapsed, uint64_t setup)
+/* Wake the thread, which may sleep for a packet that never comes, and join it. */
+static void end_thread(struct worker *worker)
 {
-    static struct histogram all;
-    double rate = 0, peak = 0;
-    uint64_t done = 0, lost = 0, kicks = 0, sleeps = 0;
+    uint64_t one = 1;
 
-    for (unsigned i = 0; i < options->pairs; i++) {
-        struct worker *worker = &workers[i];
-        histogram_merge(&all, &worker->histogram);
-        rate += (double)worker->done * 1e9 / (double)(worker->ended - worker->begun);
-        peak += worker->peak.rate * 1e9;
-        done += worker->done;
-        lost += worker->lost;
-        kicks += worker->receive.ring.kicks + worker->transmit.ring.kicks - worker->kicks_before;
-        sleeps += worker->receive.ring.sleeps + worker->transmit.ring.sleeps - worker->sleeps_before;
-    }
-    double count = done ? (double)done : 1;
-    printf("{\"requests\": %llu, \"rate\": %.0f, \"peak_rate\": %.0f, \"mib_per_s\": %.1f, "
-           "\"p50_ns\": %llu, \"p99_ns\": %llu, \"p999_ns\": %llu, \"max_ns\": %llu, ",
-           (unsigned long long)done, rate, peak, rate * options->packet / 1048576,
-           (unsigned long long)histogram_quantile(&all, 0.5),
-           (unsigned long long)histogram_quantile(&all, 0.99),
-           (unsigned long long)histogram_quantile(&all, 0.999), (unsigned long long)all.max);
-    printf("\"cpu_ns_per_request\": %.1f, \"cpus\": %.3f, \"driver_cpus\": %.3f, "
-           "\"kicks_per_request\": %.4f, \"sleeps_per_request\": %.4f, ",
-           (double)cpu / count, (double)cpu / (double)elapsed, (double)own_cpu / (double)elapsed,
-           (double)kicks / count, (double)sleeps / count);
-    printf("\"setup_us\": %.1f, \"event_idx\": %s, \"packed\": %s, \"lost\": %llu}\n",
-           (double)setup / 1e3, options->event_idx ? "true" : "false",
-           options->packed ? "true" : "false", (unsigned long long)lost);
-}
-
-static void start_ring(struct wire *wire, unsigned index, const struct options *options,
-                       const struct ring *ring)
-{
-    wire_ring(wire, index, options->queue_size, ring_base(ring), (uintptr_t)ring->descriptor,
-              (uintptr_t)ring->driver, (uintptr_t)ring->device, ring->kick, ring->call);
-    /* Some back-ends make the fd they share with us non-blocking; a driver's sleep should cost one
-     * system call whoever is at the other end. */
-    fcntl(ring->call, F_SETFL, fcntl(ring->call, F_GETFL) & ~O_NONBLOCK);
+    if (write(worker->receive.ring.call, &one, sizeof one) < 0 ||
+        write(worker->transmit.ring.call, &one, sizeof one) < 0)
+        die(EXIT_FAULT, "cannot wake the driver");
+    pthread_join(worker->thread, NULL);
 }
 
 static void run(const struct options *options)
 {
     struct worker *workers = calloc(options->pairs, sizeof *workers);
+    struct progress *threads[MAX_PAIRS];
     struct wire wire = {0};
+    uint64_t lost = 0;
 
     lay_out(workers, options);
     wire_connect(&wire, options->socket, options->connect_timeout);
@@ -437,43 +363,32 @@ static void run(const struct options *options)
                       (options->mergeable ? F_NET_MRG_RXBUF : 0),
                   P_MQ | P_REPLY_ACK | P_MEM_SLOTS);
     if (wire_queues(&wire) < options->pairs)
-        die(EXIT_UNSUPPORTED, "the back-end has not so many queues");
+        die(EXIT_UNSUPPORTED, "the back-end has too few queues");
     wire_memory(&wire, regions, options->regions);
     for (unsigned i = 0; i < options->pairs; i++) {
         struct worker *worker = &workers[i];
-        worker->options = options;
-        prepare_side(&worker->receive, options);
-        prepare_side(&worker->transmit, options);
-        fill_packets(worker);
-        start_ring(&wire, 2 * i, options, &worker->receive.ring);
-        start_ring(&wire, 2 * i + 1, options, &worker->transmit.ring);
+        prepare(worker, options);
+        threads[i] = &worker->progress;
+        run_start_ring(&wire, 2 * i, &worker->receive.ring);
+        run_start_ring(&wire, 2 * i + 1, &worker->transmit.ring);
         if (options->direction != SINK)
             post_receives(worker);
     }
     for (unsigned i = 0; i < options->pairs; i++)
         if (pthread_create(&workers[i].thread, NULL, work, &workers[i]))
-            die(EXIT_FAULT, "no thread");
+            die(EXIT_FAULT, "cannot start a thread");
 
-    watch(workers, options->pairs, options->warm_up);
-    uint64_t cpu = process_cpu_ns(wire.peer), own = process_cpu_ns(getpid()), begun = now_ns();
-    atomic_store(&phase, MEASURE);
-    watch(workers, options->pairs, options->seconds);
-    cpu = process_cpu_ns(wire.peer) - cpu;
-    own = process_cpu_ns(getpid()) - own;
-    uint64_t elapsed = now_ns() - begun;
-    atomic_store(&phase, DRAIN);
+    struct cost cost =
+        run_measure(threads, options->pairs, options->warm_up, options->seconds, wire.peer);
     for (unsigned i = 0; i < options->pairs; i++) {
-        /* A driver that sleeps for what does not come any more is woken by its own call fd. */
-        uint64_t one = 1;
-        struct worker *worker = &workers[i];
-        if (write(worker->receive.ring.call, &one, sizeof one) < 0 ||
-            write(worker->transmit.ring.call, &one, sizeof one) < 0)
-            die(EXIT_FAULT, "the driver cannot be woken");
-        pthread_join(worker->thread, NULL);
+        end_thread(&workers[i]);
+        lost += workers[i].lost;
     }
     for (unsigned i = 0; i < 2 * options->pairs; i++)
         wire_stop(&wire, i);
-    report(options, workers, cpu, own, elapsed, workers[0].first_done - connected);
+    run_report(threads, options->pairs, &cost, threads[0]->first_done - connected,
+               options->packet);
+    printf("\"lost\": %llu}\n", (unsigned long long)lost);
     close(wire.fd);
 }
 
@@ -481,8 +396,8 @@ static void run(const struct options *options)
 
 static const char usage[] =
     "usage: netload --socket=PATH [options]\n"
-    "  --direction=D        echo: send, and wait for what is sent back; sink: send; source: receive (echo)\n"
-    "  --depth=N            packets under way for each pair, 1 to 256 (1)\n"
+    "  --direction=D        echo: send and wait for the echo; sink: send; source: receive (echo)\n"
+    "  --depth=N            packets in flight for each pair, 1 to 256 (1)\n"
     "  --pairs=N            pairs of a receive and a transmit ring, each with its own thread (1)\n"
     "  --queue-size=N       entries of a ring, a power of two (256)\n"
     "  --packet=BYTES       Ethernet frame without its checksum, 60 to 9000 (60)\n"
@@ -494,8 +409,8 @@ static const char usage[] =
     "  --no-seal            memory that its owner could still shrink\n"
     "  --poll               spin for packets instead of sleeping on the call fd\n"
     "  --seconds=S          measured time (2)\n"
-    "  --warm-up=S          time before that (0.5)\n"
-    "  --connect-timeout=S  wait so long for somebody to listen (10)\n";
+    "  --warm-up=S          unmeasured time before (0.5)\n"
+    "  --connect-timeout=S  time for the back-end to listen (10)\n";
 
 static const struct option names[] = {
     {"socket", required_argument, 0, 's'},     {"direction", required_argument, 0, 'D'},
@@ -517,7 +432,7 @@ static enum direction direction_of(const char *text)
     for (unsigned i = 0; i < 3; i++)
         if (!strcmp(text, directions[i]))
             return (enum direction)i;
-    die(EXIT_USAGE, "%s is no direction", text);
+    die(EXIT_USAGE, "%s is not a direction", text);
 }
 
 static void parse(struct options *options, int count, char **arguments)
@@ -552,7 +467,7 @@ static void parse(struct options *options, int count, char **arguments)
     if (options->queue_size < options->depth || options->queue_size & (options->queue_size - 1))
         die(EXIT_USAGE, "the ring needs a power of two of at least %u entries", options->depth);
     if (!options->mergeable && options->receive_buffer < HEADER + options->packet)
-        die(EXIT_USAGE, "a packet has no room in a buffer of %u bytes", options->receive_buffer);
+        die(EXIT_USAGE, "a packet does not fit in a buffer of %u bytes", options->receive_buffer);
 }
 
 int main(int count, char **arguments)

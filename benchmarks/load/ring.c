@@ -31,10 +31,10 @@ struct used_element {
 };
 
 struct packed_events {
-    uint16_t at, flags; /* position in bits 0 to 14 and wrap counter in bit 15; when to call */
+    uint16_t at, flags; /* at: position in bits 0 to 14, wrap counter in bit 15 */
 };
 
-/* All ring fields are little-endian, and so are the machines this runs on. */
+/* Ring fields are little-endian, so the program needs a little-endian machine. */
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a little-endian machine is needed");
 
 static uint16_t load16(const void *place)
@@ -51,7 +51,7 @@ size_t ring_layout(unsigned size, bool packed, size_t *driver, size_t *device)
 {
     size_t descriptors = size * sizeof(struct split_descriptor);
 
-    /* A cache line between what each side writes. */
+    /* A cache line separates the parts that different sides write. */
     *driver = descriptors + 64;
     *device = *driver + (packed ? 64 : (6 + 2 * size + 127) & ~(size_t)63);
     return *device + (packed ? 64 : 6 + 8 * size);
@@ -167,8 +167,8 @@ static bool publish_split(struct ring *ring)
 
     store16(ring->driver + 2, now); /* release: pairs with the device's acquire of the index */
     ring->published = now;
-    /* Full: the index before the device's wish, as the device stores its wish before it looks
-     * at the index once more. */
+    /* Full: the index is stored before the wish is read. The device stores its wish before it reads
+     * the index once more. */
     atomic_thread_fence(memory_order_seq_cst);
     if (!ring->event_idx)
         return !(load16(ring->device) & SPLIT_NO_NOTIFY);
@@ -181,10 +181,10 @@ static bool publish_packed(struct ring *ring)
     struct packed_descriptor *ring_descriptors = (struct packed_descriptor *)ring->descriptor;
     uint16_t now = ring->next_avail, old = (uint16_t)(now - ring->staged);
 
-    /* Release: the whole batch before the flags that make its first descriptor available. */
+    /* Release: the batch is stored before the flags that make its first descriptor available. */
     store16(&ring_descriptors[ring->first_head].flags, ring->first_flags);
     ring->staged = 0;
-    atomic_thread_fence(memory_order_seq_cst); /* flags before the device's wish, as above */
+    atomic_thread_fence(memory_order_seq_cst); /* the flags before the wish, as above */
     uint32_t wish = atomic_load_explicit((_Atomic uint32_t *)ring->device, memory_order_acquire);
     uint16_t flags = wish >> 16 & 3, event = wish & 0x7fff;
     if (flags != EVENTS_AT)
@@ -253,7 +253,8 @@ bool ring_arm(struct ring *ring)
             store16(ring->driver + 4 + 2 * ring->size, ring->next_used);
         else
             store16(ring->driver, 0);
-        /* Full: the wish before another look, as the device publishes before it reads the wish. */
+        /* Full: the wish is stored before the index is read again. The device publishes before it reads
+         * the wish. */
         atomic_thread_fence(memory_order_seq_cst);
         return load16(ring->device + 2) != ring->next_used;
     }
@@ -272,7 +273,7 @@ void ring_quiet(struct ring *ring)
     if (ring->packed)
         store16(ring->driver + 2, EVENTS_DISABLE);
     else if (ring->event_idx)
-        /* An index just passed is reached again only after 65535 more. */
+        /* The device reaches a passed index only after 65535 more completions. */
         store16(ring->driver + 4 + 2 * ring->size, (uint16_t)(ring->next_used - 1));
     else
         store16(ring->driver, SPLIT_NO_INTERRUPT);

@@ -1,8 +1,8 @@
 /* The driver's side of one virtqueue, split or packed (virtio 1.x, "Virtqueues").
  *
- * A request is a slot, numbered below `slots`; it is made available with up to `RING_SEGMENTS`
- * buffers and comes back by its number. In a split ring a slot owns fixed descriptors, which
- * spares a free list; in a packed ring the slot number is the buffer id.
+ * A request has a slot number below `slots` and up to `RING_SEGMENTS` buffers; the device completes
+ * it by that number. In a split ring a slot owns fixed descriptors, so there is no free list. In a
+ * packed ring the slot number is the buffer id.
  */
 #ifndef LOAD_RING_H
 #define LOAD_RING_H
@@ -26,7 +26,7 @@ struct ring {
     int kick, call;     /* eventfds */
     uint8_t *descriptor, *driver, *device;
     uint16_t next_avail, next_used; /* packed: positions in the ring; split: running indices */
-    uint16_t published;             /* what the device was last shown (split), or asked about */
+    uint16_t published;             /* split: the available index that was published last */
     bool avail_wrap, used_wrap;     /* packed only */
     uint16_t first_head;            /* packed: head of the batch, whose flags are written last */
     uint16_t first_flags;
@@ -35,26 +35,26 @@ struct ring {
     uint64_t kicks, sleeps;
 };
 
-/* Bytes that the three parts of a ring take, and where the second and third begin. */
+/* Return the bytes of a ring's three parts, and where the second and the third begin. */
 size_t ring_layout(unsigned size, bool packed, size_t *driver, size_t *device);
 
 void ring_init(struct ring *ring, uint8_t *memory, unsigned size, unsigned per_slot, unsigned slots,
                bool packed, bool event_idx, bool indirect);
 
-/* What SET_VRING_BASE says of a ring in this state. */
+/* Return the value of SET_VRING_BASE for a ring in this state. */
 uint32_t ring_base(const struct ring *ring);
 
 /* Stage a request. `table` (guest address `table_guest`) holds its indirect descriptors. */
 void ring_add(struct ring *ring, unsigned slot, const struct segment *segments, unsigned count,
               void *table, uint64_t table_guest);
 
-/* Show the staged requests to the device and kick it when it asks for that. */
+/* Make the staged requests available, and kick the device if it asks for it. */
 void ring_publish(struct ring *ring);
 
-/* The next completed slot and the bytes written to it, or -1. */
+/* Return the next completed slot with the bytes written, or -1. */
 int ring_collect(struct ring *ring, uint32_t *written);
 
-/* Ask for a call at the next completion; true when there is one already. */
+/* Ask for a call at the next completion; return true when there is one already. */
 bool ring_arm(struct ring *ring);
 
 /* Ask for no calls: while completions are handled, or for good when polling. */

@@ -90,7 +90,7 @@ uint64_t process_cpu_ns(int pid)
     return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
 }
 
-uint64_t process_memory_kib(int pid, const char *key)
+uint64_t process_status(int pid, const char *key)
 {
     char path[64], line[256];
     unsigned long long value = 0;

@@ -124,7 +124,7 @@ static uint64_t get(struct wire *wire, enum request request)
     return value;
 }
 
-/* Send a request and, where the back-end can say so, wait until it has been obeyed. */
+/* Send a request; with REPLY_ACK wait for its answer. */
 static void command(struct wire *wire, enum request request, const void *payload, uint32_t size,
                     const int *fds, unsigned fd_count)
 {
@@ -173,9 +173,7 @@ void wire_features(struct wire *wire, uint64_t wanted, uint64_t needed, uint64_t
     wire->protocol = get(wire, GET_PROTOCOL_FEATURES) & protocol;
     transmit(wire, SET_PROTOCOL_FEATURES, 0, &wire->protocol, 8, NULL, 0);
     transmit(wire, SET_OWNER, 0, NULL, 0, NULL, 0);
-    /* The bit that frames the protocol's own features is not the device's to know. */
-    uint64_t acknowledged = wire->features;
-    command(wire, SET_FEATURES, &acknowledged, 8, NULL, 0);
+        command(wire, SET_FEATURES, &wire->features, 8, NULL, 0);
 }
 
 unsigned wire_queues(struct wire *wire)

@@ -1,8 +1,7 @@
 /* The front-end's side of the vhost-user socket, as far as a driver of rings needs it.
  *
- * Messages and their numbers are those of the vhost-user protocol specification. A fault of the
- * back-end or of the machine ends the program with one line (see `die`): this is a measuring
- * tool, and a run that went wrong has no result.
+ * Messages and their numbers come from the vhost-user specification. A fault of the back-end or of the
+ * machine ends the program with one line (see `die`), because a faulty run has no result.
  */
 #ifndef LOAD_WIRE_H
 #define LOAD_WIRE_H
@@ -11,12 +10,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* How the program ends. */
+/* Exit codes. */
 enum { EXIT_FAULT = 1, EXIT_USAGE = 2, EXIT_UNSUPPORTED = 3, EXIT_STALLED = 4, EXIT_DATA = 5 };
 
 _Noreturn void die(int code, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
-/* A number among the program's arguments; ends the program for any other text. */
+/* Parse a number of the command line; end the program at any other text. */
 uint64_t parse_number(const char *text, uint64_t low, uint64_t high);
 
 /* Device feature bits. */
@@ -46,29 +45,30 @@ struct wire {
     int fd;
     uint64_t features; /* acknowledged */
     uint64_t protocol; /* acknowledged */
-    int peer;          /* process that listens on the socket */
+    int peer;          /* the process that listens on the socket */
 };
 
-/* Connect, waiting up to `timeout` seconds for somebody to listen. */
+/* Connect; wait up to `timeout` seconds until the back-end listens. */
 void wire_connect(struct wire *wire, const char *path, double timeout);
 
-/* Acknowledge what of `wanted` is offered; what of `needed` is not offered ends the program. */
+/* Acknowledge `needed` and the offered part of `wanted`; end the program if one of `needed` is not
+ * offered. */
 void wire_features(struct wire *wire, uint64_t wanted, uint64_t needed, uint64_t protocol);
 
-/* How many queues the device has (1 when it cannot say). */
+/* Return the number of the device's queues (1 without MQ). */
 unsigned wire_queues(struct wire *wire);
 
-/* The first `size` bytes of the device's configuration; false when it has none to give. */
+/* Read the first `size` bytes of the configuration; return false without CONFIG. */
 bool wire_config(struct wire *wire, void *config, uint32_t size);
 
-/* Hand the memory over: one table for up to 8 regions, slot by slot for more. */
+/* Share the memory: up to 8 regions as one table, more as memory slots. */
 void wire_memory(struct wire *wire, const struct region *regions, unsigned count);
 
-/* Start one ring, whose three parts are given as user addresses. */
+/* Start one ring; its three parts are user addresses. */
 void wire_ring(struct wire *wire, unsigned index, unsigned size, uint32_t base, uint64_t descriptor,
                uint64_t driver, uint64_t device, int kick, int call);
 
-/* Stop one ring; where the back-end would go on. */
+/* Stop one ring; return the base at which the back-end would go on. */
 uint32_t wire_stop(struct wire *wire, unsigned index);
 
 #endif

@@ -1,12 +1,12 @@
-/* The C engine alone: take and complete block chains in one process, with no Python in it.
+/* The C engine alone: take and complete block chains in one process without Python.
  *
  * engine LIBRARY [--regions=R] [--batch=B] [--packed] [--indirect] [--seconds=S | --chains=N]
  *
- * With --seconds it prints nanoseconds per chain, of the best sample of 2048 chains; the memory it
- * lays out is that of peers/src/bin/ring.rs, and so is the loop (512 entries, 128 chains, event index
- * on, no notification wanted). With --chains it takes and completes that many and prints nothing:
- * guard.py counts the instructions of `vq_cycle` over such a run. A packed ring has to be written
- * anew for every pass, which is not the engine's work: time is only measured with split rings.
+ * --seconds prints nanoseconds per chain, of the best sample of 2048 chains. Layout and loop are those
+ * of peers/src/bin/ring.rs (512 entries, 128 chains, event index on, the driver wants no notification).
+ * --chains takes and completes that many chains and prints nothing: guard.py counts the instructions
+ * of `vq_cycle` over such a run. Packed rings need --chains: the driver must write them anew for every
+ * pass, and that time is not the engine's.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -50,7 +50,7 @@ static int (*cycle)(struct vq_queue *);
 
 static uint8_t *host(uint64_t guest)
 {
-    return memory + guest; /* one reservation holds all regions and the holes between them */
+    return memory + guest; /* one mapping holds all regions and the holes between them */
 }
 
 static void fail(const char *what)
@@ -64,7 +64,7 @@ static void map_memory(struct gm_table *table)
     memory = mmap(NULL, region_count * STRIDE, PROT_READ | PROT_WRITE,
                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED)
-        fail("no memory");
+        fail("cannot map the memory");
     for (unsigned i = 0; i < region_count; i++) {
         regions[i] = (struct gm_region){
             .guest_address = i * STRIDE,
@@ -88,7 +88,7 @@ static void map_memory(struct gm_table *table)
     };
 }
 
-/* The three buffers of a chain; `entries` gets them as descriptors with flags in `flags`. */
+/* Describe the three buffers of a chain in `entries`, and their flags in `flags`. */
 static unsigned chain_of(unsigned chain, struct descriptor *entries, uint16_t *flags)
 {
     const uint64_t others = region_count > 1 ? region_count - 1 : 1, first = region_count > 1;
@@ -133,7 +133,7 @@ static void fill_split(void)
     avail[2 + QUEUE] = 0x8000; /* used_event */
 }
 
-/* Make `batch` chains available in a packed ring; `state` is the position, bit 15 the wrap. */
+/* Make `batch` chains available in a packed ring; bit 15 of the position `state` is the wrap counter. */
 static void offer_packed(uint16_t *state, unsigned chain)
 {
     struct descriptor *ring = (struct descriptor *)host(0), entries[3];
@@ -168,7 +168,7 @@ static void offer_packed(uint16_t *state, unsigned chain)
 static void take_batch(struct vq_queue *queue, unsigned expected)
 {
     if (cycle(queue) != (int)expected)
-        fail("a take returned another number of chains");
+        fail("a take returned the wrong number of chains");
 }
 
 static void run(struct vq_queue *queue, uint64_t turns)
@@ -186,7 +186,7 @@ static void run(struct vq_queue *queue, uint64_t turns)
         offer_packed(&position, chain);
         chain = (chain + batch) % CHAINS;
         take_batch(queue, batch);
-        /* Complete before the same slots are written again. */
+        /* Complete before `offer_packed` writes the same slots again. */
         queue->limit = 0;
         take_batch(queue, 0);
         queue->limit = batch;
@@ -238,7 +238,7 @@ int main(int count, char **arguments)
     int (*attach)(struct vq_queue *) = (int (*)(struct vq_queue *))dlsym(library, "vq_attach");
     cycle = (int (*)(struct vq_queue *))dlsym(library, "vq_cycle");
     if (!create || !attach || !cycle)
-        fail("this library has no rings");
+        fail("this library has no ring functions");
 
     map_memory(&table);
     struct vq_queue queue = {
@@ -268,7 +268,7 @@ int main(int count, char **arguments)
     else
         fill_split();
     if (create(&queue) || attach(&queue))
-        fail("the queue cannot be made");
+        fail("cannot create the queue");
     if (chains) {
         run(&queue, chains / batch);
         return 0;

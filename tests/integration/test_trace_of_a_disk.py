@@ -23,7 +23,7 @@ def test_a_disk_that_is_used_through_the_tracer(tmp_path: Path) -> None:
         tempfile.TemporaryDirectory(prefix="vhost-") as folder,
     ):
         front = f"{folder}/s"
-        command = [sys.executable, "-c", "from vhost_protocol.trace_cli import main; main()"]
+        command = [sys.executable, "-c", "from vhost_protocol.trace.cli import main; main()"]
         command += ["--listen", front, "--connect", back, "--json", "--once"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as tracer:
             try:

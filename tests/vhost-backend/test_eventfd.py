@@ -252,3 +252,29 @@ def test_the_owner_of_a_descriptor_decides_its_flags() -> None:
     assert os.get_blocking(ours)
     os.close(theirs)
     os.close(ours)
+
+
+def test_a_wake_up_never_reaches_a_number_that_was_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may be another file's by then, which would get eight bytes written into it."""
+    wake = eventfd.WakeFd()
+    fd = wake.fd
+    write = os.write
+    closer = threading.Thread(target=wake.close)
+    open_at_write: list[bool] = []
+
+    def slow(number: int, data: bytes) -> int:
+        closer.start()
+        closer.join(0.2)  # time to go wrong in
+        open_at_write.append(os.path.exists(f"/proc/self/fd/{number}"))
+        return write(number, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", slow)
+        wake.wake()
+    closer.join()
+    assert open_at_write == [True]
+    assert wake.fd == -1
+    wake.wake()
+    wake.clear()
+    wake.close()
+    assert not os.path.exists(f"/proc/self/fd/{fd}")

@@ -28,7 +28,8 @@ UNWANTED = {
     *("platform", "prometheus_client", "random", "rich", "shutil", "ssl", "subprocess"),
     *("tempfile", "urllib.parse", "uuid", "wsgiref"),
     *("vhost_backend.async_daemon", "vhost_backend.driver", "vhost_backend.metrics"),
-    *("vhost_protocol.aio", "vhost_protocol.frontend", "virtqueue.driver_queue"),
+    *("vhost_protocol.sockets.aio", "vhost_protocol.trace", "virtqueue.driver_queue"),
+    *("vhost_protocol.sockets.blocking.frontend",),
     *("virtqueue.python_engine", "vhost_xen"),
 }
 #: What cannot be done without, and so whatever this Python's standard library imports for it.

@@ -27,14 +27,15 @@ from vhost_backend import (
 from vhost_backend.driver.session import GUEST_BASE, USER_BASE, DriverVring
 from virtqueue import DriverQueue, RingConfig, ring_layout
 
-MAX_SIZE = 64
+ADVISED, LARGEST = 64, 128
+SIZES = [0, 1, 3, 16, ADVISED, LARGEST, 1 << 16]
 MEMORY = 1 << 20
 RING, BUFFER = 0, 1 << 16
 BASE_FEATURES = VirtioFeature.VERSION_1 | VirtioFeature.EVENT_IDX
 
 
 class Echo(VirtioDevice):
-    queue_size = MAX_SIZE
+    queue_size = ADVISED
 
     def handle(self, queue: Queue, request: Request) -> None:
         request.write(request.read())
@@ -73,13 +74,13 @@ class ControlMachine(RuleBasedStateMachine):
         self.packed = packed
         self.event_idx = event_idx
         self.shared = False
-        self.owned = True
+        self.disowned = False
         self.status = 0
         self._new_ring()
 
     def _new_ring(self) -> None:
         """The driver's side after a reset: a ring of zeroes, and nothing submitted."""
-        self.size = MAX_SIZE
+        self.size = ADVISED
         self.addresses = False
         self.started = self.enabled = False
         self.base = 0x8000_8000 if self.packed else 0
@@ -105,10 +106,16 @@ class ControlMachine(RuleBasedStateMachine):
     @rule(extra=st.sampled_from([0, 1 << 45, 1 << 63]))
     def set_features(self, extra: int) -> None:
         self.expect(not extra, self.frontend.set_features, self.features | extra)
+        if self.disowned and not extra:
+            # A new beginning after RESET_OWNER: the rings are stopped.
+            self.disowned = False
+            if self.started:
+                self.base = self.told_base = self.frontend.get_vring_base(0)
+                self.started = False
 
-    @rule(index=st.sampled_from([0, 0, 0, 1, 200]), size=st.sampled_from([0, 1, 3, 16, 64, 128]))
+    @rule(index=st.sampled_from([0, 0, 0, 1, 200]), size=st.sampled_from(SIZES))
     def set_num(self, index: int, size: int) -> None:
-        legal = index == 0 and 0 < size <= MAX_SIZE and (self.packed or size != 3)
+        legal = index == 0 and 0 < size <= 1 << 15 and (self.packed or size != 3)
         legal = legal and not self.started
         # A ring that has run keeps its size: another one would be another ring.
         if legal and self.ring is not None and size != self.size:
@@ -119,7 +126,7 @@ class ControlMachine(RuleBasedStateMachine):
 
     @rule(index=st.sampled_from([0, 0, 0, 7]))
     def set_addr(self, index: int) -> None:
-        places = [USER_BASE + RING + offset for offset in ring_layout(MAX_SIZE, self.packed)[:3]]
+        places = [USER_BASE + RING + offset for offset in ring_layout(LARGEST, self.packed)[:3]]
         self.expect(
             index == 0, self.frontend.set_vring_addr, index, places[0], places[2], places[1]
         )
@@ -138,9 +145,7 @@ class ControlMachine(RuleBasedStateMachine):
         if index == 0 and self.addresses and not self.started and self.told_base != self.base:
             return  # the driver would be lied to, which is its own fault
         if self.ring is None and self.addresses:
-            places = [
-                USER_BASE + RING + offset for offset in ring_layout(MAX_SIZE, self.packed)[:3]
-            ]
+            places = [USER_BASE + RING + offset for offset in ring_layout(LARGEST, self.packed)[:3]]
             config = RingConfig(
                 self.size,
                 places[0],
@@ -196,6 +201,8 @@ class ControlMachine(RuleBasedStateMachine):
     @rule()
     def reset_device(self) -> None:
         self.reset(self.frontend.reset_device)
+        self.status = 0
+        assert self.frontend.get_status() == 0
 
     def reset(self, how: Callable[[], None]) -> None:
         if self.running:
@@ -208,14 +215,15 @@ class ControlMachine(RuleBasedStateMachine):
 
     @rule()
     def own(self) -> None:
-        self.expect(not self.owned, self.frontend.set_owner)
-        self.owned = True
+        """As often as the front-end likes."""
+        self.frontend.set_owner()
 
     @rule()
     def disown(self) -> None:
-        """Deprecated: the rings are disabled, and nothing else happens."""
+        """Deprecated: the rings are disabled, and nothing else happens before SET_FEATURES."""
         self.frontend.reset_owner()
-        self.owned = self.enabled = False
+        self.disowned = True
+        self.enabled = False
 
     @rule(status=st.sampled_from([1, 3, 15, 0]))
     def set_status(self, status: int) -> None:

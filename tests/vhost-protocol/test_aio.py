@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import ast
 import asyncio
 import inspect
 import os
@@ -374,53 +373,6 @@ def test_an_ack_is_not_sent_unasked() -> None:
                     await back.reply(received, Ack(0))
 
     run(test)
-
-
-class _Plain(ast.NodeTransformer):
-    """Turns the source of an asyncio class into what the blocking one must look like."""
-
-    def visit_Await(self, node: ast.Await) -> ast.AST:
-        return self.visit(node.value)  # type: ignore[no-any-return]
-
-    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
-        self.generic_visit(node)
-        fields = {name: getattr(node, name) for name in node._fields}
-        return ast.FunctionDef(**fields)
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        node.id = re.sub(r"^Async(?=[A-Z])", "", node.id)
-        return node
-
-
-def methods_of(module: str, name: str) -> dict[str, str]:
-    source = Path(vhost_protocol.__file__).with_name(f"{module}.py").read_text()
-    tree = ast.parse(source)
-    kind = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
-    return {
-        item.name.replace("__aenter__", "__enter__"): ast.dump(_Plain().visit(item)).replace(
-            "__aenter__", "__enter__"
-        )
-        for item in kind.body
-        if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)
-    }
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("frontend", "Frontend"),
-        ("channels", "BackendChannel"),
-        ("channels", "GpuBackendChannel"),
-        ("channels", "FrontendChannel"),
-    ],
-)
-def test_the_named_methods_do_the_same(module: str, name: str) -> None:
-    """Word for word, but for ``await``: so the tests of one are tests of the other."""
-    plain, asynchronous = methods_of(module, name), methods_of("aio", f"Async{name}")
-    # Connecting waits differently.
-    plain.pop("connect", None)
-    asynchronous.pop("connect", None)
-    assert asynchronous == plain
 
 
 def test_shutdown_wakes_the_task_that_waits() -> None:

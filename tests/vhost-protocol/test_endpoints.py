@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import array
+import asyncio
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -23,6 +26,8 @@ from vhost_protocol import (
     Ack,
     AnsweringEndpoint,
     AsymmetricSession,
+    AsyncBackendConnection,
+    AsyncFrontend,
     BackendChannel,
     BackendConnection,
     BadDescriptors,
@@ -58,6 +63,7 @@ from vhost_protocol import (
     MemoryRegion,
     MemRegReply,
     MemTableReply,
+    OutOfResources,
     OwnedFd,
     ProtocolFeatures,
     ProtocolFeaturesReply,
@@ -339,9 +345,9 @@ def test_the_gpu_protocol(fds: list[int]) -> None:
 
 
 def test_from_fd_refuses_what_is_no_socket(fds: list[int]) -> None:
-    with pytest.raises(OSError, match="non-socket"):
+    with pytest.raises(BadDescriptors, match="must be a socket"):
         BackendChannel.from_fd(OwnedFd(os.dup(fds[0])), opened())
-    with pytest.raises(OSError, match="non-socket"):
+    with pytest.raises(BadDescriptors, match="must be a socket"):
         GpuBackendChannel.from_fd(OwnedFd(os.dup(fds[0])))
 
 
@@ -456,7 +462,7 @@ def test_a_full_socket_times_out() -> None:
 
         def flood() -> None:
             for _ in range(100_000):
-                front.set_owner()
+                front.net_set_mtu(1500)
 
         with pytest.raises(Timeout):
             flood()
@@ -549,13 +555,69 @@ def test_descriptors_the_kernel_drops(fds: list[int]) -> None:
             # Room for some of the eight, but not for all.
             for _ in range(3):
                 os.close(taken.pop())
-            with pytest.raises(DescriptorsLost):
+            with pytest.raises(DescriptorsLost) as caught:
                 back.receive()
         finally:
             for fd in taken:
                 os.close(fd)
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert back.closed
+        assert isinstance(caught.value, OutOfResources)
+        assert caught.value.errno == errno.EMFILE
+
+
+class _Poor(socket.socket):
+    """A socket of a machine that has run out of something."""
+
+    number = 0
+
+    def send(self, *arguments: Any) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+    def sendmsg(self, *arguments: Any) -> int:
+        return self.send()
+
+    def recvmsg(self, *arguments: Any) -> Any:
+        return self.send()
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [
+        (errno.ENOBUFS, OutOfResources),
+        (errno.ENOMEM, OutOfResources),
+        (errno.ETOOMANYREFS, OutOfResources),
+        (errno.EPIPE, ConnectionClosed),
+        (errno.ECONNRESET, ConnectionClosed),
+        (errno.EBADF, OSError),
+    ],
+)
+def test_errors_of_a_socket_are_sorted_by_whose_they_are(
+    number: int, error: type[Exception]
+) -> None:
+    for use in (
+        lambda sock: Frontend(sock).get_features(),
+        lambda sock: BackendConnection(sock).receive(),
+        lambda sock: asyncio.run(_asking(sock)),
+        lambda sock: asyncio.run(_answering(sock)),
+    ):
+        ours, theirs = socket.socketpair()
+        with theirs, _Poor(fileno=ours.detach()) as poor:
+            poor.number = number
+            with pytest.raises(error) as caught:
+                use(poor)
+            assert type(caught.value) is error
+            if isinstance(caught.value, OutOfResources):
+                assert caught.value.errno == number
+            assert poor.fileno() == -1
+
+
+async def _asking(sock: socket.socket) -> None:
+    await AsyncFrontend(sock).get_features()
+
+
+async def _answering(sock: socket.socket) -> None:
+    await AsyncBackendConnection(sock).receive()
 
 
 def test_wrong_answers_end_the_connection(fds: list[int]) -> None:
@@ -750,3 +812,26 @@ def test_shutdown_wakes_the_thread_that_waits() -> None:
         thread.join(10)
         assert got == [None]
         back.shutdown()
+
+
+def test_closing_ends_an_exchange_of_another_thread_first() -> None:
+    """Until then the socket's number must not go to another file."""
+    ours, theirs = socket.socketpair()
+    frontend = Frontend(ours)
+    number = frontend.fileno()
+    ended: list[tuple[type[BaseException], bool]] = []
+
+    def ask() -> None:
+        try:
+            frontend.get_features()
+        except ConnectionClosed as error:
+            ended.append((type(error), os.path.exists(f"/proc/self/fd/{number}")))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert theirs.recv(64)  # it has asked and waits
+    frontend.close()
+    assert not os.path.exists(f"/proc/self/fd/{number}")
+    thread.join()
+    assert [kind for kind, _ in ended] == [ConnectionClosed]
+    theirs.close()

@@ -28,7 +28,7 @@ def test_every_public_name_is_there_and_documented() -> None:
 
 
 def test_public_functions_are_documented() -> None:
-    for path in SOURCES.glob("*.py"):
+    for path in SOURCES.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
                 continue
@@ -105,10 +105,17 @@ def table_row(rule: vhost_protocol.Rule) -> str:
         needs.append(f"VIRTIO bit {rule.virtio}")
     if rule.offered is not None:
         needs.append(f"VIRTIO bit {rule.offered} offered")
+    if rule.kept is not None:
+        needs.append(f"VIRTIO bit {rule.kept} kept*")
+    if rule.not_owned:
+        needs.append("no owner*")
     if rule.after_owner:
-        needs.append("SET_OWNER")
+        needs.append("SET_OWNER*")
     if rule.not_with:
-        needs.append("not " + ", ".join(str(feature.name) for feature in rule.not_with))
+        needs.append("not " + ", ".join(str(feature.name) for feature in rule.not_with) + "*")
+    needs += [f"{field} 0*" for field in rule.reserved]
+    if rule.both_halves:
+        needs.append(f"both halves of a packed {rule.both_halves}*")
     payload = " / ".join(f"`{kind.__name__}` ({sizes(kind)})" for kind in rule.messages)
     replies = ", ".join(f"`{kind.__name__}`" for kind in rule.replies)
     plain = rule.answer.value == "if asked" or not replies

@@ -34,7 +34,7 @@ from vhost_protocol import (
     Wire,
     XenMapFlags,
 )
-from vhost_protocol.message import MessageType
+from vhost_protocol.messages.message import MessageType
 
 TABLES = {table.name: table for table in (FRONTEND_TABLE, BACKEND_TABLE, GPU_TABLE)}
 

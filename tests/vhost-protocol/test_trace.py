@@ -32,8 +32,8 @@ from vhost_protocol import (
     SetBackendReqFd,
     VringBaseReply,
 )
-from vhost_protocol.trace import Tracer, format_text, to_json
-from vhost_protocol.trace_cli import Printer, Proxy, TraceError, main, read_records
+from vhost_protocol.trace.cli import Printer, Proxy, TraceError, main, read_records
+from vhost_protocol.trace.tracer import Tracer, format_text, to_json
 
 DATA = Path(__file__).parent / "data"
 RECORDING = DATA / "qemu-7.2-storage-daemon.jsonl"
@@ -394,7 +394,7 @@ def qemu_command(path: Path) -> list[str]:
 @pytest.mark.skipif(QEMU is None or DAEMON is None, reason="QEMU or its storage daemon is missing")
 def test_between_qemu_and_its_storage_daemon(tmp_path: Path) -> None:
     front, recording = tmp_path / "front.sock", tmp_path / "trace.jsonl"
-    command = "import sys; from vhost_protocol.trace_cli import main; sys.exit(main())"
+    command = "import sys; from vhost_protocol.trace.cli import main; sys.exit(main())"
     with (
         storage_daemon(tmp_path) as back,
         running(
@@ -533,7 +533,7 @@ def test_our_back_end_against_qemu(tmp_path: Path) -> None:
 
 def test_the_program_ends_on_a_signal(tmp_path: Path) -> None:
     front = tmp_path / "front"
-    command = "import sys; from vhost_protocol.trace_cli import main; sys.exit(main())"
+    command = "import sys; from vhost_protocol.trace.cli import main; sys.exit(main())"
     with running(
         *(sys.executable, "-c", command, "--listen", str(front), "--connect", "nowhere"),
         stdout=subprocess.PIPE,

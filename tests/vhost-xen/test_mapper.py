@@ -35,6 +35,9 @@ from vhost_xen import (
     XenUnavailable,
     XenUsageError,
 )
+from vhost_xen import (
+    calls as calls_module,
+)
 
 MMAPBATCH_V2 = 0x205004
 MAP_GRANT_REF = 0x184700
@@ -162,7 +165,11 @@ class Window:
         return 0x5000_0000_0000
 
     def cover(self, address: int, length: int) -> None:
-        self.system.mappings.pop(address, None)
+        del self.system.mappings[address]
+        assert self.taken.pop(address) == length
+
+    def restore(self, address: int, length: int) -> None:
+        assert address not in self.system.mappings
         assert self.taken.pop(address) == length
 
 
@@ -721,3 +728,23 @@ def test_files_that_are_not_the_device(path: str, flags: int) -> None:
     with pytest.raises(XenFileError):
         XenMapper().map(region(flags), 1 << 20)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# Forked children
+
+
+@pytest.mark.parametrize("flags", [FOREIGN, GRANT, ON_DEMAND])
+def test_a_forked_child_takes_nothing_of_its_parents_down(
+    mapper: XenMapper, system: Recorder, monkeypatch: pytest.MonkeyPatch, flags: int
+) -> None:
+    """The open file is the parent's too: grants that a child gives back are gone for both."""
+    mapping = mapper.map(region(flags), FD)
+    token = mapping.pin(0x40000, 16, 3)[1]
+    system.log.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(calls_module, "_generation", calls_module.generation() + 1)
+        mapping.unpin(token)
+        mapping.close()
+        # A child has a duplicate of the file of its own, which it closes.
+        assert {name for name, *_ in system.log} <= {"close"}
+    assert not system.files

@@ -42,6 +42,9 @@ def serve(rig: Rig, seed: int) -> None:
             chain.write(chain.read())
             device.complete(chain)
         device.publish()
+        if random_.random() < 0.3:
+            device.give_back(held)
+            held = [chain for chain in held if not chain.completed]
 
 
 def main() -> int:

@@ -131,6 +131,7 @@ steps = st.one_of(
     st.tuples(st.just("complete"), st.integers(0, 9), st.integers(0, 40), st.integers(0, 3)),
     st.tuples(st.just("publish")),
     st.tuples(st.just("rewind"), st.integers(0, 6)),
+    st.tuples(st.just("give back"), st.lists(st.integers(0, 9), max_size=6)),
     st.tuples(st.just("arm")),
     st.tuples(st.just("disarm")),
     st.tuples(st.just("ready")),
@@ -197,6 +198,8 @@ def apply(side: Side, step: Any) -> Any:
         return side.run(lambda d: d.complete(head, written, status))
     if name == "rewind":
         return side.run(lambda d: d.rewind(given_[0]))
+    if name == "give back":
+        return side.run(lambda d: d.give_back(given_[0]))
     if name == "reopen":
         if side.rig.inflight is None:
             return None

@@ -128,7 +128,7 @@ def same_head_twice(rig: Rig) -> None:
 
 def long_table(rig: Rig) -> None:
     # Direct descriptors and those of the table count together.
-    table = rig.table(*((GUEST, 1, NEXT, n + 1) for n in range(7)), (GUEST, 1, 0, 0))
+    table = rig.table(*((GUEST, 1, NEXT, n + 1) for n in range(1023)), (GUEST, 1, 0, 0))
     rig.descriptor(0, GUEST, 1, NEXT, 1)
     rig.descriptor(1, *table, INDIRECT, 0)
     rig.avail(1, 0)
@@ -148,7 +148,7 @@ SPLIT: dict[str, tuple[Callable[[Rig], None], Reason]] = {
     "table with next": (indirect_with_next, Reason.INDIRECT_WITH_NEXT),
     "table empty": (indirect_of(0), Reason.INDIRECT_LENGTH),
     "table of odd length": (indirect_of(17), Reason.INDIRECT_LENGTH),
-    "table longer than the ring": (indirect_of(16 * 9), Reason.INDIRECT_LENGTH),
+    "table too long": (indirect_of(16 * 1025), Reason.INDIRECT_LENGTH),
     "table of 4 GiB": (indirect_of(0xFFFF_FFF0), Reason.INDIRECT_LENGTH),
     "table outside": (indirect_of(16, 0x1000), Reason.ADDRESS),
     "table half outside": (indirect_of(32, End - 16), Reason.ADDRESS),
@@ -196,7 +196,7 @@ PACKED: dict[str, tuple[Callable[[Rig], None], Reason]] = {
     ),
     "table empty": (lambda r: p(r, (GUEST, 0, INDIRECT, 0)), Reason.INDIRECT_LENGTH),
     "table of odd length": (lambda r: p(r, (GUEST, 24, INDIRECT, 0)), Reason.INDIRECT_LENGTH),
-    "table too long": (lambda r: p(r, (GUEST, 144, INDIRECT, 0)), Reason.INDIRECT_LENGTH),
+    "table too long": (lambda r: p(r, (GUEST, 16 * 1025, INDIRECT, 0)), Reason.INDIRECT_LENGTH),
     "table outside": (lambda r: p(r, (0, 16, INDIRECT, 0)), Reason.ADDRESS),
     "buffer empty": (lambda r: p(r, (GUEST, 0, 0, 0)), Reason.ZERO_LENGTH),
     "buffer outside": (lambda r: p(r, (0, 1, 0, 0)), Reason.ADDRESS),

@@ -332,6 +332,9 @@ class Story:
                 chain.write(chain.read())
                 device.complete(chain)
             device.publish()
+            if self.random.random() < 0.4:
+                device.give_back(self.random.sample(held, self.random.randint(0, len(held))))
+                held = [chain for chain in held if not chain.completed]
             self.collect()
         self.finish(device, held)
 
@@ -368,7 +371,7 @@ def run(make_rig: Any, stores: Stores, packed: bool, seed: int, deaths: list[int
         stores.left = death
         try:
             device = rig.new_device(base=None)
-            story.serve(device, 12)
+            story.serve(device, 16)
             if death is not None:
                 stores.left = None
                 break

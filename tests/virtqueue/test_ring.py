@@ -264,6 +264,82 @@ def test_a_limit_bounds_a_take(make_rig: Any, packed: bool) -> None:
     assert len(rig.device.take()) == 1
 
 
+@pytest.mark.parametrize("in_flight", [False, True], ids=["alone", "inflight"])
+@pytest.mark.parametrize("length", [128, 1024])
+def test_a_table_longer_than_the_ring_is_taken(
+    make_rig: Any, packed: bool, length: int, in_flight: bool
+) -> None:
+    """Linux's tables follow a device's limits, such as seg_max, and not the ring's size."""
+    for size in (1, 2, 16, 64):
+        rig: Rig = make_rig(
+            size=size,
+            packed=packed,
+            table_length=length,
+            memory_size=4 << 20,
+            batch=2,
+            inflight=in_flight,
+            status_byte=True,
+        )
+        for _ in range(2):
+            buffers = [rig.text(bytes((n & 0xFF,))) for n in range(length - 1)]
+            status = rig.room(1)
+            heads = [
+                rig.driver.add(buffers, [status], indirect=True) for _ in range(min(size, 5))
+            ]
+            rig.driver.publish()
+            if in_flight:
+                rig.device.take()
+                rig.device = rig.new_device(base=rig.device.base)
+            found = []
+            while batch := rig.device.cycle():
+                for chain in batch:
+                    assert len(chain.segments) == length
+                    assert chain.read() == bytes(n & 0xFF for n in range(length - 1))
+                    found.append(chain.head)
+            assert found == heads
+            assert [head for head, _ in rig.driver.collect()] == heads
+            assert rig.memory.read(status[0], 1) == b"\0"
+
+
+def test_a_chain_without_a_table_is_no_longer_than_the_ring(make_rig: Any, packed: bool) -> None:
+    rig: Rig = make_rig(size=8, packed=packed)
+    with pytest.raises(UsageError):
+        rig.driver.add([rig.text(b"x")] * 9)
+    rig.driver.add([rig.text(b"x")] * 8)
+    rig.driver.publish()
+    assert len(rig.device.take()[0].segments) == 8
+
+
+@pytest.mark.parametrize("call", ["take", "cycle"])
+def test_a_limit_holds_for_what_comes_while_the_driver_is_asked_for_kicks(
+    make_rig: Any, packed: bool, call: str
+) -> None:
+    rig: Rig = make_rig(size=16, packed=packed)
+    arm = rig.device._engine.arm
+
+    def late() -> Any:
+        rig.offer_many(5)
+        return arm()
+
+    rig.device._engine.arm = late
+    batch = getattr(rig.device, call)(2)
+    assert len(batch) == 2
+    assert batch.more
+    # It was for that call alone.
+    rig.device._engine.arm = arm
+    assert len(rig.device.take()) == 3
+
+
+def test_a_limit_counts_the_chains_of_the_in_flight_region(make_rig: Any, packed: bool) -> None:
+    rig: Rig = make_rig(size=16, packed=packed, inflight=True)
+    ids = rig.offer_many(5)
+    rig.device.take(3)
+    device = rig.new_device()
+    assert [chain.head for chain in device.take(2)] == ids[:2]
+    assert [chain.head for chain in device.take(2)] == ids[2:4]
+    assert [chain.head for chain in device.take(2)] == ids[4:]
+
+
 def test_a_batch_never_overruns_its_segments(make_rig: Any, packed: bool) -> None:
     rig: Rig = make_rig(size=256, packed=packed, batch=2, table_length=256, memory_size=4 << 20)
     buffer = rig.text(b"z")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import random
@@ -24,7 +25,17 @@ from guest_memory import (
     UserAddress,
     allocate_memfd,
 )
-from virtqueue import DeviceQueue, DriverQueue, Need, QueueBroken, Reason, RingConfig, ring_layout
+from virtqueue import (
+    DeviceQueue,
+    DriverQueue,
+    Need,
+    QueueBroken,
+    Reason,
+    RingConfig,
+    ring_layout,
+)
+from virtqueue import joined as joined_module
+from virtqueue.table import Broken, Piece
 
 PAGE = 4096
 PAGES = 256
@@ -275,3 +286,34 @@ def _guard_available() -> bool:
     from virtqueue import SigbusGuard
 
     return SigbusGuard.available()
+
+
+def test_a_hole_that_a_refused_mapping_leaves_is_not_unmapped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel may remove what is at a place and then refuse: the place is not held any more."""
+    memory, fd = GuestMemory.allocate(4 * PAGE)
+    os.close(fd)
+    host = memory.translate(GuestAddress(0), 4 * PAGE)
+    pieces = [Piece(host + n * PAGE, n * PAGE, PAGE, 0, None) for n in (0, 2)]
+    strangers: list[int] = []
+    real = joined_module._mremap
+
+    def refuse(old: int, old_size: int, size: int, flags: int, target: int) -> int:
+        if target and strangers == []:
+            joined_module._munmap(target, size)
+            got = joined_module._mmap(target, size, 3, 0x100022, -1, 0)  # MAP_FIXED_NOREPLACE
+            assert got == target
+            ctypes.c_uint8.from_address(target).value = 42
+            strangers.append(target)
+            return int(joined_module._FAILED)
+        return int(real(old, old_size, size, flags, target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(joined_module, "_mremap", refuse)
+        with pytest.raises(Broken):
+            joined_module.Joined(pieces)
+    gc.collect()
+    (place,) = strangers
+    assert ctypes.c_uint8.from_address(place).value == 42
+    joined_module._munmap(place, PAGE)

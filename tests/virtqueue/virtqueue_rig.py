@@ -74,7 +74,7 @@ class Rig:
         )
         self.ring = GUEST
         tables = GUEST + layout.size
-        self.next = -(-(tables + 16 * min(table_length, size) * size) // 4096) * 4096
+        self.next = -(-(tables + 16 * table_length * size) // 4096) * 4096
         self.driver = DriverQueue(self.config, memory, tables=tables, table_length=table_length)
         self.batch = batch
         self.inflight_bytes = bytearray(inflight_size(size, packed)) if inflight else None

@@ -30,6 +30,8 @@ struct taking {
     uint32_t room;          /* added to engine->room */
     uint32_t slots;         /* added to engine->slots_out */
     uint64_t readable;      /* bytes, for the counters */
+    uint64_t first;         /* the queue's `taken` before this take */
+    uint64_t *taken_at;
 };
 
 static inline struct taking taking_start(const struct engine *engine)
@@ -47,6 +49,8 @@ static inline struct taking taking_start(const struct engine *engine)
         .queue_size = queue->queue_size,
         .limit =
             queue->limit < queue->record_capacity ? queue->limit : queue->record_capacity,
+        .first = queue->taken,
+        .taken_at = engine->taken_at,
     };
 }
 
@@ -167,10 +171,9 @@ enum outcome table_gather(struct engine *engine, uint64_t address, uint32_t leng
 static inline enum outcome table_find(struct engine *engine, uint64_t address, uint32_t length,
                                       const unsigned char **table)
 {
-    const struct vq_queue *queue = engine->queue;
-    if (unlikely(!(queue->features & VQ_INDIRECT)))
+    if (unlikely(!(engine->queue->features & VQ_INDIRECT)))
         return fault(engine, VQ_REASON_INDIRECT_NOT_NEGOTIATED, address);
-    if (unlikely(!length || length % 16 || length / 16 > queue->queue_size))
+    if (unlikely(!length || length % 16 || length / 16 > engine->chain_limit))
         return fault(engine, VQ_REASON_INDIRECT_LENGTH, length);
     const struct region *region =
         memory_direct(&engine->memory, engine->hints, HINTS, address, length);
@@ -240,6 +243,7 @@ static ALWAYS_INLINE enum outcome building_finish(struct engine *engine, struct 
     chain->resubmitted = resubmitted;
     chain->status = 0;
     chain->length[0] = chain->length[1] = 0;
+    taking->taken_at[head] = taking->first + taking->count;
 
     struct vq_record *record = &taking->records[taking->count];
     uint32_t flags = (resubmitted ? VQ_RESUBMITTED : 0) | (external ? VQ_EXTERNAL : 0);

@@ -66,11 +66,13 @@ struct engine {
     uint64_t ring_regions;  /* the set of regions that hold the ring */
     uint32_t guard_events;  /* survived bus errors that were looked at */
     bool swap;              /* the ring's byte order is not ours */
+    uint32_t chain_limit;   /* descriptors of a chain, those of its indirect table included */
     uint16_t avail_index;   /* split: the driver's index when it was last loaded */
     uint32_t slots_out;     /* packed: descriptors covered by chains in flight */
     struct chain *chains;   /* [queue_size] */
+    uint64_t *taken_at;     /* [queue_size] by head: the queue's `taken` when the chain was */
     struct vq_done *batch;  /* [queue_size] the completion at hand, when it is not done[0:count] as it stands */
-    struct descriptor *raw; /* [queue_size] an indirect table, or a packed chain */
+    struct descriptor *raw; /* [chain_limit] an indirect table, or a packed chain */
 
     struct extra_piece *extras;
     uint32_t extra_free; /* the list of returned ones */

@@ -26,6 +26,7 @@ static void destroy(struct engine *engine)
 {
     memory_release(&engine->memory);
     free(engine->chains);
+    free(engine->taken_at);
     free(engine->batch);
     free(engine->raw);
     free(engine->extras);
@@ -68,14 +69,16 @@ int vq_create(struct vq_queue *queue)
     engine->room_limit = 16 * size + VQ_ROOM;
     const size_t extras = engine->room_limit + 2 * (size_t)queue->segment_capacity;
     engine->chains = calloc(size, sizeof(*engine->chains));
+    engine->taken_at = calloc(size, sizeof(*engine->taken_at));
     engine->batch = calloc(size, sizeof(*engine->batch));
-    engine->raw = calloc(size, sizeof(*engine->raw));
+    engine->chain_limit = size > VQ_CHAIN_LIMIT ? size : VQ_CHAIN_LIMIT;
+    engine->raw = calloc(engine->chain_limit, sizeof(*engine->raw));
     engine->order = calloc(size, sizeof(*engine->order));
     engine->entries = calloc(size, sizeof(*engine->entries));
     engine->extras = calloc(extras, sizeof(*engine->extras)); /* untouched pages cost nothing */
     engine->extra_free = NONE;
     static const struct gm_table no_memory;
-    if (!engine->chains || !engine->batch || !engine->raw || !engine->order || !engine->entries ||
+    if (!engine->chains || !engine->taken_at || !engine->batch || !engine->raw || !engine->order || !engine->entries ||
         !engine->extras || memory_adopt(&engine->memory, &no_memory)) {
         destroy(engine);
         return VQ_NO_MEMORY;
@@ -395,6 +398,81 @@ int vq_rewind(struct vq_queue *queue)
     if (count)
         queue->more |= VQ_MORE_AVAILABLE;
     return (int)count;
+}
+
+struct named {
+    uint64_t taken_at;
+    uint16_t head;
+};
+
+static int by_take(const void *left, const void *right)
+{
+    const struct named *a = left, *b = right;
+    return (a->taken_at > b->taken_at) - (a->taken_at < b->taken_at);
+}
+
+/* Sort the named chains by when they were taken; VQ_USAGE for one that is not in flight, or twice. */
+static int sort_named(struct engine *engine, struct named *named, const uint16_t *heads,
+                      uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        engine->queue->detail = heads[i];
+        if (heads[i] >= engine->queue->queue_size ||
+            engine->chains[heads[i]].state != CHAIN_TAKEN)
+            return VQ_USAGE;
+        named[i] = (struct named){engine->taken_at[heads[i]], heads[i]};
+    }
+    qsort(named, count, sizeof(*named), by_take);
+    for (uint32_t i = 1; i < count; i++)
+        if (named[i].head == named[i - 1].head) {
+            engine->queue->detail = named[i].head;
+            return VQ_USAGE;
+        }
+    return 0;
+}
+
+/* Undo the takes of the latest of the named chains; how many. */
+static uint32_t untake(struct engine *engine, const struct named *named, uint32_t count)
+{
+    struct vq_queue *queue = engine->queue;
+    uint32_t given = 0;
+    /* A chain that was taken later and is not named, or has completed, leaves a gap. */
+    for (; given < count && named[count - given - 1].taken_at == queue->taken - 1; given++) {
+        const uint16_t head = named[count - given - 1].head;
+        /* The latest first: wherever a death cuts this short, the record and the ring agree. */
+        format_of(queue)->retreat(engine, head);
+        if (queue->features & VQ_IN_ORDER)
+            engine->order_count--;
+        engine->batch[given].head = head;
+        queue->taken--;
+    }
+    release(engine, engine->batch, given);
+    return given;
+}
+
+int vq_untake(struct vq_queue *queue, uint16_t *heads, uint32_t count)
+{
+    struct engine *engine = engine_of(queue);
+    if (count > queue->queue_size)
+        return VQ_USAGE;
+    if (!count)
+        return 0;
+    struct named *named = malloc(count * sizeof(*named));
+    if (!named)
+        return VQ_NO_MEMORY;
+    uint32_t given = 0;
+    const int failed = sort_named(engine, named, heads, count);
+    if (!failed && !queue->stopped && !fatal(queue->reason) && ring_usable(engine))
+        given = untake(engine, named, count);
+    for (uint32_t i = 0; i < given; i++)
+        heads[i] = named[count - given + i].head;
+    free(named);
+    if (given) {
+        queue->more |= VQ_MORE_AVAILABLE;
+        if (queue->counters)
+            ((struct vq_counters *)pointer(queue->counters))->requests -= given;
+    }
+    return failed ? failed : (int)given;
 }
 
 int vq_arm(struct vq_queue *queue)

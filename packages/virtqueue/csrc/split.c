@@ -94,9 +94,9 @@ static ALWAYS_INLINE enum outcome walk_table(struct engine *engine, struct build
     enum outcome outcome = table_find(engine, indirect->address, indirect->length, &table);
     if (unlikely(outcome != TAKEN))
         return outcome;
-    const uint32_t size = engine->queue->queue_size, length = indirect->length / 16;
+    const uint32_t length = indirect->length / 16;
     for (uint32_t index = 0;; seen++) {
-        if (unlikely(seen >= size))
+        if (unlikely(seen >= engine->chain_limit))
             return fault(engine, VQ_REASON_CHAIN_TOO_LONG, index);
         const struct descriptor found = table_descriptor(table + (size_t)index * 16, swap);
         if (unlikely(found.flags & DESCRIPTOR_INDIRECT))

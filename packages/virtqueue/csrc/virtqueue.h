@@ -25,6 +25,7 @@
 #define VQ_MAGIC 0x45555156u /* "VQUE" */
 #define VQ_ABI 1u
 #define VQ_MAX_QUEUE_SIZE 32768u
+#define VQ_CHAIN_LIMIT 1024u /* descriptors of a chain with a table, or the queue size if that is more */
 #define VQ_HEADER_SIZE 16u
 
 /* vq_record.flags */
@@ -268,6 +269,16 @@ VQ_API int vq_cycle(struct vq_queue *queue);
 
 /* Give the last `limit` chains of the batch back to the ring.  Returns how many, or VQ_USAGE. */
 VQ_API int vq_rewind(struct vq_queue *queue);
+
+/*
+ * Undo takes: of the chains in flight named by heads[0:count], each once, give back the latest taken
+ * ones, as far as nothing that was taken after them has been completed or is not named.  The position
+ * goes back before them and their marks leave the in-flight region; chains that came from there go
+ * back to the head of those to be taken again, and stay marked.  Returns how many; heads[0:result] are
+ * they, the oldest first.  0 on a queue that is stopped, or broken so that it completes nothing more.
+ * VQ_USAGE, with the head in detail, for one that is not in flight: then none is given back.
+ */
+VQ_API int vq_untake(struct vq_queue *queue, uint16_t *heads, uint32_t count);
 
 /* Ask the driver for kicks, pass a full barrier, look again: 1 when chains are available. */
 VQ_API int vq_arm(struct vq_queue *queue);

@@ -350,6 +350,25 @@ static void serve(struct world *world, struct input *input, uint32_t choice)
         break;
     }
     case 4: {
+        if (choice & 8) { /* undo the takes of what is held or in the batch, or of anything */
+            uint16_t heads[2 * RING_SIZE_MAX];
+            uint32_t count = 0;
+            while (count < world->held_count && count < queue->limit) {
+                heads[count] = world->held[count];
+                count++;
+            }
+            for (uint32_t i = 0; i < queue->count && count < RING_SIZE_MAX; i++)
+                if (take_bytes(input, 1) & 1)
+                    heads[count++] = world->done[i].head;
+            if (choice & 16)
+                heads[count++] = (uint16_t)take_bytes(input, 1);
+            const uint64_t taken = queue->taken;
+            const int result = vq_untake(queue, heads, count);
+            REQUIRE(result == VQ_USAGE || queue->in_flight + (uint32_t)result == before);
+            REQUIRE(result == VQ_USAGE || queue->taken + (uint32_t)result == taken);
+            REQUIRE(result != VQ_USAGE || queue->in_flight == before);
+            break;
+        }
         const int result = vq_rewind(queue);
         REQUIRE(result == VQ_USAGE || queue->in_flight + (uint32_t)result == before);
         break;

@@ -2,13 +2,13 @@
 //!
 //! `device --socket=PATH [--socket=PATH ...] [--queues=N] [--file=IMAGE]`: a device on each path.
 //!
-//! Without an image every request succeeds and no data moves (the null device: what is left is
-//! the cost of the framework). With one, each request is a `preadv` or `pwritev` straight between
-//! the page cache and guest memory. One worker thread serves each queue.
+//! Without an image every request succeeds and no data moves: this null device shows the cost of
+//! the framework. With an image, each request is a `preadv` or `pwritev` straight between the page
+//! cache and guest memory. One worker thread serves each queue.
 //!
-//! It is meant to be as quick as the crate allows without leaving its public interface: the
-//! vring's lock is taken once per wake-up and not once per call, chains are popped by reference
-//! (no reference count per chain), and notification is decided once per batch.
+//! The device is as quick as the crate's public interface allows. It takes the vring's lock once per
+//! wake-up instead of once per call, pops chains by reference (no reference count per chain), and
+//! decides about the notification once per batch.
 
 use std::fs::File;
 use std::io;
@@ -38,7 +38,7 @@ use vmm_sys_util::event::{
 const SECTOR: u64 = 512;
 const NULL_CAPACITY: u64 = (1 << 30) / SECTOR;
 const MAX_QUEUE_SIZE: usize = 1024;
-/// Data buffers of one request; more are refused with an I/O error.
+/// Data buffers of one request; the device refuses more with an I/O error.
 const MAX_SEGMENTS: usize = 256;
 
 type Memory = GuestMemoryMmap<()>;
@@ -66,7 +66,7 @@ impl Block {
         })
     }
 
-    /// Move the data of one request; the status and the bytes written to the driver.
+    /// Move the data of one request; return the status and the bytes written for the driver.
     fn transfer(&self, memory: &Memory, kind: u32, sector: u64, data: &[Descriptor]) -> (u32, u32) {
         let write = match kind {
             VIRTIO_BLK_T_IN => false,
@@ -117,7 +117,7 @@ impl Block {
         (VIRTIO_BLK_S_OK, arrived)
     }
 
-    /// Take and complete everything available; whether there was anything.
+    /// Take and complete every available chain; return whether there was one.
     fn process(&self, vring: &mut VringState, memory: &Memory) -> io::Result<bool> {
         let mut data = [Descriptor::default(); MAX_SEGMENTS];
         let mut any = false;
@@ -205,7 +205,7 @@ impl VhostUserBackend for Block {
         (0..self.queues).map(|queue| 1 << queue).collect()
     }
 
-    /// Without one the crate waits for ever for its workers when a connection ends.
+    /// Without an exit event the crate waits for ever for its workers when a connection ends.
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
         new_event_consumer_and_notifier(EventFlag::NONBLOCK).ok()
     }
@@ -217,7 +217,7 @@ impl VhostUserBackend for Block {
         vrings: &[VringMutex],
         _thread: usize,
     ) -> io::Result<()> {
-        // Ring events are numbered within the thread, and each thread has one ring.
+        // The crate numbers ring events within the thread, and each thread has one ring.
         let mut vring = vrings[event as usize].get_mut();
         let memory = self.memory.read().unwrap().memory();
         if !self.event_idx.load(Ordering::Relaxed) {
@@ -257,7 +257,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     first.join().map_err(|_| "a device panicked")?.map_err(Into::into)
 }
 
-/// One front-end after another.
+/// Serve one front-end after another.
 fn serve(socket: &str, block: Arc<Block>) -> Result<(), String> {
     loop {
         let memory = GuestMemoryAtomic::new(Memory::new());

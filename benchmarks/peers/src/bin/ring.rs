@@ -1,16 +1,16 @@
 //! Take and complete block chains on the published `virtio-queue` and `vm-memory` crates.
 //!
 //! `ring [--seconds=S] [--regions=R] [--batch=B] [--loop=pop|collect]` prints nanoseconds per
-//! chain, of the best sample of 2048 chains. `ring --chains=N ...` takes and completes that many and prints
-//! nothing: for counting instructions.
+//! chain, of the best sample of 2048 chains.
 //!
-//! The memory that `benchmarks/rings.py` lays out for our engine is laid out here in the same
-//! way: a split ring of 512 entries in region 0, 128 chains of three direct descriptors (16 bytes
-//! header, 4096 bytes data, 1 byte status), header and status of chain `i` in region
-//! `1 + 2i mod (R-1)`, its data in region `1 + (2i+1) mod (R-1)`, each in page `i` of its part of
-//! the region. Per chain the device reads the header, checks that the data buffer is inside a
-//! region, writes the status and adds a used element; per batch it decides about the notification
-//! (event index on, never wanted).
+//! The layout is that of `benchmarks/rings/ring.py`: a split ring of 512 entries in region 0, and
+//! 128 chains of three direct descriptors (16 bytes header, 4096 bytes data, 1 byte status). Header
+//! and status of chain `i` lie in region `1 + 2i mod (R-1)`, its data in region
+//! `1 + (2i+1) mod (R-1)`, each in page `i` of its part of the region.
+//!
+//! For each chain the device reads the header, checks that the data buffer is inside a region,
+//! writes the status and adds a used element. For each batch it decides about the notification: the
+//! event index is on, and the driver never wants one.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -63,7 +63,7 @@ fn fill(memory: &Memory, regions: u64) {
         let place = AVAIL + 4 + 2 * u64::from(slot);
         memory.write_obj((slot % CHAINS) * 3, GuestAddress(place)).unwrap();
     }
-    // used_event far behind: the driver polls and no notification is wanted.
+    // used_event is far off: the driver polls and wants no notification.
     let used_event = AVAIL + 4 + 2 * u64::from(QUEUE);
     memory.write_obj(0x8000u16, GuestAddress(used_event)).unwrap();
 }
@@ -79,7 +79,7 @@ fn queue() -> Queue {
     queue
 }
 
-/// One chain: header in, status out; the head and what was written.
+/// Read the header and write the status of one chain; return its head and the bytes written.
 fn serve(memory: &Memory, mut chain: DescriptorChain<&Memory>) -> (u16, u32) {
     let head = chain.head_index();
     let header = chain.next().unwrap();
@@ -127,12 +127,11 @@ fn run(memory: &Memory, queue: &mut Queue, avail: &mut u16, batch: u16, turns: u
 }
 
 fn main() {
-    let (mut seconds, mut chains, mut regions, mut batch) = (0.5, 0, 2, 32);
+    let (mut seconds, mut regions, mut batch) = (0.5, 2, 32);
     let mut take: Take = popped;
     for argument in std::env::args().skip(1) {
         match argument.split_once('=') {
             Some(("--seconds", value)) => seconds = value.parse().expect("seconds"),
-            Some(("--chains", value)) => chains = value.parse().expect("a number of chains"),
             Some(("--regions", value)) => regions = value.parse().expect("a number of regions"),
             Some(("--batch", value)) => batch = value.parse().expect("a batch size"),
             Some(("--loop", "pop")) => take = popped,
@@ -145,10 +144,6 @@ fn main() {
     let (mut queue, mut avail) = (queue(), 0u16);
     let index = GuestAddress(AVAIL + 2);
     memory.store(avail.to_le(), index, Ordering::Release).unwrap();
-    if chains > 0 {
-        let turns = chains / u64::from(batch);
-        return run(&memory, &mut queue, &mut avail, batch, turns, take);
-    }
     let turns = (SAMPLE / u64::from(batch)).max(1);
     let (begin, mut best) = (Instant::now(), f64::INFINITY);
     while begin.elapsed() < Duration::from_secs_f64(seconds) {

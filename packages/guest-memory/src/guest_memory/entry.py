@@ -146,6 +146,11 @@ class Entry:
             unpin()
             raise
 
+    @property
+    def released(self) -> bool:
+        """True once the memory may be gone."""
+        return not self._finish
+
     def release(self) -> None:
         try:
             finish = self._finish.pop()  # atomic, with and without the GIL

@@ -18,13 +18,14 @@ _HUGE = 1 << 21
 class _Placement:
     """A mapped range of this process, unmapped or covered exactly once."""
 
-    __slots__ = ("_generation", "_open", "_window", "base", "length")
+    __slots__ = ("_generation", "_may_unmap", "_open", "_window", "base", "length")
 
     def __init__(self, base: int, length: int, window: Window | None) -> None:
         self.base: int = base
         self.length: int = length
         self._window = window
         self._generation = syscalls.generation
+        self._may_unmap = syscalls.unmap_at_end  # modules may be empty when the interpreter ends
         self._open = [True]
 
     def close(self) -> None:
@@ -32,12 +33,10 @@ class _Placement:
             self._open.pop()  # atomic, with and without the GIL
         except IndexError:
             return
-        if self._generation != syscalls.generation:
-            return  # a forked child does not have the mapping
-        if self._window is None:
-            syscalls.unmap_memory(self.base, self.length)
-        else:
+        if self._window is not None:
             self._window.cover(self.base, self.length)
+        elif self._may_unmap(self._generation):
+            syscalls.unmap_memory(self.base, self.length)
 
 
 class MmapMapping:
@@ -105,13 +104,7 @@ class MmapMapping:
         """See `WindowMapping.duplicate`. Hugetlb mappings cannot be had twice: `MappingFailed`."""
         base, length = self._placement.base, self._placement.length
         alignment = _alignment(self.page_size, length)
-        target = window.take(length, alignment, base % alignment)
-        try:
-            syscalls.duplicate_mapping(base, length, target)
-        except BaseException:
-            window.give_back(target, length)
-            raise
-        syscalls.keep_private(target, length)
+        target = window.duplicate(base, length, alignment)
         return MmapMapping(
             self._region,
             _Placement(target, length, window),
@@ -209,17 +202,7 @@ class MmapMapper:
             base = syscalls.map_memory(0, length, prot, flags, fd, file_offset)
         else:
             alignment = _alignment(page_size, length)
-            base = window.take(length, alignment, file_offset % alignment)
-            try:
-                if not stat.S_ISREG(status.st_mode):
-                    # A driver may refuse when the reserved range is gone already: ask it first.
-                    trial = syscalls.map_memory(0, length, prot, flags, fd, file_offset)
-                    syscalls.unmap_memory(trial, length)
-                syscalls.map_memory(base, length, prot, flags | syscalls.MAP_FIXED, fd, file_offset)
-            except BaseException:
-                # A refused MAP_FIXED may have removed what was there.
-                window.cover(base, length)
-                raise
+            base = window.map(length, alignment, prot, flags, fd, file_offset)
         placement = _Placement(base, length, window)
         try:
             syscalls.keep_private(base, length)

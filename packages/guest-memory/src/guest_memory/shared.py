@@ -3,7 +3,6 @@
 import ctypes
 import os
 import stat
-import sys
 from collections.abc import Callable
 
 from . import seals, syscalls
@@ -22,15 +21,16 @@ class _Range:
         self._generation = syscalls.generation
         # Kept here, as modules may be empty already when the interpreter ends.
         self._unmap = syscalls.unmap_memory
-        self._ending = sys.is_finalizing
+        self._may_unmap = syscalls.unmap_at_end
         syscalls.keep_private(base, length)
 
     def __del__(self) -> None:
-        if not self._ending():
-            for callback in self.before_unmapping:
-                callback()
-        if self._generation == syscalls.generation:
-            self._unmap(self.base, self.length)
+        if self._may_unmap(self._generation):
+            try:
+                for callback in self.before_unmapping:
+                    callback()
+            finally:
+                self._unmap(self.base, self.length)
 
 
 class SharedMapping:

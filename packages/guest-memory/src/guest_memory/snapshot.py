@@ -141,14 +141,18 @@ class Snapshot:
     @property
     def ranges(self) -> tuple[tuple[int, int, int], ...]:
         """(host address, length, page size) of what is mapped, widened to whole pages."""
+        return tuple(pages for pages, _ in self._mapped())
+
+    def _mapped(self) -> list[tuple[tuple[int, int, int], Entry]]:
+        """`ranges`, each with the entry that keeps it mapped."""
         result = []
         for entry in (self._base or self)._entries:
             if entry.host:
                 page = entry.page_size
                 start = entry.host & -page
                 end = -(-(entry.host + entry.end - entry.guest) & -page)
-                result.append((start, end - start, page))
-        return tuple(result)
+                result.append(((start, end - start, page), entry))
+        return result
 
     @property
     def table(self) -> GmTable:

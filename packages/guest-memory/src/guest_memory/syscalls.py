@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import MappingFailed
@@ -18,6 +19,7 @@ MAP_PRIVATE = 0x02
 MAP_FIXED = 0x10
 MAP_ANONYMOUS = 0x20
 MAP_NORESERVE = 0x4000
+MAP_FIXED_NOREPLACE = 0x100000
 _MREMAP_MAYMOVE = 1
 _MREMAP_FIXED = 2
 _MADV_DONTFORK = 10
@@ -86,6 +88,15 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
+def unmap_at_end(mapped_in: int) -> bool:
+    """Tell whether a finalizer may unmap what was mapped in generation ``mapped_in``.
+
+    A forked child does not have the mapping, and may have another one at the same place. When the
+    interpreter ends, a daemon thread may still be in C with the memory; the kernel unmaps it.
+    """
+    return mapped_in == generation and not sys.is_finalizing()
+
+
 def map_memory(address: int, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
     """Call mmap; return the address or raise `MappingFailed`."""
     if length >> 63:  # would be cut to what fits a C type
@@ -94,6 +105,20 @@ def map_memory(address: int, length: int, prot: int, flags: int, fd: int, offset
     if result == _FAILED:
         raise MappingFailed(ctypes.get_errno())
     return result
+
+
+def reserve_hole(address: int, length: int) -> bool:
+    """Reserve a range that may be a hole; False when something is mapped in it."""
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
+    try:
+        got = map_memory(address, length, PROT_NONE, flags, -1, 0)
+    except MappingFailed:
+        return False
+    if got != address:  # before Linux 4.17 the address is a hint
+        unmap_memory(got, length)
+        return False
+    keep_private(address, length)
+    return True
 
 
 def unmap_memory(address: int, length: int) -> None:
@@ -118,11 +143,14 @@ def no_huge_pages(address: int, length: int) -> None:
     _madvise(address, length, _MADV_NOHUGEPAGE)
 
 
-def duplicate_mapping(address: int, length: int, target: int) -> None:
-    """Map a shared mapping's pages a second time, at ``target`` (mremap with an old size of 0)."""
-    result: int = _mremap(address, 0, length, _MREMAP_MAYMOVE | _MREMAP_FIXED, target)
+def duplicate_mapping(address: int, length: int, target: int) -> int:
+    """Map a shared mapping's pages a second time, at ``target`` (0: anywhere); return where."""
+    # With an old size of 0 mremap leaves the first mapping where it is.
+    flags = _MREMAP_MAYMOVE | (_MREMAP_FIXED if target else 0)
+    result: int = _mremap(address, 0, length, flags, target)
     if result == _FAILED:
         raise MappingFailed(ctypes.get_errno(), "mremap")
+    return result
 
 
 _Statfs = ctypes.c_uint64 * 32  # larger than struct statfs, which begins with the two words wanted

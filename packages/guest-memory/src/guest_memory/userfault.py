@@ -15,6 +15,7 @@ import os
 import threading
 
 from . import syscalls
+from .entry import Entry
 from .errors import PostcopyError, UsageError
 from .memory import GuestMemory
 
@@ -69,8 +70,8 @@ class Userfault:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._generation = syscalls.generation
-        self._ranges: list[tuple[int, int]] = []
-        self._memory: list[GuestMemory] = []  # registered ranges must stay what they are
+        # Each with what keeps it mapped: a registered range must stay what it is.
+        self._ranges: list[tuple[int, int, Entry]] = []
         self._fd: int | None = _open()
         try:
             self._ioctl("UFFDIO_API", _API, _API_VERSION, 0, 0)
@@ -96,7 +97,7 @@ class Userfault:
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """The registered (host address, length) ranges."""
-        return tuple(self._ranges)
+        return tuple((start, length) for start, length, _ in self._ranges)
 
     def register(self, memory: GuestMemory) -> None:
         """Have accesses to missing pages of all mapped regions wait for the front-end.
@@ -111,10 +112,10 @@ class Userfault:
         """
         with self._lock:
             self.fileno()
-            known = set(self._ranges)
-            fresh: list[tuple[int, int]] = []
+            known = set(self.ranges)
+            fresh: list[tuple[int, int, Entry]] = []
             try:
-                for start, length, page_size in memory.ranges:
+                for (start, length, page_size), entry in memory._mapped():
                     if (start, length) in known:
                         continue
                     if page_size == syscalls.PAGE_SIZE:
@@ -122,14 +123,13 @@ class Userfault:
                     answer = self._ioctl(
                         "UFFDIO_REGISTER", _REGISTER, start, length, _MODE_MISSING, 0
                     )
-                    fresh.append((start, length))
+                    fresh.append((start, length, entry))
                     if ~answer[3] & (_CAN_COPY | _CAN_WAKE):
                         raise PostcopyError(0, "UFFDIO_REGISTER")
             except BaseException:
                 self._unregister(fresh)
                 raise
             self._ranges += fresh
-            self._memory.append(memory)
 
     def close(self) -> None:
         """End postcopy: nobody waits any more, and missing pages read as zeroes.
@@ -144,7 +144,6 @@ class Userfault:
             os.close(self._fd)
             self._fd = None
             self._ranges = []
-            self._memory = []
 
     def __enter__(self) -> "Userfault":
         return self
@@ -156,10 +155,12 @@ class Userfault:
         if getattr(self, "_fd", None) is not None:
             self.close()
 
-    def _unregister(self, ranges: list[tuple[int, int]]) -> None:
+    def _unregister(self, ranges: list[tuple[int, int, Entry]]) -> None:
         if self._generation != syscalls.generation:
             return  # the descriptor is about the parent's memory, also in a forked child
-        for start, length in ranges:
+        for start, length, entry in ranges:
+            if entry.released:
+                continue  # the garbage collector was there before; others may be mapped there now
             # A failure leaves nothing to be done: the range may be gone from this process.
             argument = (ctypes.c_uint64 * 2)(start, length)
             syscalls.ioctl(self.fileno(), _UNREGISTER, ctypes.addressof(argument))

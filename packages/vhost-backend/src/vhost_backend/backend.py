@@ -30,7 +30,7 @@ class VhostUserBackend(Protocol):
         """How many queues the device has."""
 
     def max_queue_size(self) -> int:
-        """The largest ring size accepted, in descriptors."""
+        """The ring size advised, in descriptors; a front-end may set up larger rings."""
 
     def features(self) -> int:
         """Virtio feature bits offered, the device's and the rings'."""

@@ -27,6 +27,7 @@ import os
 import select
 import socket
 import sys
+import threading
 from typing import Any, Final
 
 from . import aio_signal
@@ -164,26 +165,32 @@ def _look_and_read(fd: int) -> bool:
 class WakeFd:
     """An eventfd of our own: any thread or signal handler may `wake` whoever polls it."""
 
-    __slots__ = ("fd",)
+    __slots__ = ("_lock", "fd")
 
     def __init__(self) -> None:
         self.fd: int = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # Keeps `close` from giving the number to another file between a look at it and its use.
+        # Reentrant for signal handlers; what it guards never waits.
+        self._lock = threading.RLock()
 
     def fileno(self) -> int:
         return self.fd
 
     def wake(self) -> None:
-        # Nobody else has it: it does not block.
-        if self.fd >= 0:
-            with contextlib.suppress(OSError):
-                os.write(self.fd, _ONE)
+        with self._lock:
+            if self.fd >= 0:
+                with contextlib.suppress(OSError):
+                    os.write(self.fd, _ONE)
 
     def clear(self) -> None:
-        with contextlib.suppress(OSError):
-            os.read(self.fd, 8)
+        with self._lock:
+            if self.fd >= 0:
+                with contextlib.suppress(OSError):
+                    os.read(self.fd, 8)
 
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        with self._lock:
+            fd, self.fd = self.fd, -1
+            if fd >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(fd)

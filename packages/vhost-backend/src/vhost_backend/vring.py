@@ -48,7 +48,7 @@ _ACCESS_PLATFORM: Final = int(VirtioFeature.ACCESS_PLATFORM)
 class VringState:
     """One vring, unsynchronised.
 
-    `index` is the queue's number, `max_size` the largest ring size accepted, `engine` the ring
+    `index` is the queue's number, `max_size` the ring size before SET_VRING_NUM, `engine` the ring
     engine to use ("c", "python", or None for the best there is), `status_byte` whether a
     completion writes a status into the last writable byte of its chain (block, SCSI, crypto).
 

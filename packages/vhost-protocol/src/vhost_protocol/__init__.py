@@ -10,12 +10,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from ._version import __version__
-from .codec import (
-    Header,
-    decode_header,
-    encode_header,
+from .errors import (
+    BadDescriptors,
+    BadHeader,
+    BadPayload,
+    BadSize,
+    ConnectionClosed,
+    DescriptorsLost,
+    LocalProtocolError,
+    NotAllowed,
+    OutOfResources,
+    ProtocolError,
+    RemoteProtocolError,
+    RequestFailed,
+    RuleError,
+    Timeout,
+    UnexpectedReply,
+    UnknownRequest,
 )
-from .constants import (
+from .fds import (
+    FdLike,
+    HasFileno,
+    OwnedFd,
+)
+from .messages.constants import (
     BASELINE_REGIONS,
     GPU_CURSOR_EDGE,
     GPU_MAX_EDID,
@@ -38,6 +56,7 @@ from .constants import (
     VHOST_F_LOG_ALL,
     VHOST_USER_F_PROTOCOL_FEATURES,
     VIRTIO_F_IOMMU_PLATFORM,
+    VIRTIO_F_RING_PACKED,
     VRING_INDEX_MASK,
     BackendRequest,
     ConfigFlags,
@@ -55,36 +74,7 @@ from .constants import (
     VringFlags,
     XenMapFlags,
 )
-from .core import (
-    Answered,
-    Outgoing,
-    Received,
-    Requester,
-    Responder,
-)
-from .errors import (
-    BadDescriptors,
-    BadHeader,
-    BadPayload,
-    BadSize,
-    ConnectionClosed,
-    DescriptorsLost,
-    LocalProtocolError,
-    NotAllowed,
-    ProtocolError,
-    RemoteProtocolError,
-    RequestFailed,
-    RuleError,
-    Timeout,
-    UnexpectedReply,
-    UnknownRequest,
-)
-from .fds import (
-    FdLike,
-    HasFileno,
-    OwnedFd,
-)
-from .gpu import (
+from .messages.gpu import (
     VIRTIO_GPU_RESP_OK_DISPLAY_INFO,
     VIRTIO_GPU_RESP_OK_EDID,
     GpuCursorPos,
@@ -104,13 +94,13 @@ from .gpu import (
     GpuSetProtocolFeatures,
     GpuUpdate,
 )
-from .message import (
+from .messages.message import (
     Message,
     Reply,
     Request,
     Wire,
 )
-from .replies import (
+from .messages.replies import (
     Ack,
     ConfigReply,
     CryptoSessionReply,
@@ -128,7 +118,7 @@ from .replies import (
     StatusReply,
     VringBaseReply,
 )
-from .requests import (
+from .messages.requests import (
     AddMemReg,
     AddMemRegAck,
     BackendConfigChange,
@@ -189,7 +179,24 @@ from .requests import (
     SetVringNum,
     VringKick,
 )
-from .rules import (
+from .messages.values import (
+    AsymmetricSession,
+    MemoryRegion,
+    SymmetricSession,
+)
+from .rules.codec import (
+    Header,
+    decode_header,
+    encode_header,
+)
+from .rules.core import (
+    Answered,
+    Outgoing,
+    Received,
+    Requester,
+    Responder,
+)
+from .rules.rules import (
     BACKEND_TABLE,
     FRONTEND_TABLE,
     GPU_TABLE,
@@ -198,59 +205,60 @@ from .rules import (
     Rule,
     Table,
 )
-from .session import (
+from .rules.session import (
     Session,
     Violation,
 )
-from .values import (
-    AsymmetricSession,
-    MemoryRegion,
-    SymmetricSession,
-)
 
 if _TYPE_CHECKING:
-    from .aio import (
-        AsyncBackendChannel,
+    from .sockets.aio.backend import (
         AsyncBackendConnection,
-        AsyncFrontend,
+    )
+    from .sockets.aio.channels import (
+        AsyncBackendChannel,
         AsyncFrontendChannel,
         AsyncGpuBackendChannel,
         AsyncGpuFrontendChannel,
     )
-    from .backend import (
+    from .sockets.aio.frontend import (
+        AsyncFrontend,
+    )
+    from .sockets.blocking.backend import (
         BackendConnection,
     )
-    from .channels import (
+    from .sockets.blocking.channels import (
         BackendChannel,
         FrontendChannel,
         GpuBackendChannel,
         GpuFrontendChannel,
     )
-    from .endpoint import (
+    from .sockets.blocking.endpoint import (
         AnsweringEndpoint,
         RequestingEndpoint,
     )
-    from .frontend import (
+    from .sockets.blocking.frontend import (
         Frontend,
+    )
+    from .sockets.regions import (
         RegionLike,
     )
 
 _LAZY = {
-    "AsyncBackendChannel": "aio",
-    "AsyncBackendConnection": "aio",
-    "AsyncFrontend": "aio",
-    "AsyncFrontendChannel": "aio",
-    "AsyncGpuBackendChannel": "aio",
-    "AsyncGpuFrontendChannel": "aio",
-    "BackendConnection": "backend",
-    "BackendChannel": "channels",
-    "FrontendChannel": "channels",
-    "GpuBackendChannel": "channels",
-    "GpuFrontendChannel": "channels",
-    "AnsweringEndpoint": "endpoint",
-    "RequestingEndpoint": "endpoint",
-    "Frontend": "frontend",
-    "RegionLike": "frontend",
+    "AsyncBackendChannel": "sockets.aio.channels",
+    "AsyncBackendConnection": "sockets.aio.backend",
+    "AsyncFrontend": "sockets.aio.frontend",
+    "AsyncFrontendChannel": "sockets.aio.channels",
+    "AsyncGpuBackendChannel": "sockets.aio.channels",
+    "AsyncGpuFrontendChannel": "sockets.aio.channels",
+    "BackendConnection": "sockets.blocking.backend",
+    "BackendChannel": "sockets.blocking.channels",
+    "FrontendChannel": "sockets.blocking.channels",
+    "GpuBackendChannel": "sockets.blocking.channels",
+    "GpuFrontendChannel": "sockets.blocking.channels",
+    "AnsweringEndpoint": "sockets.blocking.endpoint",
+    "RequestingEndpoint": "sockets.blocking.endpoint",
+    "Frontend": "sockets.blocking.frontend",
+    "RegionLike": "sockets.regions",
 }
 
 
@@ -294,6 +302,7 @@ __all__ = [
     "VHOST_F_LOG_ALL",
     "VHOST_USER_F_PROTOCOL_FEATURES",
     "VIRTIO_F_IOMMU_PLATFORM",
+    "VIRTIO_F_RING_PACKED",
     "VIRTIO_GPU_RESP_OK_DISPLAY_INFO",
     "VIRTIO_GPU_RESP_OK_EDID",
     "VRING_INDEX_MASK",
@@ -393,6 +402,7 @@ __all__ = [
     "MigrationPhase",
     "NetSetMtu",
     "NotAllowed",
+    "OutOfResources",
     "Outgoing",
     "OwnedFd",
     "PostcopyAdvise",

@@ -2,6 +2,7 @@
 
 ``LocalProtocolError`` means the caller is about to break the protocol: nothing has been sent.
 ``RemoteProtocolError`` means the peer broke it: the connection is unusable from then on.
+``OutOfResources`` means this process or machine lacks something: the peer did nothing wrong.
 The rest are neither's fault: the peer left, was too slow, or said no.
 """
 
@@ -18,6 +19,10 @@ class ProtocolError(Exception):
     def __init__(self, message: str, *, request: str | None = None) -> None:
         super().__init__(message)
         self.request: str | None = request
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{self.request}: {text}" if self.request else text
 
 
 class RuleError(ProtocolError):
@@ -36,6 +41,9 @@ class RuleError(ProtocolError):
         self.field: str = field
         self.value: object = value
         self.rule: str = rule
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # which names the request with the field
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.field, self.value, self.rule, self.request)
@@ -99,8 +107,7 @@ class Timeout(ProtocolError, TimeoutError):
     """
 
     def __init__(self, seconds: float, *, request: str | None = None) -> None:
-        what = f"{request}: " if request else ""
-        super().__init__(f"{what}no progress within {seconds:g} s", request=request)
+        super().__init__(f"no progress within {seconds:g} s", request=request)
         self.seconds: float = seconds
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -115,18 +122,36 @@ class RequestFailed(ProtocolError):
     """
 
     def __init__(self, request: str, value: int) -> None:
-        super().__init__(f"{request}: the peer answered {value:#x} (0 is success)", request=request)
+        super().__init__(f"the peer answered {value:#x} (0 is success)", request=request)
         self.value: int = value
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.request, self.value)
 
 
-class DescriptorsLost(ProtocolError):
+class OutOfResources(ProtocolError):
+    """This process or machine ran out of descriptors, memory or buffers.
+
+    Neither the peer's fault nor a bug; the stream may stand inside a message, so the connection
+    cannot be used further.
+
+    Attributes:
+        errno: what the kernel said (``EMFILE``, ``ENOMEM``, ``ENOBUFS``, ...).
+    """
+
+    def __init__(self, message: str, errno: int, *, request: str | None = None) -> None:
+        super().__init__(message, request=request)
+        self.errno: int = errno
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.args[0], self.errno), {"request": self.request}
+
+
+class DescriptorsLost(OutOfResources):
     """The kernel dropped passed descriptors, because this process may not open any more.
 
-    Raised for a truncated ``SCM_RIGHTS`` message: neither the peer's fault nor a bug, but the
-    message cannot be acted on.  What was received of it has been closed.
+    Raised for a truncated ``SCM_RIGHTS`` message, which cannot be acted on.  What was received of
+    it has been closed.
     """
 
 

@@ -20,6 +20,33 @@ _MAP_NORESERVE = 0x4000
 _MAP_FAILED = (1 << 8 * ctypes.sizeof(ctypes.c_void_p)) - 1
 
 
+_generation = 0
+
+
+def _forked() -> None:
+    global _generation
+    _generation += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def generation() -> int:
+    """How many forks are behind this process: no child has its parent's mappings."""
+    return _generation
+
+
+def may_release(mapped_in: int) -> bool:
+    """Tell whether what was mapped in generation ``mapped_in`` is this process's to take down.
+
+    A forked child does not have the mapping, and shares the open file: a grant that it gave back
+    would be its parent's. When the interpreter ends, a daemon thread may still be in C with the
+    memory, and the kernel takes it down.
+    """
+    return mapped_in == _generation and not sys.is_finalizing()
+
+
 class SystemCalls(Protocol):
     """What the mapper needs of the system; every method raises OSError when the call fails."""
 

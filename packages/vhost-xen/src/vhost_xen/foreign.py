@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from .abi import MMAPBATCH_V2, XEN_PAGE_SIZE, BatchRequest
-from .calls import PROT_READ, PROT_WRITE, SystemCalls
+from .calls import PROT_READ, PROT_WRITE, SystemCalls, generation, may_release
 from .errors import ForeignMapError, XenReleaseError
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ class ForeignRange:
     ForeignMapError lists the frames.
 
     With a `window` they are mapped there, and what takes them down is the window's `cover`. (This
-    driver refuses nothing in mmap itself, so that no hole can come into the window, which another
-    thread's mapping could fall into. It would with grants.)
+    driver refuses nothing in mmap itself, so that hardly a hole can come into the window, which
+    another thread's mapping could fall into. It would with grants.)
     """
 
-    __slots__ = ("_calls", "_length", "_window", "address")
+    __slots__ = ("_calls", "_generation", "_length", "_window", "address")
 
     def __init__(
         self,
@@ -41,6 +41,7 @@ class ForeignRange:
         window: Window | None = None,
     ) -> None:
         self._calls = calls
+        self._generation = generation()
         self._length = count * XEN_PAGE_SIZE
         self._window = window
         place = window.take(self._length, XEN_PAGE_SIZE) if window else 0
@@ -48,7 +49,7 @@ class ForeignRange:
             self.address: int = calls.mmap(place, self._length, PROT_READ | PROT_WRITE, fd, 0)
         except BaseException as error:
             if window:
-                window.cover(place, self._length)
+                window.restore(place, self._length)
             if isinstance(error, OSError):
                 raise ForeignMapError(error.errno, "mmap", domid, first_frame, count) from error
             raise
@@ -77,6 +78,8 @@ class ForeignRange:
         """Unmap the frames."""
         if self._window:
             self._window.cover(self.address, self._length)
+            return
+        if not may_release(self._generation):
             return
         try:
             self._calls.munmap(self.address, self._length)

@@ -6,7 +6,7 @@ import errno
 from typing import Final
 
 from .abi import MAP_GRANT_REF, UNMAP_GRANT_REF, XEN_PAGE_SIZE, MapRequest, UnmapRequest
-from .calls import PROT_READ, PROT_WRITE, SystemCalls
+from .calls import PROT_READ, PROT_WRITE, SystemCalls, generation, may_release
 from .errors import GrantMapError, XenReleaseError
 
 # The kernel's own limit for one request is 65,536 unless its administrator raised it.
@@ -20,12 +20,13 @@ class GrantRange:
     it reserved has to be given back whatever follows. `fd` has to stay open until `release`.
     """
 
-    __slots__ = ("_calls", "_count", "_fd", "_index", "address")
+    __slots__ = ("_calls", "_count", "_fd", "_generation", "_index", "address")
 
     def __init__(
         self, calls: SystemCalls, fd: int, domid: int, first: int, count: int, writable: bool
     ) -> None:
         self._calls = calls
+        self._generation = generation()
         self._fd = fd
         self._count = count
         request = MapRequest(domid, first, count)
@@ -61,6 +62,8 @@ class GrantRange:
         The other way round the kernel would exchange the pages below a mapping that is still
         there, and a late access would read something else than it asked for.
         """
+        if not may_release(self._generation):
+            return
         try:
             self._calls.munmap(self.address, self._count * XEN_PAGE_SIZE)
         except OSError as error:

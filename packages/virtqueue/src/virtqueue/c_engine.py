@@ -29,6 +29,7 @@ _CALLS: Final = (
     "vq_publish",
     "vq_cycle",
     "vq_rewind",
+    "vq_untake",
     "vq_arm",
     "vq_disarm",
     "vq_ready",
@@ -148,9 +149,13 @@ class CEngine:
         self.publish: Call = partial(functions.vq_publish, argument)
         self.cycle: Call = partial(functions.vq_cycle, argument)
         self.rewind: Call = partial(functions.vq_rewind, argument)
+        self._untake: Callable[..., int] = partial(functions.vq_untake, argument)
         self.arm: Call = partial(functions.vq_arm, argument)
         self.disarm: Call = partial(functions.vq_disarm, argument)
         self.ready: Call = partial(functions.vq_ready, argument)
+
+    def untake(self, heads: ctypes.Array[ctypes.c_uint16]) -> int:
+        return self._untake(heads, ctypes.c_uint32(len(heads)))
 
     def set_memory(self, memory: Memory) -> None:
         """Keep the GIL in calls as long as an access to the new snapshot is bounded.

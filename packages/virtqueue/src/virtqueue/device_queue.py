@@ -2,7 +2,7 @@
 
 import ctypes
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ from .errors import ChainCompleted, Need, QueueBroken, UsageError
 from .inflight import InflightRegion
 from .layout import (
     ABI,
+    CHAIN_LIMIT,
     DONE,
     DONE_SIZE,
     MAGIC,
@@ -129,7 +130,7 @@ class DeviceQueue:
         self._closed = True
 
         # Room for the longest chain and the regions it may cross, and for usual batches.
-        segments = max(size + 1024, 16 * batch)
+        segments = max(max(CHAIN_LIMIT, size) + 1024, 16 * batch)
         block = QueueBlock()
         arrays = _Arrays(
             batch * RECORD_SIZE,
@@ -306,10 +307,8 @@ class DeviceQueue:
         if limit is not None or self._unresolved is not None:
             self._prepare(limit)
         count = self._take()
-        if limit is not None:
-            self._block.limit = self._limit
         self._block.notify = 0
-        return self._begin(count, arm=limit != 0)
+        return self._begin(count) if limit is None else self._begin_limited(count, limit)
 
     def cycle(self, limit: int | None = None) -> Batch:
         """Complete the current batch as ``batch.done`` says, publish, take the next.
@@ -330,11 +329,9 @@ class DeviceQueue:
                 error.notify = self._finish_batch() or notify
                 raise
         count = self._cycle()
-        if limit is not None:
-            self._block.limit = self._limit
         if notify:
             self._block.notify = 1
-        return self._begin(count, arm=limit != 0)
+        return self._begin(count) if limit is None else self._begin_limited(count, limit)
 
     def _prepare(self, limit: int | None) -> None:
         error = self._unresolved
@@ -364,6 +361,13 @@ class DeviceQueue:
         self._begin(0, arm=False)
         self._staged_count = staged
         return self.publish()
+
+    def _begin_limited(self, count: int, limit: int) -> Batch:
+        # The limit holds for the second look, too.
+        try:
+            return self._begin(count, arm=limit != 0)
+        finally:
+            self._block.limit = self._limit
 
     def _begin(self, count: int, arm: bool = True) -> Batch:
         block, batch = self._block, self._batch
@@ -420,6 +424,48 @@ class DeviceQueue:
         batch.records = batch._record_views[left]
         batch.done = batch._done_views[left]
 
+    def give_back(self, chains: Iterable[Chain | int]) -> list[int]:
+        """Undo the takes of chains, or of heads, on which no work has begun; the heads given back.
+
+        The takes of the latest chains can be undone, as far as all of them are named here and
+        nothing that was taken after them has been completed: `base` goes back before them, their
+        marks leave the in-flight region, and they are as if they had never been taken.  The other
+        chains that are named stay in flight.  The heads come in the order of the takes.
+
+        Chains that came from the in-flight region (`Chain.resubmitted`) lie before every position
+        that `base` can name: they are given back to the region, in which they stay marked.
+        A queue that goes on takes all of them again; no kick announces them.  A queue that is
+        stopped, or broken so that it completes nothing more, gives nothing back.
+
+        Raises `ChainCompleted` for a chain that has been completed, `UsageError` for a head that is
+        not in flight; then nothing is given back.
+        """
+        named: dict[int, Chain | None] = {}
+        for chain in chains:
+            head, known, _ = self._find(chain)
+            if not 0 <= head < self._config.size:
+                raise UsageError(f"head {head} is not in flight")
+            named[head] = known
+        staged = self._staged_view[: self._staged_count * DONE_SIZE]
+        for entry in DONE.iter_unpack(staged):
+            if entry[0] in named:
+                raise ChainCompleted(f"chain {entry[0]} has been completed")
+        heads = (ctypes.c_uint16 * len(named))(*named)
+        given = heads[: self._check(self._engine.untake(heads))]
+        taken_back = set(given)
+        batch = self._batch
+        for index, entry in enumerate(DONE.iter_unpack(batch.done)):
+            if entry[0] in taken_back and not entry[2] & _KEEP:
+                self._leave_out(index)
+        for head in given:
+            self._chains.pop(head, None)
+            known = named[head]
+            if known is not None:
+                known._close()
+        if self._former:
+            self._drop_former()
+        return given
+
     # Completing.
 
     def complete(self, chain: Chain | int, written: int | None = None, status: int = 0) -> None:
@@ -430,25 +476,7 @@ class DeviceQueue:
         last writable byte of rings with status bytes.  A chain that was completed before raises
         `ChainCompleted`.
         """
-        batch = self._batch
-        known: Chain | None
-        index = -1
-        if isinstance(chain, Chain):
-            head, known = chain.head, chain
-            if chain._memory is None:
-                raise ChainCompleted(f"chain {head} has been completed")
-            if chain._batch is batch:
-                index = chain.index
-            elif self._chains.get(head) is not chain:
-                raise UsageError(f"{chain!r} is not of this queue")
-        else:
-            head = chain
-            known = self._chains.get(head)
-            if known is None and batch._count:
-                heads = [entry[0] for entry in DONE.iter_unpack(batch.done)]
-                if head in heads:
-                    index = heads.index(head)
-                    known = batch.built.get(index)
+        head, known, index = self._find(chain)
         flags = self._status_flag
         if known is not None:
             room = known.writable_length
@@ -466,15 +494,38 @@ class DeviceQueue:
         DONE.pack_into(self._staged_view, staged * DONE_SIZE, head, status, flags, written or 0)
         self._staged_count = staged + 1
         if index >= 0:
-            # Not the next cycle's any more.
-            batch._gone.add(index)
-            batch.done[index * DONE_SIZE + 3] |= _KEEP
+            self._leave_out(index)
         if known is not None:
             if known._shadows:
                 self._flush(known)
             known._close()
             if index < 0:
                 del self._chains[head]
+
+    def _find(self, chain: Chain | int) -> tuple[int, Chain | None, int]:
+        """A chain's head, its object if there is one, and its place in the batch or -1."""
+        batch = self._batch
+        if isinstance(chain, Chain):
+            head = chain.head
+            if chain._memory is None:
+                raise ChainCompleted(f"chain {head} has been completed")
+            if chain._batch is batch:
+                return head, chain, chain.index
+            if self._chains.get(head) is not chain:
+                raise UsageError(f"{chain!r} is not of this queue")
+            return head, chain, -1
+        known = self._chains.get(chain)
+        if known is None and batch._count:
+            heads = [entry[0] for entry in DONE.iter_unpack(batch.done)]
+            if chain in heads:
+                index = heads.index(chain)
+                return chain, batch.built.get(index), index
+        return chain, known, -1
+
+    def _leave_out(self, index: int) -> None:
+        """A chain of the batch is not the next cycle's any more."""
+        self._batch._gone.add(index)
+        self._batch.done[index * DONE_SIZE + 3] |= _KEEP
 
     def publish(self) -> bool:
         """Return the staged chains to the driver; true when it wants to be signalled."""

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from . import access, barrier
 from .config import RingConfig, ring_parts
 from .errors import QueueBroken, UsageError
-from .layout import MAX_CHAIN_LENGTH, Reason
+from .layout import CHAIN_LIMIT, MAX_CHAIN_LENGTH, Reason
 from .packed_engine import (
     AVAIL,
     EVENT_DESCRIPTOR,
@@ -46,8 +46,9 @@ class DriverQueue:
 
     ``config`` and ``memory`` are those of the device's side: ring addresses are front-end user
     addresses, or IOVAs with ``iommu``.  ``tables`` is the guest address (or IOVA) of room for
-    indirect tables, ``table_length`` descriptors for each of the ring's: see
-    `tables_size`.  Starts on a ring of zeroes.
+    indirect tables, ``table_length`` descriptors for each of the ring's: see `tables_size`.  A table
+    may be longer than the ring, as Linux's drivers make them and devices take them, although the
+    specification has it otherwise.  Starts on a ring of zeroes.
 
     Not thread-safe.  Raises `UsageError` for a ring that is not in memory.
     """
@@ -65,7 +66,7 @@ class DriverQueue:
         self._memory = memory
         self._table = Table.of(memory)
         self._tables = tables
-        self._table_length = min(table_length, config.size)
+        self._table_length = min(table_length, max(CHAIN_LIMIT, config.size))
         #: Kept, as parts of the ring may be mapped for this object alone.
         self._placed: list[Placement] = []
         parts = ring_parts(config.size, config.packed)
@@ -103,7 +104,7 @@ class DriverQueue:
         count = len(read) + len(write)
         if not count:
             raise UsageError("a chain has at least one buffer")
-        if count > self._config.size:
+        if not indirect and count > self._config.size:
             raise UsageError(f"a chain of {count} descriptors in a ring of {self._config.size}")
         if sum(length for _, length in read + write) > MAX_CHAIN_LENGTH:
             raise UsageError("a chain of more than 4 GiB")

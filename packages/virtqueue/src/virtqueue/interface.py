@@ -9,12 +9,12 @@ An engine keeps a private record of each taken chain until it is completed: the 
 provisions it uses and its entry of the in-flight region.  Completion works from that record
 alone, because the batch's arrays are overwritten by the next take and memory may have been
 replaced in between.  The private pieces of all chains are bounded; a chain for which there is no
-room waits (`More.STALLED`), and always fits once nothing is in flight, as no chain has more
-descriptors than the queue.
+room waits (`More.STALLED`), and always fits once nothing is in flight, as a chain's length is bounded.
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import Protocol
 
 from .layout import QueueBlock
@@ -78,6 +78,16 @@ class Engine(Protocol):
         """Give back the last `limit` chains of the current batch; `count` shrinks by as many.
 
         They have to be in flight and the latest taken; they will be taken again.
+        """
+
+    def untake(self, heads: ctypes.Array[ctypes.c_uint16]) -> int:
+        """Give back the latest taken of the chains in flight with these heads.
+
+        The longest suffix of what was taken that consists of them alone: a chain that was taken
+        later and is not named, or has been completed, ends it.  The position goes back, and marks
+        leave the in-flight region, the latest first.  Chains that came from the region go back to
+        the head of those that will be taken again, and keep their marks.  Returns how many;
+        the first so many of ``heads`` are they, the oldest first.
         """
 
     def arm(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Final
@@ -21,6 +22,7 @@ from .table import Broken, Piece
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
 _PROT_NONE: Final = 0
 _MAP_PRIVATE_ANONYMOUS_NORESERVE: Final = 0x4022
+_MREMAP_MAYMOVE: Final = 1
 _MREMAP_MAYMOVE_FIXED: Final = 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -50,7 +52,8 @@ class Joined:
     """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._size = 0
+        #: (address, bytes) of what is mapped here and nowhere else.
+        self._held: list[tuple[int, int]] = []
         self._watched: list[tuple[int, int]] = []
         self._unwatch: Callable[[int, int], None] = SigbusGuard.unwatch_range
         self._owner = os.getpid()
@@ -68,7 +71,7 @@ class Joined:
         target: int = _mmap(0, size, _PROT_NONE, _MAP_PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
         if target == _FAILED:
             raise Broken(Reason.RING_MEMORY, pieces[0].guest)
-        self._base, self._size = target, size
+        self._held.append((target, size))
         self.address: int = target + pieces[0].host % _PAGE
         for piece, (start, end) in zip(pieces, spans, strict=True):
             self._join(piece, start, end, target)
@@ -81,7 +84,16 @@ class Joined:
         for page in range(start, end, _PAGE):
             if not access.copy(page, ctypes.addressof(byte), 1, False):
                 raise Broken(Reason.TRUNCATED, piece.guest)
-        if _mremap(start, 0, end - start, _MREMAP_MAYMOVE_FIXED, target) != target:
+        # A refused MREMAP_FIXED may have removed what was there, and another thread's mapping may
+        # fall into the hole. So the kernel is asked first to map the same anywhere.
+        length = end - start
+        trial: int = _mremap(start, 0, length, _MREMAP_MAYMOVE, 0)
+        if trial == _FAILED:
+            raise Broken(Reason.RING_MEMORY, piece.guest)
+        _munmap(trial, length)
+        if _mremap(start, 0, length, _MREMAP_MAYMOVE_FIXED, target) != target:
+            base, size = self._held.pop()
+            self._held += [(base, target - base), (target + length, base + size - target - length)]
             raise Broken(Reason.RING_MEMORY, piece.guest)
         if piece.poison is not None:
             try:
@@ -91,7 +103,12 @@ class Joined:
             self._watched.append((target, end - start))
 
     def __del__(self) -> None:
-        if self._size and self._owner == os.getpid():  # a forked child does not have it
-            for start, length in self._watched:
-                self._unwatch(start, length)
-            _munmap(self._base, self._size)
+        # A forked child does not have it. When the interpreter ends, a daemon thread may be in C
+        # with it, and modules may be empty.
+        if sys.is_finalizing() or self._owner != os.getpid():
+            return
+        for start, length in self._watched:
+            self._unwatch(start, length)
+        for start, length in self._held:
+            if length:
+                _munmap(start, length)

@@ -36,6 +36,12 @@ SEGMENT_SIZE: Final = 32
 DONE_SIZE: Final = 8
 HEADER_SIZE: Final = 16
 MAX_QUEUE_SIZE: Final = 32768
+CHAIN_LIMIT: Final = 1024
+"""Descriptors that a chain with an indirect table may have, or the queue size if that is more.
+
+The specification allows the queue size.  Linux builds tables as long as the device's limits (a
+disk's ``seg_max``) allow, whatever the ring's size, and other devices take them.
+"""
 MAX_CHAIN_LENGTH: Final = 0xFFFFFFFF
 """A chain's bytes, readable and writable together, have to fit in 32 bits."""
 
@@ -122,7 +128,7 @@ class Reason(IntEnum):
     HEAD_OUT_OF_RANGE = 2
     NEXT_OUT_OF_RANGE = 3
     CHAIN_TOO_LONG = 4
-    """A loop, or a chain of more descriptors than the queue size."""
+    """A loop, or a chain of more descriptors than the queue size, or with a table `CHAIN_LIMIT`."""
     INDIRECT_NOT_NEGOTIATED = 5
     INDIRECT_NESTED = 6
     INDIRECT_WITH_NEXT = 7

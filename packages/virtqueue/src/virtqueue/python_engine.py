@@ -23,6 +23,7 @@ from .errors import UsageError
 from .inflight import region_poison
 from .layout import (
     ABI,
+    CHAIN_LIMIT,
     DONE,
     DONE_SIZE,
     HEADER_SIZE,
@@ -84,6 +85,7 @@ class Taken:
         "flags",
         "head",
         "kept",
+        "number",
         "poison",
         "resubmitted",
         "room",
@@ -95,8 +97,10 @@ class Taken:
         "written",
     )
 
-    def __init__(self, head: int, slots: int, table: Table) -> None:
+    def __init__(self, head: int, slots: int, table: Table, number: int) -> None:
         self.head: int = head
+        self.number: int = number
+        """Chains that were taken before it, ever."""
         self.slots: int = slots
         """Descriptors of the ring that the chain covers."""
         self.table: Table = table
@@ -126,6 +130,7 @@ class RingEngine:
             raise UsageError("the queue block has another ABI")
         self._block = block
         self._size: int = block.queue_size
+        self._chain_limit = max(CHAIN_LIMIT, self._size)
         features = Features(block.features)
         self._event_idx = Features.EVENT_IDX in features
         self._indirect = Features.INDIRECT in features
@@ -318,17 +323,7 @@ class RingEngine:
                 block.detail = head
                 return Result.USAGE
         for _ in range(count):
-            taken = self._taken[self._batch.pop()]
-            try:
-                self._retreat(taken)
-            except Broken as error:
-                self._break(error)
-            if self._in_order:
-                self._ordered.pop()
-            self._release([taken])
-            block.taken -= 1
-            if self._counters is not None:
-                self._counters.requests -= 1
+            self._take_back(self._taken[self._batch.pop()])
             block.segment_count -= RECORD.unpack_from(
                 self._records, RECORD_SIZE * (block.count - 1)
             )[8]
@@ -336,6 +331,47 @@ class RingEngine:
         if count:
             block.more |= More.AVAILABLE
         return count
+
+    def untake(self, heads: ctypes.Array[ctypes.c_uint16]) -> int:
+        block = self._block
+        named: dict[int, Taken] = {}
+        for head in heads:
+            found = self._taken.get(head)
+            if found is None or found.done or head in named:
+                block.detail = head
+                return Result.USAGE
+            named[head] = found
+        if block.stopped or block.reason in _FATAL:
+            return 0
+        given: list[int] = []
+        try:
+            self._check_ring()
+            for taken in sorted(named.values(), key=lambda taken: taken.number, reverse=True):
+                # A chain that was taken later and is not named, or has completed, leaves a gap.
+                if taken.number != block.taken - 1:
+                    break
+                self._take_back(taken)
+                given.append(taken.head)
+        except Broken as error:
+            self._break(error)
+        if given:
+            block.more |= More.AVAILABLE
+            for index, head in enumerate(reversed(given)):
+                heads[index] = head
+        return len(given)
+
+    def _take_back(self, taken: Taken) -> None:
+        """Undo the latest take."""
+        try:
+            self._retreat(taken)
+        except Broken as error:
+            self._break(error)
+        if self._in_order:
+            self._ordered.pop()
+        self._release([taken])
+        self._block.taken -= 1
+        if self._counters is not None:
+            self._counters.requests -= 1
 
     def close(self) -> None:
         self._release(list(self._taken.values()))
@@ -376,7 +412,7 @@ class RingEngine:
 
     def _take_one(self, position: int) -> None:
         head, slots, descriptors, found = self._fetch()
-        taken = Taken(head, slots, self._table)
+        taken = Taken(head, slots, self._table, self._block.taken)
         pieces = self._resolve(taken, descriptors)
         first = self._block.segment_count
         if first + len(pieces) > self._block.segment_capacity:
@@ -418,7 +454,7 @@ class RingEngine:
             total += length
             if total > MAX_CHAIN_LENGTH:
                 raise Broken(Reason.TOTAL_LENGTH, total)
-            # Without crossing regions `size` descriptors always fit; more crossings than the
+            # Without crossing regions the longest chain always fits; more crossings than the
             # whole buffer holds will not fit later either.
             if len(pieces) > self._block.segment_capacity:
                 raise Broken(Reason.CHAIN_TOO_LONG, len(pieces))
@@ -449,7 +485,7 @@ class RingEngine:
         """The descriptors of an indirect table, copied."""
         if not self._indirect:
             raise Broken(Reason.INDIRECT_NOT_NEGOTIATED, address)
-        if not length or length % 16 or length > 16 * self._size:
+        if not length or length % 16 or length > 16 * self._chain_limit:
             raise Broken(Reason.INDIRECT_LENGTH, length)
         pieces = self._table.pieces(address, length, READ, self._iommu, self._provisions)
         raw = b"".join(access.read(piece, piece.length) for piece in pieces)

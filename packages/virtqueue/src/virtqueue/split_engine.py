@@ -111,7 +111,7 @@ class SplitEngine(RingEngine):
         table = self._indirect_table(address, length)
         index = 0
         while True:
-            if len(chain) >= self._size:
+            if len(chain) >= self._chain_limit:
                 raise Broken(Reason.CHAIN_TOO_LONG, index)
             start, size, flags, following = table[index]
             if flags & INDIRECT:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import vhost_protocol as vp
 from guest_memory import DirtyLog, GuestMemory, Iotlb, Mapper, MemoryHolder
@@ -15,6 +15,9 @@ from ..guard import MemoryGuard
 from ..vring_locks import Vring
 from ..worker import VringEpollHandler
 from .outcome import Outcome
+
+#: Descriptors of the largest ring there can be (virtio 2.6). What a device advises is no limit.
+MAX_RING_SIZE: Final = 32768
 
 
 class Section(Protocol):

@@ -84,6 +84,7 @@ class Device:
         return self._reset() if before and not message.status else None
 
     def _reset_device(self, message: vp.ResetDevice, fds: Descriptors) -> Outcome:
+        self._status = 0
         return self._reset()
 
     def _reset(self) -> Outcome:

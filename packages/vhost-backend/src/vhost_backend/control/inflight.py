@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Final
 
 import vhost_protocol as vp
 from guest_memory import GuestMemoryError, SharedMapping, allocate_memfd
@@ -11,8 +12,11 @@ from virtqueue import InflightRegion, inflight_size
 
 from ..errors import Refused
 from ..features import VirtioFeature
-from .context import Context
+from .context import MAX_RING_SIZE, Context
 from .outcome import Answer, Descriptors, Outcome
+
+#: Descriptors of QEMU's largest ring.
+_USUAL_SIZE: Final = 1024
 
 
 class Inflight:
@@ -33,10 +37,11 @@ class Inflight:
         """The rings have dropped their parts already."""
 
     def _get_fd(self, message: vp.GetInflightFd, fds: Descriptors) -> Outcome:
-        self._size("GET_INFLIGHT_FD", message)
-        # A guest may make its rings larger than the front-end says here: SeaBIOS under QEMU 10
-        # asks for 256 descriptors where QEMU announces 128.
-        each = self._size_for(self._context.backend.max_queue_size())
+        self._check("GET_INFLIGHT_FD", message)
+        # A guest may make its rings larger than the front-end says here, or the device advises:
+        # SeaBIOS under QEMU 10 asks for 256 descriptors where QEMU announces 128.
+        advised = self._context.backend.max_queue_size()
+        each = max(self._sizes(max(advised, message.queue_size, _USUAL_SIZE)))
         size = message.num_queues * each
         # It begins as zeroes, which every queue takes for "never used".
         fd = allocate_memfd(size, "vhost-inflight")
@@ -49,7 +54,8 @@ class Inflight:
         return Answer(reply, (fd,), close=True)
 
     def _set_fd(self, message: vp.SetInflightFd, fds: Descriptors) -> Outcome:
-        each = self._size("SET_INFLIGHT_FD", message)
+        self._check("SET_INFLIGHT_FD", message)
+        each = min(self._sizes(message.queue_size))
         if message.mmap_size % (64 * message.num_queues) == 0:
             # Queues share the region evenly, ours (see above) and those of other back-ends.
             each = max(each, message.mmap_size // message.num_queues)
@@ -73,17 +79,17 @@ class Inflight:
         self._use("SET_INFLIGHT_FD", mapping, each, message.num_queues)
         return None
 
-    def _size(self, request: str, message: vp.GetInflightFd | vp.SetInflightFd) -> int:
-        context = self._context
-        if not 0 < message.num_queues <= len(context.vrings):
+    def _check(self, request: str, message: vp.GetInflightFd | vp.SetInflightFd) -> None:
+        if not 0 < message.num_queues <= len(self._context.vrings):
             raise Refused(request, f"there are no {message.num_queues} queues")
-        if not 0 < message.queue_size <= context.backend.max_queue_size():
+        if not 0 < message.queue_size <= MAX_RING_SIZE:
             raise Refused(request, f"no queue has {message.queue_size} descriptors")
-        return self._size_for(message.queue_size)
 
-    def _size_for(self, queue_size: int) -> int:
-        packed = bool(self._context.features & VirtioFeature.RING_PACKED)
-        return inflight_size(queue_size, packed)
+    def _sizes(self, queue_size: int) -> list[int]:
+        """Bytes of a queue's part; either format's before SET_FEATURES, as QEMU before 5.1 asks."""
+        features = self._context.features
+        known = [bool(features & VirtioFeature.RING_PACKED)] if features else [False, True]
+        return [inflight_size(queue_size, packed) for packed in known]
 
     def _use(self, request: str, mapping: SharedMapping, each: int, queues: int) -> None:
         # Ours is sealed; but it was the front-end's meanwhile, or another back-end's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import vhost_protocol as vp
@@ -11,18 +12,33 @@ from ..features import VirtioFeature
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome
 
+log: logging.Logger = logging.getLogger("vhost_backend")
+
 _ALWAYS = int(VirtioFeature.PROTOCOL_FEATURES | VirtioFeature.LOG_ALL)
 
 
 class Negotiation:
-    """Which features both sides use. `offered` collects what all sections stand for."""
+    """Which features both sides use.
 
-    def __init__(self, context: Context, offered: Callable[[], vp.ProtocolFeatures]) -> None:
+    `offered` collects what all sections stand for; `stop_rings` finishes what is in flight, stops
+    the rings and then calls its argument; `features_changed` tells the sections of SET_FEATURES.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        offered: Callable[[], vp.ProtocolFeatures],
+        stop_rings: Callable[[Callable[[], None]], Outcome],
+        features_changed: Callable[[], None],
+    ) -> None:
         self._context = context
         self._offered = offered
+        self._stop_rings = stop_rings
+        self._features_changed = features_changed
         #: What GET_PROTOCOL_FEATURES was answered with on this connection.
         self._answered: vp.ProtocolFeatures | None = None
-        self._owned = False
+        #: RESET_OWNER came, and nothing yet that sets the device up anew.
+        self._disowned = False
         self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
             vp.GetFeatures: self._get_features,
             vp.SetFeatures: self._set_features,
@@ -39,7 +55,11 @@ class Negotiation:
 
     def disconnect(self) -> None:
         """Nothing is negotiated any more."""
-        self._owned = False
+        session = self._context.session
+        if session is not None:
+            for (request, rule), count in session.tolerated.items():
+                log.info("the front-end broke a rule %d times: %s: %s", count, request, rule)
+        self._disowned = False
         self._answered = None
         self._context.features = VirtioFeature(0)
         self._context.protocol_features = vp.ProtocolFeatures(0)
@@ -56,6 +76,14 @@ class Negotiation:
         unknown = message.features & ~int(self._features)
         if unknown:
             raise Refused("SET_FEATURES", f"bits {unknown:#x} were not offered")
+        if self._disowned:
+            # DPDK's virtio-user stops a port with RESET_OWNER alone, and starts it with new rings.
+            self._disowned = False
+            return self._stop_rings(lambda: self._use_features(message))
+        self._use_features(message)
+        return None
+
+    def _use_features(self, message: vp.SetFeatures) -> None:
         context = self._context
         features = context.features = VirtioFeature(message.features)
         context.backend.acked_features(message.features)
@@ -67,7 +95,7 @@ class Negotiation:
                     # "Ring states": a front-end that cannot enable rings has them all enabled.
                     state.set_enabled(True)
             context.scan(index)
-        return None
+        self._features_changed()
 
     def _get_protocol_features(self, message: vp.GetProtocolFeatures, fds: Descriptors) -> Outcome:
         self._answered = self._offered()
@@ -82,9 +110,7 @@ class Negotiation:
         return None
 
     def _set_owner(self, message: vp.SetOwner, fds: Descriptors) -> Outcome:
-        if self._owned:
-            raise Refused("SET_OWNER", "this connection owns the device already")
-        self._owned = True
+        # A connection has one front-end, so a second SET_OWNER changes nothing.
         return None
 
     def _reset_owner(self, message: vp.ResetOwner, fds: Descriptors) -> Outcome:
@@ -92,7 +118,7 @@ class Negotiation:
         for vring in self._context.vrings:
             with vring.get_mut() as state:
                 state.set_enabled(False)
-        self._owned = False
+        self._disowned = True
         return None
 
     def _get_queue_num(self, message: vp.GetQueueNum, fds: Descriptors) -> Outcome:

@@ -62,7 +62,7 @@ class ControlPlane:
             DeviceState(context),
             Device(context, self._rings.reset),
             MemoryTable(context, slots=memory_slots),
-            Negotiation(context, self.offered),
+            Negotiation(context, self.offered, self._rings.stop, self._features_changed),
         )
         self._handlers: dict[type[vp.Message], Callable[..., Outcome]] = {}
         for section in self._sections:
@@ -87,11 +87,11 @@ class ControlPlane:
         handler = self._handlers.get(type(message))
         if handler is None:
             raise Refused(type(message).__name__, "not implemented, and not offered")
-        outcome = handler(message, fds)
-        if isinstance(message, vp.SetFeatures):
-            self._logging.features_changed()
-            self._iommu.features_changed()
-        return outcome
+        return handler(message, fds)
+
+    def _features_changed(self) -> None:
+        self._logging.features_changed()
+        self._iommu.features_changed()
 
     def in_flight(self, index: int) -> int:
         """Requests of a ring that the device still works on."""

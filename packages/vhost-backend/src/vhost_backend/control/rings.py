@@ -12,7 +12,7 @@ from ..errors import Refused
 from ..features import VirtioFeature
 from ..vring import VringState
 from ..vring_locks import Vring
-from .context import Context
+from .context import MAX_RING_SIZE, Context
 from .outcome import Answer, Descriptors, Outcome, Wait
 
 
@@ -70,14 +70,7 @@ class Rings:
         for the base after, and lets the guest go on there, perhaps elsewhere. What is in flight is
         therefore finished first; its requests are counted in the base and would be lost.
         """
-        if not self.begin_drain():
-            self._reset(then)
-            return None
-        return Wait(
-            lambda: not any(self._in_flight(index) for index in range(len(self._context.vrings))),
-            lambda: self._reset(then),
-            "a reset waits for them",
-        )
+        return self._when_drained(lambda: self._reset(then), "a reset waits for them")
 
     def _reset(self, then: Callable[[], None]) -> None:
         for vring in self._context.vrings:
@@ -88,14 +81,37 @@ class Rings:
         self._context.device_stopped()
         then()
 
+    def stop(self, then: Callable[[], None]) -> Outcome:
+        """Rings stopped, as by GET_VRING_BASE for each, and `then`."""
+        return self._when_drained(lambda: self._stop_all(then), "all rings stop")
+
+    def _stop_all(self, then: Callable[[], None]) -> None:
+        for vring in self._context.vrings:
+            with vring.get_mut() as state:
+                state.stop()
+                state.set_kick(-1)
+        self._context.device_stopped()
+        then()
+
+    def _when_drained(self, finish: Callable[[], None], what: str) -> Outcome:
+        """No new chains; `finish` once no request is in flight."""
+        if not self.begin_drain():
+            finish()
+            return None
+        return Wait(
+            lambda: not any(self._in_flight(index) for index in range(len(self._context.vrings))),
+            finish,
+            what,
+        )
+
     # -- configuration --------------------------------------------------------------------------
 
     def _set_num(self, message: vp.SetVringNum, fds: Descriptors) -> Outcome:
         context = self._context
         vring = context.vring("SET_VRING_NUM", message.index)
-        size, most = message.num, context.backend.max_queue_size()
-        if not 0 < size <= most:
-            raise Refused("SET_VRING_NUM", f"{size} is not in 1 to {most}")
+        size = message.num
+        if not 0 < size <= MAX_RING_SIZE:
+            raise Refused("SET_VRING_NUM", f"{size} is not in 1 to {MAX_RING_SIZE}")
         if size & (size - 1) and not context.features & VirtioFeature.RING_PACKED:
             raise Refused("SET_VRING_NUM", f"{size} is not a power of two")
         with vring.get_mut() as state:
@@ -147,12 +163,17 @@ class Rings:
     def _set_base(self, message: vp.SetVringBase, fds: Descriptors) -> Outcome:
         context = self._context
         vring = context.vring("SET_VRING_BASE", message.index)
-        if message.base > 0xFFFF and not context.features & VirtioFeature.RING_PACKED:
-            raise Refused("SET_VRING_BASE", f"{message.base:#x} is no index of a split ring")
+        base = message.base
+        if context.features & VirtioFeature.RING_PACKED:
+            if 0 < base <= 0xFFFF:
+                # DPDK's virtio-user gives the driver's half alone, of a ring that is drained.
+                base |= base << 16
+        elif base > 0xFFFF:
+            raise Refused("SET_VRING_BASE", f"{base:#x} is no index of a split ring")
         with vring.get_mut() as state:
             if state.started:
                 raise Refused("SET_VRING_BASE", f"vring {message.index} is started")
-            state.set_queue_next_avail(message.base)
+            state.set_queue_next_avail(base)
         return None
 
     def _set_endian(self, message: vp.SetVringEndian, fds: Descriptors) -> Outcome:
@@ -287,8 +308,6 @@ class Rings:
     def _set_enable(self, message: vp.SetVringEnable, fds: Descriptors) -> Outcome:
         context = self._context
         vring = context.vring("SET_VRING_ENABLE", message.index)
-        if not context.features & VirtioFeature.PROTOCOL_FEATURES:
-            raise Refused("SET_VRING_ENABLE", "VHOST_USER_F_PROTOCOL_FEATURES is not negotiated")
         with vring.get_mut() as state:
             state.set_enabled(message.enable)
         context.scan(message.index)

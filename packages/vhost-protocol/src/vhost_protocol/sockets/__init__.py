@@ -1,0 +1,1 @@
+"""Both ends of every socket, blocking and asyncio."""

@@ -1,0 +1,1 @@
+"""The blocking endpoints: derived from those for asyncio, but for the transport."""

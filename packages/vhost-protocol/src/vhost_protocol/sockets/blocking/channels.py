@@ -1,0 +1,231 @@
+# Derived from ../aio/channels.py by scripts/derive-blocking: change that file.
+"""Sockets beside the main one: requests of the back-end, and the GPU protocol."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+from ...errors import RequestFailed
+from ...fds import FdLike, OwnedFd
+from ...messages import gpu as g
+from ...messages import requests as r
+from ...messages.constants import GpuProtocolFeatures, IotlbAccess, IotlbType, ShmemMapFlags
+from ...messages.replies import Ack
+from ...rules.core import Received
+from ...rules.rules import BACKEND_TABLE, GPU_TABLE
+from ...rules.session import Session
+from ..raw import socket_from
+from .endpoint import AnsweringEndpoint, RequestingEndpoint
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+
+class BackendChannel(RequestingEndpoint):
+    """The back-end's end of the channel of SET_BACKEND_REQ_FD: a method for each request.
+
+    Methods raise as those of ``Frontend`` do.  When REPLY_ACK is negotiated each asks for an Ack
+    and raises RequestFailed when it is not zero; do not wait for one while the front-end waits for
+    an answer of this thread.
+
+    Args:
+        sock: the socket that SET_BACKEND_REQ_FD passed; owned from here on.
+        session: of the connection it belongs to.
+        timeout: seconds one exchange may take, or None for no limit.
+    """
+
+    def __init__(
+        self, sock: socket.socket, session: Session, *, timeout: float | None = None
+    ) -> None:
+        super().__init__(sock, BACKEND_TABLE, session, timeout=timeout)
+
+    @classmethod
+    def from_fd(
+        cls, fd: OwnedFd, session: Session, *, timeout: float | None = None
+    ) -> BackendChannel:
+        """Take the descriptor that came with SET_BACKEND_REQ_FD.
+
+        Raises:
+            BadDescriptors: it is not a socket; it has been closed.
+        """
+        return cls(socket_from(fd), session, timeout=timeout)
+
+    def __enter__(self) -> BackendChannel:
+        return self
+
+    def iotlb_miss(self, iova: int, access: IotlbAccess, *, need_reply: bool | None = None) -> None:
+        """Ask for an IOTLB entry; it comes as an IOTLB_MSG on the main socket."""
+        self._iotlb(iova, access, IotlbType.MISS, need_reply)
+
+    def iotlb_access_fail(
+        self, iova: int, access: IotlbAccess, *, need_reply: bool | None = None
+    ) -> None:
+        """Report an access that the IOTLB does not permit."""
+        self._iotlb(iova, access, IotlbType.ACCESS_FAIL, need_reply)
+
+    def _iotlb(
+        self, iova: int, access: IotlbAccess, kind: IotlbType, need_reply: bool | None
+    ) -> None:
+        message = r.BackendIotlbMsg(iova, 0, 0, access, kind)
+        answer = self.request(message, need_reply=need_reply)
+        if answer is not None and isinstance(answer.message, Ack) and answer.message.value:
+            raise RequestFailed("IOTLB_MSG", answer.message.value)
+
+    def config_change(self) -> None:
+        """Tell that the configuration space has changed."""
+        self.call(r.BackendConfigChange())
+
+    def vring_host_notifier(
+        self, index: int, size: int = 0, offset: int = 0, fd: FdLike | None = None
+    ) -> None:
+        """Set a ring's host notifier (bytes in ``fd``), or remove it when ``fd`` is None."""
+        message = r.BackendVringHostNotifier(index, size, offset, fd is None)
+        self.call(message, [] if fd is None else [fd])
+
+    def vring_call(self, index: int) -> None:
+        """Tell in-band that buffers were used."""
+        self.call(r.BackendVringCall(index))
+
+    def vring_err(self, index: int) -> None:
+        """Tell in-band that a ring has an error."""
+        self.call(r.BackendVringErr(index))
+
+    def shared_object_add(self, uuid: UUID) -> None:
+        """Announce a shared object."""
+        self.call(r.BackendSharedObjectAdd(uuid))
+
+    def shared_object_remove(self, uuid: UUID) -> None:
+        """Withdraw a shared object."""
+        self.call(r.BackendSharedObjectRemove(uuid))
+
+    def shared_object_lookup(self, uuid: UUID) -> OwnedFd | None:
+        """Return the dma-buf of another device's shared object, or None when there is none."""
+        answer = self.ask_fds(r.BackendSharedObjectLookup(uuid))
+        return answer.take_fd()
+
+    def shmem_map(
+        self,
+        shmid: int,
+        fd: FdLike,
+        fd_offset: int,
+        shm_offset: int,
+        length: int,
+        flags: ShmemMapFlags = ShmemMapFlags.READ_ONLY,
+    ) -> None:
+        """Map part of ``fd`` into a shared memory region (offsets and length in bytes)."""
+        self.call(r.BackendShmemMap(shmid, fd_offset, shm_offset, length, flags), [fd])
+
+    def shmem_unmap(self, shmid: int, shm_offset: int, length: int) -> None:
+        """Unmap part of a shared memory region (bytes)."""
+        self.call(r.BackendShmemUnmap(shmid, 0, shm_offset, length))
+
+
+class FrontendChannel(AnsweringEndpoint):
+    """The front-end's end of that channel: requests of the back-end arrive here.
+
+    Args:
+        sock: our end of the socket pair; owned from here on.
+        session: of the connection it belongs to.
+        timeout: seconds a message may take once it has begun, or None.
+    """
+
+    def __init__(
+        self, sock: socket.socket, session: Session, *, timeout: float | None = None
+    ) -> None:
+        super().__init__(sock, BACKEND_TABLE, session, timeout=timeout)
+
+    def __enter__(self) -> FrontendChannel:
+        return self
+
+    def answer_lookup(self, received: Received, fd: FdLike | None) -> None:
+        """Answer SHARED_OBJECT_LOOKUP with a dma-buf, or with failure when ``fd`` is None."""
+        if fd is None:
+            self.reply(received, Ack(1))
+        else:
+            self.reply(received, Ack(0), [fd])
+
+
+class GpuBackendChannel(RequestingEndpoint):
+    """The back-end's end of the GPU socket: a method for each request.
+
+    Args:
+        sock: the socket that GPU_SET_SOCKET passed; owned from here on.
+        timeout: seconds one exchange may take, or None for no limit.
+    """
+
+    def __init__(self, sock: socket.socket, *, timeout: float | None = None) -> None:
+        super().__init__(sock, GPU_TABLE, timeout=timeout)
+
+    @classmethod
+    def from_fd(cls, fd: OwnedFd, *, timeout: float | None = None) -> GpuBackendChannel:
+        """Take the descriptor that came with GPU_SET_SOCKET.
+
+        Raises:
+            BadDescriptors: it is not a socket; it has been closed.
+        """
+        return cls(socket_from(fd), timeout=timeout)
+
+    def __enter__(self) -> GpuBackendChannel:
+        return self
+
+    def get_protocol_features(self) -> GpuProtocolFeatures:
+        """Return the GPU protocol features the front-end offers."""
+        return self.ask(g.GpuGetProtocolFeatures()).features
+
+    def set_protocol_features(self, features: GpuProtocolFeatures) -> None:
+        """Set the negotiated GPU protocol features."""
+        self.call(g.GpuSetProtocolFeatures(features))
+
+    def get_display_info(self) -> tuple[g.GpuDisplay, ...]:
+        """Return the preferred displays."""
+        return self.ask(g.GpuGetDisplayInfo()).displays
+
+    def get_edid(self, scanout_id: int) -> bytes:
+        """Return the EDID of a scanout."""
+        return self.ask(g.GpuGetEdid(scanout_id)).edid
+
+    def cursor_pos(self, scanout_id: int, x: int, y: int) -> None:
+        """Show the cursor at a position, in pixels."""
+        self.call(g.GpuCursorPos(scanout_id, x, y))
+
+    def cursor_pos_hide(self, scanout_id: int, x: int, y: int) -> None:
+        """Hide the cursor."""
+        self.call(g.GpuCursorPosHide(scanout_id, x, y))
+
+    def cursor_update(self, update: g.GpuCursorUpdate) -> None:
+        """Set the cursor's shape."""
+        self.call(update)
+
+    def scanout(self, scanout_id: int, width: int, height: int) -> None:
+        """Set a scanout's size in pixels; 0 x 0 disables it."""
+        self.call(g.GpuScanout(scanout_id, width, height))
+
+    def update(self, update: g.GpuUpdate) -> None:
+        """Replace a rectangle of a scanout."""
+        self.call(update)
+
+    def dmabuf_scanout(
+        self, scanout: g.GpuDmabufScanout | g.GpuDmabufScanout2, fd: FdLike | None = None
+    ) -> None:
+        """Set a scanout to a dma-buf; without one (and 0 x 0) disable it."""
+        self.call(scanout, [] if fd is None else [fd])
+
+    def dmabuf_update(self, scanout_id: int, x: int, y: int, width: int, height: int) -> None:
+        """Present a rectangle of a dma-buf scanout and wait until it was."""
+        self.call(g.GpuDmabufUpdate(scanout_id, x, y, width, height))
+
+
+class GpuFrontendChannel(AnsweringEndpoint):
+    """The front-end's end of the GPU socket: requests of the back-end arrive here.
+
+    Args:
+        sock: our end of the socket pair; owned from here on.
+        timeout: seconds a message may take once it has begun, or None.
+    """
+
+    def __init__(self, sock: socket.socket, *, timeout: float | None = None) -> None:
+        super().__init__(sock, GPU_TABLE, timeout=timeout)
+
+    def __enter__(self) -> GpuFrontendChannel:
+        return self

@@ -1,0 +1,1 @@
+"""Traffic between two programs, seen from the side: shown, recorded and judged."""
