@@ -60,6 +60,19 @@ class RingState(NamedTuple):
     signalled_valid: int
 
 
+class _Unresolved(NamedTuple):
+    """Why the ring was not found in memory: facts, as an error would keep the memory mapped.
+
+    The errors that raise them again go through frames that hold the snapshot.
+    """
+
+    reason: Reason | None
+    """None: memory is missing, ``access`` to ``length`` bytes at ``address``."""
+    address: int
+    length: int = 0
+    access: int = 0
+
+
 class _Arrays:
     """Zeroed arrays that a queue shares with its engine, in pages of which untouched ones cost
     nothing: a chain can be long, and few are.
@@ -167,7 +180,7 @@ class DeviceQueue:
         self._engine = make_engine(engine, block, memory)
         self._closed = False
         self._recovered = inflight is None
-        self._unresolved: Missing | Broken | None = None
+        self._unresolved: _Unresolved | None = None
         self._attach()
 
     # Set-up.
@@ -214,9 +227,11 @@ class DeviceQueue:
             hosts = [part.host for part in placed]
             if any(host % 4 for host in hosts[::2]) or hosts[1] % 2 or hosts[0] % 16:
                 raise Broken(Reason.RING_MEMORY, hosts[0])
-        except (Missing, Broken) as error:
-            # A ring that was mapped stays so: completions still go where the driver looks.
-            self._unresolved = error
+        # A ring that was mapped stays so: completions still go where the driver looks.
+        except Missing as error:
+            self._unresolved = _Unresolved(None, error.address, error.length, error.access)
+        except Broken as error:
+            self._unresolved = _Unresolved(error.reason, error.detail)
         else:
             block.descriptors, block.driver, block.device = hosts
             # What was mapped for the old place stays so until the engine knows the new one.
@@ -230,7 +245,7 @@ class DeviceQueue:
             try:
                 index = access.words16(table, block.device + 2, 1, config.big_endian)[0]
             except Broken as error:
-                self._unresolved = error
+                self._unresolved = _Unresolved(error.reason, error.detail)
             else:
                 block.next_used = block.signalled_used = index
                 self._used_known = True
@@ -334,16 +349,16 @@ class DeviceQueue:
         return self._begin(count) if limit is None else self._begin_limited(count, limit)
 
     def _prepare(self, limit: int | None) -> None:
-        error = self._unresolved
-        if error is not None and not self._block.stopped and not self._block.reason:
+        known = self._unresolved
+        if known is not None and not self._block.stopped and not self._block.reason:
             self._attach()
-            error = self._unresolved
-            if isinstance(error, Missing):
-                raise Need(error.address, error.length, error.access)
-            if error is not None:
-                truncated = error.reason is Reason.TRUNCATED
+            known = self._unresolved
+            if known is not None:
+                if known.reason is None:
+                    raise Need(known.address, known.length, known.access)
+                truncated = known.reason is Reason.TRUNCATED
                 reason = Reason.TRUNCATED if truncated else Reason.RING_MEMORY
-                raise QueueBroken(reason, error.detail)
+                raise QueueBroken(reason, known.address)
         if limit is not None:
             if limit < 0:
                 raise UsageError(f"a take of {limit} chains")

@@ -206,7 +206,7 @@ class Framer:
             try:
                 self._head = header, find_rule(self._table, header, reply=self._replies)
             except RemoteProtocolError as error:
-                self._error = error
+                self._error = error.bare()
         if self._head is not None:
             need += self._head[0].size
         self._missing = need - have if need > have else 0
@@ -218,7 +218,7 @@ class Framer:
             RemoteProtocolError: the header is wrong; the stream is unusable from here on.
         """
         if self._error is not None:
-            raise self._error
+            raise self._error.bare()
         if self._head is None or self._missing:
             return None
         header, rule = self._head

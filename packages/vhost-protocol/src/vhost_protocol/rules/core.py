@@ -212,10 +212,10 @@ class _Core:
 
     def _check_usable(self) -> None:
         if self._broken is not None:
-            raise self._broken
+            raise self._broken.bare()
 
     def _fail(self, error: RemoteProtocolError) -> None:
-        self._broken = error
+        self._broken = error.bare()
         self.close()
 
     def close(self) -> None:
