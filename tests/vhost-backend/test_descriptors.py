@@ -49,7 +49,7 @@ def works(session: DriverSession, index: int) -> None:
     vring = session.vrings[index]
     vring.queue.publish()
     os.eventfd_write(vring.kick_fd, 1)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not (done := vring.queue.collect()):
         assert time.monotonic() < deadline, f"vring {index} is stuck"
         time.sleep(0.001)
@@ -218,7 +218,7 @@ def test_signals_as_messages_wait_for_nobody(engine: str) -> None:
     silent = threading.Event()
 
     def ignore(message: vp.Message) -> bool:
-        silent.wait(20)
+        silent.wait()
         return True
 
     with attached(
@@ -233,14 +233,13 @@ def test_signals_as_messages_wait_for_nobody(engine: str) -> None:
         session.frontend.set_vring_call(0, None)
         session.start_ring(0, 0)
         session.frontend.set_vring_call(0, None)
-        begin = time.monotonic()
-        for _ in range(3):
-            works(session, 0)
-            works(session, 1)
-        session.stop_ring(0)
-        took = time.monotonic() - begin
-        silent.set()
-        assert took < 3
+        try:
+            for _ in range(3):
+                works(session, 0)
+                works(session, 1)
+            session.stop_ring(0)
+        finally:
+            silent.set()
 
 
 def test_many_call_descriptors_leave_nothing(session: DriverSession) -> None:
