@@ -27,7 +27,7 @@ from .backend import VhostUserBackend
 from .checks import check_backend
 from .composition import DaemonBase, Pause, close_lent
 from .control import Answer, Wait
-from .errors import BackendUsageError, Refused, VhostBackendError, is_shortage
+from .errors import BackendUsageError, Refused, VhostBackendError, is_shortage, kept
 from .eventfd import WakeFd
 from .listener import Listener
 from .vring_locks import VringMutex, VringRwLock
@@ -173,7 +173,7 @@ class VhostUserDaemon(DaemonBase):
 
     def _worker_failed(self, error: BaseException) -> None:
         if self._failure is None:
-            self._failure = error
+            self._failure = kept(error)
         self.shutdown()
 
     # -- the connection's thread ----------------------------------------------------------------
@@ -191,7 +191,7 @@ class VhostUserDaemon(DaemonBase):
             except BaseException as error:
                 if not isinstance(error, VhostBackendError):  # which says enough where it is raised
                     log.critical("%s: the daemon ends", self.name, exc_info=error)
-                self._failure = error
+                self._failure = kept(error)
 
         self._thread = threading.Thread(target=run, name=f"{self.name}-control", daemon=True)
         self._thread.start()

@@ -15,12 +15,12 @@ from collections.abc import Callable
 
 import vhost_protocol as vp
 from guest_memory import GuestMemory, GuestMemoryError, Iotlb, Iova, UserAddress
-from virtqueue import Need, Reason
+from virtqueue import Reason
 
 from ..errors import Refused
 from ..features import VirtioFeature
 from ..ratelimit import RateLimited
-from ..vring import VringState
+from ..vring import VringState, Wanted
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome, Wait
 
@@ -52,7 +52,8 @@ class Iommu:
 
     def disconnect(self) -> None:
         """Forget all entries; hang up."""
-        for timer in self._timers.values():
+        timers, self._timers = self._timers, {}
+        for timer in timers.values():
             timer.cancel()
         self._watch_progress(None)
         self._context.iotlb = None
@@ -154,7 +155,7 @@ class Iommu:
                     return False
         return True
 
-    def _miss(self, state: VringState, need: Need) -> None:
+    def _miss(self, state: VringState, need: Wanted) -> None:
         """A ring cannot go on before an entry comes. Called on a worker, with the ring's lock."""
         channel = self._context.channel
         try:
@@ -177,7 +178,7 @@ class Iommu:
         except RuntimeError as error:  # there can be no more threads: it waits as long as it takes
             self._faults.error("nobody watches how long an IOTLB entry takes: %s", error)
 
-    def _expire(self, index: int, need: Need) -> None:
+    def _expire(self, index: int, need: Wanted) -> None:
         with self._context.vrings[index].get_mut() as state:
             if state.need is need:
                 self._faults.warning(
