@@ -24,7 +24,7 @@ from .async_worker import AsyncVringEpollHandler
 from .backend import VhostUserBackend
 from .composition import DaemonBase, close_lent
 from .control import Answer, Outcome, Wait
-from .device import VirtioDevice
+from .device import VirtioDevice, name_of
 from .device_backend import DeviceBackend
 from .errors import Refused
 from .listener import Listener
@@ -213,7 +213,7 @@ async def serve_async(
     try:
         with path if isinstance(path, Listener) else Listener(path) as listener:
             async with AsyncDaemon(
-                type(device).__name__,
+                name_of(device),
                 DeviceBackend.of(device),
                 engine=engine,
                 mapper=mapper,

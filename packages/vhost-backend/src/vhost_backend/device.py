@@ -169,7 +169,8 @@ class VirtioDevice:
     Class or instance attributes describe it: `device_id` (virtio 1.3, section 5), `num_queues`,
     `queue_size` (the largest accepted, in descriptors), `features` (the device type's own bits),
     `status_byte` (requests end in a status byte that completion writes), `error_status` (its value
-    for a failed request), `config` (the configuration space, little-endian).
+    for a failed request), `config` (the configuration space, little-endian), `name` (what log lines
+    and counters call it; the class's name where it is empty).
 
     `protocol_features` are what the device uses on `channel` by itself: HOST_NOTIFIER, or
     SHARED_OBJECT to look up others' objects. What follows from a hook needs no mention there.
@@ -186,6 +187,7 @@ class VirtioDevice:
     status_byte: bool = False
     error_status: int = 1
     config: bytes = b""
+    name: str = ""
     protocol_features: ProtocolFeatures = ProtocolFeatures(0)
     #: Version of what `save_state` returns; streams of a newer one are refused.
     state_version: int = 1
@@ -242,7 +244,7 @@ class VirtioDevice:
         if self._failures is None:
             self._failures = RateLimited(log)
         self._failures.error(
-            "%s failed a request of queue %d", type(self).__name__, queue.index, exc_info=error
+            "%s failed a request of queue %d", name_of(self), queue.index, exc_info=error
         )
         return self.error_status
 
@@ -296,3 +298,8 @@ class VirtioDevice:
 
     def close(self) -> None:
         """Release what the device holds."""
+
+
+def name_of(device: VirtioDevice) -> str:
+    """What to call it in front of people."""
+    return device.name or type(device).__name__

@@ -268,7 +268,7 @@ class VringEpollHandler:
             return self._backend.handle_event(target, events, self.vrings, self.thread_id)
         except Exception:
             # A back-end that is wrong must not take its worker along: other queues go on.
-            log.exception("the back-end failed on event %d", target)
+            log.exception("%s: the back-end failed on event %d", self._thread.name, target)
             return False
 
     def _dead_kick(self, queue: int, fd: int) -> None:
@@ -277,4 +277,4 @@ class VringEpollHandler:
             if self._kick_of.get(queue) != fd:
                 return  # the control plane has replaced it meanwhile
             self._forget(queue)
-        log.warning("the kick descriptor of queue %d is dead", queue)
+        log.warning("%s: the kick descriptor of queue %d is dead", self._thread.name, queue)

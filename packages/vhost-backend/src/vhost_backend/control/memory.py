@@ -6,6 +6,9 @@ have not arrived yet are waited for through a userfaultfd that the front-end ser
 
 from __future__ import annotations
 
+import logging
+import mmap
+import os
 from collections.abc import Callable
 
 import vhost_protocol as vp
@@ -22,6 +25,9 @@ from guest_memory import (
 from ..errors import Refused
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome
+
+
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 
 class MemoryTable:
@@ -54,7 +60,8 @@ class MemoryTable:
     def offers(self) -> vp.ProtocolFeatures:
         """Memory slots, or postcopy; Xen mappings with a mapper that makes them.
 
-        A userfaultfd can only wait for pages of ordinary mappings. GPA_ADDRESSES takes nothing:
+        PAGEFAULT takes a userfaultfd, which not every process may have: then the front-end should
+        refuse postcopy before it begins. It can only wait for pages of ordinary mappings. GPA_ADDRESSES takes nothing:
         with it user addresses are guest addresses, regions repeat theirs, and what is looked up by
         user address is found as ever. Front-ends that take the bit for another (rust-vmm's vhost
         had SHMEM there) and send user addresses all the same are therefore served, too.
@@ -64,12 +71,13 @@ class MemoryTable:
             features |= vp.ProtocolFeatures.XEN_MMAP
         if self._slots:
             features |= vp.ProtocolFeatures.CONFIGURE_MEM_SLOTS
-        elif self._context.mapper is None:
+        elif self._context.mapper is None and _userfault_works():
             features |= vp.ProtocolFeatures.PAGEFAULT
         return features
 
     def disconnect(self) -> None:
         """Unmap; nobody waits for pages any more."""
+        self._context.unshared.disconnect()
         self._end_postcopy()
         self._context.memory.replace(GuestMemory())
 
@@ -85,6 +93,7 @@ class MemoryTable:
             memory = GuestMemory.map(pairs, mapper=context.guard.mapper(context.mapper))
         except GuestMemoryError as error:
             raise Refused("SET_MEM_TABLE", str(error)) from error
+        context.unshared.table([fd for _, fd in pairs])
         if not self._listening:
             context.use_memory(memory)
             return None
@@ -105,6 +114,7 @@ class MemoryTable:
             )
         except GuestMemoryError as error:
             raise Refused("ADD_MEM_REG", str(error)) from error
+        context.unshared.more(fds[0].fileno(), first=len(memory.regions) == 1)
         context.use_memory(memory)
         if not self._listening:
             return None
@@ -157,6 +167,25 @@ class MemoryTable:
         self._pending = None
         if userfault is not None:
             userfault.close()
+
+
+def _userfault_works() -> bool:
+    """Whether this process can have pages of shared memory waited for.
+
+    A capability, a sysctl, a seccomp filter or the kernel's configuration may stand against it; so
+    it is tried, with a page of our own.
+    """
+    try:
+        memory, fd = GuestMemory.allocate(mmap.PAGESIZE, guest_address=0)
+        try:
+            with Userfault() as userfault:
+                userfault.register(memory)
+        finally:
+            os.close(fd)
+    except (GuestMemoryError, OSError) as error:
+        log.info("postcopy is not offered: %s", error)
+        return False
+    return True
 
 
 def _region(region: vp.MemoryRegion) -> Region:

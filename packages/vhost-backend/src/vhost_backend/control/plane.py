@@ -35,6 +35,7 @@ class ControlPlane:
         mapper: how regions are mapped; None for mmap.
         memory_slots: offer CONFIGURE_MEM_SLOTS; postcopy is offered instead when False.
         wake: called from any thread when something that a `Wait` waits for may have happened.
+        name: names the device in log lines.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class ControlPlane:
         mapper: Mapper | None = None,
         memory_slots: bool = True,
         wake: Callable[[], None] = lambda: None,
+        name: str = "",
     ) -> None:
-        context = Context(backend, vrings, workers, memory, mapper, MemoryGuard(), wake)
+        context = Context(backend, vrings, workers, memory, mapper, MemoryGuard(), wake, name)
         self._context = context
         self._rings = Rings(context)
         self._logging = Logging(context)

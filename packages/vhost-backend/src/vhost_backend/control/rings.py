@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import vhost_protocol as vp
@@ -14,6 +15,9 @@ from ..vring import VringState
 from ..vring_locks import Vring
 from .context import MAX_RING_SIZE, Context
 from .outcome import Answer, Descriptors, Outcome, Wait
+
+
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 
 class Rings:
@@ -239,6 +243,15 @@ class Rings:
             state.set_queue_ready(context.memory.current)
         except UsageError as error:
             raise Refused("SET_VRING_KICK", str(error)) from None
+        context.unshared.ring_started()
+        log.debug(
+            "%s: queue %d starts: %d descriptors, %s, from %#x, kicks by %s, calls by %s",
+            *(context.name, state.index, state.size),
+            "packed" if state.features & VirtioFeature.RING_PACKED else "split",
+            state.base,
+            "descriptor" if state.kick_fd >= 0 else "message or polling",
+            "descriptor" if state.call_fd >= 0 else "message or none",
+        )
         # A back-end before us may have died between showing the driver what it completed and
         # signalling it. The driver may wait for that and for nothing else; one time too many is
         # harmless.
@@ -293,6 +306,7 @@ class Rings:
         with vring.get_mut() as state:
             base = state.stop()
             state.set_kick(-1)
+        log.debug("%s: queue %d stops at %#x", self._context.name, index, base)
         if not any(self._started(vring) for vring in self._context.vrings):
             self._context.device_stopped()
         return Answer(vp.VringBaseReply(index, base))
