@@ -128,6 +128,11 @@ class VhostUserDaemon(DaemonBase):
             self.start(listener)
             self.wait()
 
+    @property
+    def connected(self) -> bool:
+        """Whether a front-end is being served now."""
+        return self._connection is not None
+
     def shutdown(self) -> None:
         """End the daemon, from any thread or a signal handler; `wait` returns soon after."""
         self._stopping = True
