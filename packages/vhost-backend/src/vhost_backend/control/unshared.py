@@ -73,16 +73,17 @@ class UnsharedMemory:
     def _look(self) -> None:
         if self._empty and self._requests() == self._before:
             log.warning(
-                "%s: no request has come, and nothing was ever written to the guest's memory: %s",
+                "%s: no request has come, and the guest's memory was empty when it was shared: %s",
                 self._name,
                 ADVICE,
             )
 
     def _requests(self) -> int:
+        """Those that came, and those that were wrong."""
         total = 0
         for vring in self._vrings:
             with vring.get_ref() as state:
-                total += state.counters.requests + state.in_flight
+                total += state.counters.requests + state.counters.guest_errors + state.in_flight
         return total
 
 

@@ -239,18 +239,22 @@ class BlockDevice(VirtioDevice):
 
     def acked_features(self, features: int) -> None:
         """Without FLUSH every write has to be durable when it completes."""
+        if not self._running:
+            self._look_up_size()
         self._durable_writes = not features & F_FLUSH
         for handler in self._handlers:
             handler.durable = self._durable_writes
 
     def get_config(self, offset: int, size: int) -> bytes:
         """`struct virtio_blk_config`, little-endian; bytes behind it read as zero."""
-        if not self._running and self._fd >= 0:
+        if not self._running:
             self._look_up_size()
         return self._config[offset : offset + size].ljust(size, b"\0")
 
     def _look_up_size(self) -> None:
-        """The image may have grown since the last front-end asked."""
+        """The image may have grown since the last front-end."""
+        if self._fd < 0:
+            return
         try:
             capacity = _size(self._fd, self.path) // SECTOR
         except (DeviceError, OSError) as error:
