@@ -1,14 +1,17 @@
 """A guest whose memory is not shared hangs without a word: the daemon has one."""
 
 import logging
+import socket
 import threading
 from pathlib import Path
 
 import pytest
 
-from vhost_backend import BlockDevice
+import vhost_protocol as vp
+from guest_memory import MemoryHolder
+from vhost_backend import BlockDevice, DeviceBackend, VhostUserDaemon
 from vhost_backend.control import unshared
-from vhost_backend.driver import BlockDriver
+from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import attached
 
@@ -39,36 +42,30 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Listening:
     return handler
 
 
-def test_empty_memory_and_no_request(image: Path, heard: Listening) -> None:
+def test_blank_rings_and_no_request(image: Path, heard: Listening) -> None:
     device = BlockDevice(image)
     with attached(device, features=DRIVER_FEATURES):
         assert heard.told.wait(60)
     assert len(heard.lines) == 1
-    assert "guest memory has to be shared" in heard.lines[0]
+    assert "its memory is not shared" in heard.lines[0]
     heard.close()
     device.close()
 
 
-def test_nothing_to_say_where_requests_come(
-    image: Path, heard: Listening, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(unshared, "DELAY", 3600.0)
-    started: list[unshared.UnsharedMemory] = []
-    begin = unshared.UnsharedMemory.ring_started
-
-    def beginning(self: unshared.UnsharedMemory) -> None:
-        begin(self)
-        started.append(self)
-
-    monkeypatch.setattr(unshared.UnsharedMemory, "ring_started", beginning)
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_to_say_where_requests_come(image: Path, packed: bool) -> None:
     device = BlockDevice(image)
-    with attached(device, features=DRIVER_FEATURES) as session:
-        BlockDriver(session).read(0, 512)
-        (memory,) = started
-        memory._look()
-        assert heard.lines == []
-        memory._before = memory._requests()
-        memory._look()  # as it would be without them
-        assert len(heard.lines) == 1
-    heard.close()
+    holder = MemoryHolder()
+    ours, theirs = socket.socketpair()
+    with VhostUserDaemon("disk", DeviceBackend(device), holder) as daemon:
+        daemon.start_connection(theirs)
+        with DriverSession(
+            vp.Frontend(ours, timeout=30), features=DRIVER_FEATURES, packed=packed
+        ) as session:
+            doubt = unshared.UnsharedMemory("disk", daemon.vrings, holder)
+            assert doubt.is_likely()
+            BlockDriver(session).read(0, 512)
+            assert not doubt.is_likely()
+            session.stop_ring(0)
+            assert not doubt.is_likely()
     device.close()

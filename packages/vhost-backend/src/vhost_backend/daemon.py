@@ -225,6 +225,7 @@ class VhostUserDaemon(DaemonBase):
 
     def _converse(self, connection: BackendConnection) -> None:
         while not self._stopping:
+            self._control.wait_for_message(connection.fileno())
             received = connection.receive()
             if received is None:
                 return

@@ -70,7 +70,7 @@ class Context:
         self.channel: vp.BackendChannel | None = None
         self.iotlb: Iotlb | None = None
         self.log: DirtyLog | None = None
-        self.unshared = UnsharedMemory(name, vrings)
+        self.unshared = UnsharedMemory(name, vrings, memory)
         self._started = False
         self._places = [_place(vring, workers) for vring in vrings]
 

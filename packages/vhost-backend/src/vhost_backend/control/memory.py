@@ -93,7 +93,6 @@ class MemoryTable:
             memory = GuestMemory.map(pairs, mapper=context.guard.mapper(context.mapper))
         except GuestMemoryError as error:
             raise Refused("SET_MEM_TABLE", str(error)) from error
-        context.unshared.table([fd for _, fd in pairs])
         if not self._listening:
             context.use_memory(memory)
             return None
@@ -114,7 +113,6 @@ class MemoryTable:
             )
         except GuestMemoryError as error:
             raise Refused("ADD_MEM_REG", str(error)) from error
-        context.unshared.more(fds[0].fileno(), first=len(memory.regions) == 1)
         context.use_memory(memory)
         if not self._listening:
             return None
@@ -143,6 +141,7 @@ class MemoryTable:
         if self._userfault is None:
             raise Refused("POSTCOPY_LISTEN", "POSTCOPY_ADVISE did not come before")
         self._listening = True
+        self._context.unshared.postcopy()
         return None
 
     def _acknowledged(self, message: vp.Message, fds: Descriptors) -> Outcome:

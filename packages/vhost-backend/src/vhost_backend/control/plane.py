@@ -81,6 +81,10 @@ class ControlPlane:
             features |= int(section.offers())
         return vp.ProtocolFeatures(features)
 
+    def wait_for_message(self, fd: int) -> None:
+        """Before a message is read from `fd`: there may be something to look at meanwhile."""
+        self._context.unshared.wait_for_message(fd)
+
     def handle(self, message: vp.Message, fds: Descriptors) -> Outcome:
         """Apply one message; descriptors that are kept are detached or taken out of `fds`.
 

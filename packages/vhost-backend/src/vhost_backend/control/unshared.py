@@ -1,92 +1,93 @@
 """Noticing guest memory that is not shared.
 
 A front-end hands over the file of its guest's memory also when it has mapped the file privately
-(QEMU without `share=on`): the guest then writes to pages of its own, the file stays empty, and no
-request ever shows. No message tells; an empty file under a ring without requests does.
+(QEMU without `share=on`): the guest then writes to pages of its own, and no request ever shows. No
+message tells; rings that are blank a while after they were started do.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import stat
-import threading
+import select
+import time
 from collections.abc import Sequence
 
+from guest_memory import GuestMemory, GuestMemoryError, MemoryHolder, UserAddress
+
+from ..features import VirtioFeature
+from ..vring import VringState
 from ..vring_locks import Vring
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
-#: Seconds from the first ring's start to the word about it.
+#: Seconds from the first ring's start to the look at it.
 DELAY = 3.0
 ADVICE = (
-    "guest memory has to be shared: for QEMU -object memory-backend-memfd,id=mem,size=SIZE,share=on"
-    " -machine memory-backend=mem, with SIZE as after -m"
+    "if the guest hangs, its memory is not shared: for QEMU"
+    " -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem,"
+    " with SIZE as after -m"
 )
 
 
 class UnsharedMemory:
-    """What the memory tables of one connection have shown."""
+    """The doubt about one connection's memory, and the look that settles it."""
 
-    def __init__(self, name: str, vrings: Sequence[Vring]) -> None:
+    def __init__(self, name: str, vrings: Sequence[Vring], memory: MemoryHolder) -> None:
         self._name = name
         self._vrings = vrings
-        self._empty = False
-        #: Requests that earlier connections have brought.
-        self._before = 0
-        self._timer: threading.Timer | None = None
-
-    def table(self, fds: Sequence[int]) -> None:
-        """A new table: the files of its regions."""
-        self._begin(bool(fds) and all(map(_is_empty, fds)))
-
-    def more(self, fd: int, first: bool) -> None:
-        """One more region, which may be the first."""
-        if first:
-            self._begin(_is_empty(fd))
-        else:
-            self._empty = self._empty and _is_empty(fd)
-
-    def _begin(self, empty: bool) -> None:
-        self._empty = empty
-        if empty:
-            self._before = self._requests()
+        self._memory = memory
+        #: When to look; None before a ring has started, and afterwards.
+        self._due: float | None = None
+        self._looked = False
 
     def ring_started(self) -> None:
-        """Look again after a while, if there is a doubt. Called with the ring's lock held."""
-        if not self._empty or self._timer is not None:
+        """The first ring of the connection begins the wait. Called with the ring's lock held."""
+        if not self._looked and self._due is None:
+            self._due = time.monotonic() + DELAY
+
+    def wait_for_message(self, fd: int) -> None:
+        """Return at once, or when `fd` can be read and the look is still to come."""
+        if self._due is None:
             return
-        self._timer = threading.Timer(DELAY, self._look)
-        self._timer.daemon = True
-        try:
-            self._timer.start()
-        except RuntimeError:  # no more threads: then without the word
-            self._timer = None
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        if poller.poll(max(0.0, self._due - time.monotonic()) * 1000):
+            return
+        self._due = None
+        self._looked = True
+        if self.is_likely():
+            log.warning("%s: no request has come, and its rings are blank: %s", self._name, ADVICE)
+
+    def postcopy(self) -> None:
+        """No look: it could have to wait for the page."""
+        self._due = None
+        self._looked = True
 
     def disconnect(self) -> None:
         """The front-end is gone."""
-        self._empty = False
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
+        self._due = None
+        self._looked = False
 
-    def _look(self) -> None:
-        if self._empty and self._requests() == self._before:
-            log.warning(
-                "%s: no request has come, and the guest's memory was empty when it was shared: %s",
-                self._name,
-                ADVICE,
-            )
-
-    def _requests(self) -> int:
-        """Those that came, and those that were wrong."""
-        total = 0
+    def is_likely(self) -> bool:
+        """Whether there are rings that run, and not one that a driver has written to."""
+        memory = self._memory.current
+        blank = []
         for vring in self._vrings:
             with vring.get_ref() as state:
-                total += state.counters.requests + state.counters.guest_errors + state.in_flight
-        return total
+                if state.running:
+                    blank.append(_is_blank(state, memory))
+        return bool(blank) and all(blank)
 
 
-def _is_empty(fd: int) -> bool:
-    status = os.fstat(fd)
-    return stat.S_ISREG(status.st_mode) and not status.st_blocks
+def _is_blank(state: VringState, memory: GuestMemory) -> bool:
+    if state.addresses is None or state.features & VirtioFeature.ACCESS_PLATFORM:
+        return False  # behind an IOMMU the addresses are others
+    descriptors, driver, _ = state.addresses
+    try:
+        return not any(
+            any(memory.read(memory.user_to_guest(UserAddress(address)), length))
+            # An index is what a driver writes first: behind the flags, or in the first descriptor.
+            for address, length in ((descriptors, 16 * state.size), (driver, 4))
+        )
+    except GuestMemoryError:
+        return False  # which the ring's own look says better
