@@ -70,8 +70,10 @@ def test_the_missing_words_are_named(
         assert "share=on" in line
         assert line.startswith(f"vhost-backend: {image}: ")
     finally:
-        for process in filter(None, (guest, daemon)):
-            process.kill()
-            process.wait()
+        if guest is not None:
+            guest.kill()
+            guest.wait()
+        daemon.kill()
+        daemon.wait()
         assert daemon.stderr is not None
         daemon.stderr.close()

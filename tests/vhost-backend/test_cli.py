@@ -374,7 +374,7 @@ def test_more_words_say_more(tmp_path: Path, image: Path) -> None:
                 BlockDriver(session).read(0, 512)
                 session.stop_ring(0)
             assert process.stderr is not None
-            lines = []
+            lines: list[str] = []
             while not lines or "has gone" not in lines[-1]:
                 lines.append(process.stderr.readline())
             assert all(line.startswith(f"vhost-backend: {image}: ") for line in lines)
@@ -385,7 +385,9 @@ def test_more_words_say_more(tmp_path: Path, image: Path) -> None:
     assert "queue 0 starts" not in said[0]
     assert re.search(r"features .*VERSION_1 RING_PACKED", said[1])
     assert re.search(r"protocol features: .*CONFIG\b", said[1])
-    assert re.search(r"memory 0x[0-9a-f]+ to 0x[0-9a-f]+ \(\d+ MiB\), for the front-end at 0x", said[1])
+    assert re.search(
+        r"memory 0x[0-9a-f]+ to 0x[0-9a-f]+ \(\d+ MiB\), for the front-end at 0x", said[1]
+    )
     assert re.search(r"queue 0 starts: \d+ descriptors, packed, from 0x", said[1])
     assert "queue 0 stops at 0x" in said[1]
 
@@ -428,7 +430,10 @@ def test_a_demo_leaves_an_image_alone_that_somebody_uses(
     """A guest that has the disk by the command that the demo prints, and one that will have it."""
     content = b"a guest's own".ljust(512)
     image.write_bytes(content * 8192)
-    with daemon(f"--socket-path={tmp_path / 's'}", f"--blk-file={image}") as process, ExitStack() as stack:
+    with (
+        daemon(f"--socket-path={tmp_path / 's'}", f"--blk-file={image}") as process,
+        ExitStack() as stack,
+    ):
         if running:
             session = stack.enter_context(DriverSession.connect(tmp_path / "s"))
             BlockDriver(session).read(0, 512)

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,7 +159,7 @@ def test_a_lock_of_a_moment_is_waited_for(
         seen.set()
         threading.Event().wait(seconds)
 
-    monkeypatch.setattr(image_lock.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     with open(image, "r+b") as other:
         if kind == "flock":
             fcntl.flock(other, fcntl.LOCK_SH)
@@ -199,7 +200,7 @@ def test_where_the_file_system_has_no_locks(
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
         return real(fd, command, argument)
 
-    monkeypatch.setattr(image_lock.fcntl, "fcntl", refusing)
+    monkeypatch.setattr(fcntl, "fcntl", refusing)
     if locking == "on":
         with pytest.raises(DeviceError, match=r"disk\.img: cannot be locked: No locks available"):
             BlockDevice(image, locking=locking)

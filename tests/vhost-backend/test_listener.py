@@ -5,6 +5,7 @@ import fcntl
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_another_that_starts_here_is_waited_for(
 ) -> None:
     monkeypatch.setattr(listener, "_PATIENCE", 60.0)
     waits = threading.Event()
-    monkeypatch.setattr(listener.time, "sleep", lambda seconds: waits.set())
+    monkeypatch.setattr(time, "sleep", lambda seconds: waits.set())
     made: list[Listener] = []
     fd = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)
@@ -102,6 +103,6 @@ def test_a_file_system_without_locks_will_do(
     def refuse(fd: int, kind: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(listener.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with Listener(tmp_path / "s"):
         assert (tmp_path / "s").is_socket()

@@ -45,8 +45,8 @@ _IN_ORDER: Final = int(VirtioFeature.IN_ORDER)
 _ACCESS_PLATFORM: Final = int(VirtioFeature.ACCESS_PLATFORM)
 
 _NEW_START: Final = (
-    "the driver has broken the ring, which is left alone until the driver sets it up anew (reset the"
-    " device or restart the guest)"
+    "the driver has broken the ring, which is left alone until the driver sets it up anew"
+    " (reset the device or restart the guest)"
 )
 _ADVICE: Final = {
     Reason.RING_MEMORY: "the ring is not in the memory that the front-end shares: guest memory has"

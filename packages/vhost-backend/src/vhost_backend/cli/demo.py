@@ -84,9 +84,7 @@ def run(options: SimpleNamespace) -> int:
     if options.qemu:
         return _guest_tests()
     if importlib.util.find_spec("rich") is None:
-        raise VhostBackendError(
-            "the demo draws with rich, the [cli] extra: pip install rich"
-        )
+        raise VhostBackendError("the demo draws with rich, the [cli] extra: pip install rich")
     engine = chosen_engine()
     image = options.image if options.image is not None else _default_image()
     blocks = options.size * 2**20 // BLOCK
@@ -332,7 +330,8 @@ the same image, for QEMU:
     -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
     -chardev socket,id=disk,path=/tmp/vhost-demo.sock,reconnect=1 \\
     -device vhost-user-blk-pci,chardev=disk
-(newer QEMU: reconnect-ms=1000; add a bootable disk or -kernel; the image is then /dev/vda in the guest)""")
+(newer QEMU: reconnect-ms=1000)
+(add a bootable disk or -kernel; the image is then /dev/vda in the guest)""")
 
 
 def _guest_tests() -> int:

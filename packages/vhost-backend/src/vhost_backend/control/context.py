@@ -18,7 +18,6 @@ from ..worker import VringEpollHandler
 from .outcome import Outcome
 from .unshared import UnsharedMemory
 
-
 log: logging.Logger = logging.getLogger("vhost_backend")
 
 #: Descriptors of the largest ring there can be (virtio 2.6). What a device advises is no limit.

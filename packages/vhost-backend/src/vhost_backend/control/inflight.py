@@ -16,11 +16,10 @@ from ..features import VirtioFeature
 from .context import MAX_RING_SIZE, Context
 from .outcome import Answer, Descriptors, Outcome
 
+log: logging.Logger = logging.getLogger("vhost_backend")
+
 #: Descriptors of QEMU's largest ring.
 _USUAL_SIZE: Final = 1024
-
-
-log: logging.Logger = logging.getLogger("vhost_backend")
 
 
 class Inflight:

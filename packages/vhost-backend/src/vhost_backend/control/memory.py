@@ -26,7 +26,6 @@ from ..errors import Refused
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome
 
-
 log: logging.Logger = logging.getLogger("vhost_backend")
 
 
@@ -61,10 +60,12 @@ class MemoryTable:
         """Memory slots, or postcopy; Xen mappings with a mapper that makes them.
 
         PAGEFAULT takes a userfaultfd, which not every process may have: then the front-end should
-        refuse postcopy before it begins. It can only wait for pages of ordinary mappings. GPA_ADDRESSES takes nothing:
-        with it user addresses are guest addresses, regions repeat theirs, and what is looked up by
-        user address is found as ever. Front-ends that take the bit for another (rust-vmm's vhost
-        had SHMEM there) and send user addresses all the same are therefore served, too.
+        refuse postcopy before it begins. It can only wait for pages of ordinary mappings.
+
+        GPA_ADDRESSES takes nothing: with it user addresses are guest addresses, regions repeat
+        theirs, and what is looked up by user address is found as ever. Front-ends that take the
+        bit for another (rust-vmm's vhost had SHMEM there) and send user addresses all the same are
+        therefore served, too.
         """
         features = vp.ProtocolFeatures.GPA_ADDRESSES
         if getattr(self._context.mapper, "xen_mmap", False):

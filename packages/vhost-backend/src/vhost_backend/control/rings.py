@@ -16,7 +16,6 @@ from ..vring_locks import Vring
 from .context import MAX_RING_SIZE, Context
 from .outcome import Answer, Descriptors, Outcome, Wait
 
-
 log: logging.Logger = logging.getLogger("vhost_backend")
 
 
