@@ -29,9 +29,7 @@ def bed(
 ) -> Iterator[Bed]:
     rings = [("split", "off"), ("packed", "on")] if able(kind, PACKED) else [("split", "off")]
     disks = [
-        Disk(
-            f"{ring}-{size}", SIZE, content=CONTENT, options={"queue-size": size, "packed": packed}
-        )
+        Disk(f"{ring}-{size}", SIZE, content=CONTENT, options={"queue-size": size, "packed": packed})
         for ring, packed in rings
         for size in SIZES
     ]

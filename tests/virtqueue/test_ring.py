@@ -283,7 +283,9 @@ def test_a_table_longer_than_the_ring_is_taken(
         for _ in range(2):
             buffers = [rig.text(bytes((n & 0xFF,))) for n in range(length - 1)]
             status = rig.room(1)
-            heads = [rig.driver.add(buffers, [status], indirect=True) for _ in range(min(size, 5))]
+            heads = [
+                rig.driver.add(buffers, [status], indirect=True) for _ in range(min(size, 5))
+            ]
             rig.driver.publish()
             if in_flight:
                 rig.device.take()

@@ -17,9 +17,6 @@ log: logging.Logger = logging.getLogger("vhost_backend")
 _ALWAYS = int(VirtioFeature.PROTOCOL_FEATURES | VirtioFeature.LOG_ALL)
 
 
-log: logging.Logger = logging.getLogger("vhost_backend")
-
-
 class Negotiation:
     """Which features both sides use.
 
