@@ -251,6 +251,7 @@ def test_an_image_that_has_grown_has_its_new_size_for_the_next_front_end(
         assert driver.capacity == 2 * SIZE
         driver.write(2 * SIZE - 512, content)
         assert driver.read(2 * SIZE - 512, 512) == content
+    assert {handler.length for handler in device._handlers} <= {2 * SIZE}
     os.truncate(image, 0)  # nothing that could be a disk: it stays as it was
     assert device.get_config(0, 8) == (2 * SIZE // 512).to_bytes(8, "little")
     device.close()
