@@ -122,7 +122,7 @@ class Testpmd:
 @pytest.fixture(scope="session")
 def program() -> str:
     try:
-        return provide_program("dpdk-testpmd", "dpdk-dev", fetch=in_ci())
+        return provide_program("dpdk-testpmd", "dpdk-dev", "librte-net-virtio23", fetch=in_ci())
     except Missing as reason:
         skip_or_fail(reason)
 

@@ -525,7 +525,7 @@ def test_a_demo_that_is_ended_takes_its_daemon_along(
 def test_a_demo_under_nohup_does_not_hear_the_terminal_go(tmp_path: Path) -> None:
     with demo(tmp_path, hang_up=signal.SIG_IGN) as (process, _):
         process.send_signal(signal.SIGHUP)
-        assert process.wait(60) == 0
+        assert process.wait(240) == 0  # a whole demo, on whatever the machine has left for it
 
 
 def test_a_demo_whose_daemon_dies_says_so_in_one_line(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from vhost_protocol import BackendConnection  # by name: imported before anybody
 from .backend import VhostUserBackend
 from .composition import DaemonBase, close_lent
 from .control import Answer, Wait
-from .errors import BackendUsageError, Refused, VhostBackendError
+from .errors import BackendUsageError, Refused, VhostBackendError, kept
 from .eventfd import WakeFd
 from .listener import Listener
 from .vring_locks import VringMutex, VringRwLock
@@ -168,7 +168,7 @@ class VhostUserDaemon(DaemonBase):
             try:
                 target()
             except BaseException as error:
-                self._failure = error
+                self._failure = kept(error)
 
         self._thread = threading.Thread(target=run, name=f"{self.name}-control", daemon=True)
         self._thread.start()

@@ -41,3 +41,17 @@ class Refused(VhostBackendError):
         super().__init__(f"{request} refused: {reason}")
         self.request = request
         self.reason = reason
+
+
+def kept(error: BaseException) -> BaseException:
+    """`error`, to be raised later: its traceback stays, but what its frames referred to goes.
+
+    That could be a guest's memory, for as long as the error is kept.
+    """
+    from traceback import clear_frames
+
+    link: BaseException | None = error
+    while link is not None:
+        clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    return error

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from guest_memory import DirtyLog, GuestMemory
 from vhost_protocol import BackendChannel, BackendVringCall, BackendVringErr, ProtocolError
@@ -56,6 +56,17 @@ _ADVICE: Final = {
 }
 
 
+class Wanted(NamedTuple):
+    """Memory that a ring waits for: the facts of a `Need`.
+
+    The error itself would keep the frames that it came through, and a guest's memory with them.
+    """
+
+    address: int
+    length: int
+    access: int
+
+
 class VringState:
     """One vring, unsynchronised.
 
@@ -78,7 +89,7 @@ class VringState:
     ) -> None:
         self.index = index
         #: The device's, for log lines.
-        self.name = ""
+        self.name: str = ""
         self.max_size = max_size
         self.engine = engine
         self.status_byte = status_byte
@@ -97,7 +108,7 @@ class VringState:
         #: Called, with the lock held, after each completion, while somebody waits for one.
         self.on_progress: Callable[[], None] | None = None
         #: Called, with the lock held, when the IOTLB lacks an entry (see `control.iommu`).
-        self.on_miss: Callable[[VringState, Need], None] | None = None
+        self.on_miss: Callable[[VringState, Wanted], None] | None = None
         #: How many queues were built for this ring; a completion of an earlier one is dropped.
         self.generation: int = 0
         self._on_drained: Callable[[], None] | None = None
@@ -115,7 +126,7 @@ class VringState:
         #: For notifications as messages, where they were negotiated.
         self.channel: BackendChannel | None = None
         #: Memory that the ring waits for.
-        self.need: Need | None = None
+        self.need: Wanted | None = None
         self.base: int = 0
         self.features: VirtioFeature = VirtioFeature(0)
         self.big_endian: bool = False
@@ -287,6 +298,12 @@ class VringState:
             and not self._homeless
             and self.need is None
         )
+
+    @property
+    def has_news(self) -> bool:
+        """Whether something was completed that the driver may not have been told of."""
+        queue = self.queue
+        return queue is not None and (not queue.fresh or queue.completed > 0)
 
     @property
     def ready(self) -> bool:
@@ -486,9 +503,9 @@ class VringState:
                 return True
             self.break_queue(QueueBroken(Reason.ADDRESS, need.address))
             return False
-        self.need = need
+        self.need = Wanted(need.address, need.length, need.access)
         if self.on_miss is not None:
-            self.on_miss(self, need)
+            self.on_miss(self, self.need)
         else:
             self.fail_need()
         return False

@@ -55,7 +55,7 @@ class Context:
         wake: Callable[[], None],
         name: str,
     ) -> None:
-        self.name = name
+        self.name: str = name
         self.backend = backend
         self.vrings = vrings
         self.memory = memory
@@ -69,7 +69,7 @@ class Context:
         self.channel: vp.BackendChannel | None = None
         self.iotlb: Iotlb | None = None
         self.log: DirtyLog | None = None
-        self.unshared = UnsharedMemory(name, vrings, memory)
+        self.unshared: UnsharedMemory = UnsharedMemory(name, vrings, memory)
         self._started = False
         self._places = [_place(vring, workers) for vring in vrings]
 

@@ -15,12 +15,12 @@ from collections.abc import Callable
 
 import vhost_protocol as vp
 from guest_memory import GuestMemory, GuestMemoryError, Iotlb, Iova, UserAddress
-from virtqueue import Need, Reason
+from virtqueue import Reason
 
 from ..errors import Refused
 from ..features import VirtioFeature
 from ..ratelimit import RateLimited
-from ..vring import VringState
+from ..vring import VringState, Wanted
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome, Wait
 
@@ -51,7 +51,8 @@ class Iommu:
 
     def disconnect(self) -> None:
         """Forget all entries; hang up."""
-        for timer in self._timers.values():
+        timers, self._timers = self._timers, {}
+        for timer in timers.values():
             timer.cancel()
         self._context.iotlb = None
         channel, self._context.channel = self._context.channel, None
@@ -144,7 +145,7 @@ class Iommu:
                     return False
         return True
 
-    def _miss(self, state: VringState, need: Need) -> None:
+    def _miss(self, state: VringState, need: Wanted) -> None:
         """A ring cannot go on before an entry comes. Called on a worker, with the ring's lock."""
         channel = self._context.channel
         try:
@@ -166,7 +167,7 @@ class Iommu:
             before.cancel()
         timer.start()
 
-    def _expire(self, index: int, need: Need) -> None:
+    def _expire(self, index: int, need: Wanted) -> None:
         with self._context.vrings[index].get_mut() as state:
             if state.need is need:
                 self._faults.warning(

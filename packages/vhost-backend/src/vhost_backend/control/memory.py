@@ -77,10 +77,12 @@ class MemoryTable:
         return features
 
     def disconnect(self) -> None:
-        """Unmap; nobody waits for pages any more."""
+        """Unmap; nobody waits for pages any more. The device is told, as it may keep the memory."""
         self._context.unshared.disconnect()
         self._end_postcopy()
-        self._context.memory.replace(GuestMemory())
+        empty = GuestMemory()
+        self._context.memory.replace(empty)
+        self._context.backend.update_memory(empty)
 
     def _get_max_mem_slots(self, message: vp.GetMaxMemSlots, fds: Descriptors) -> Outcome:
         return Answer(vp.MaxMemSlotsReply(MAX_MEM_SLOTS))

@@ -92,7 +92,7 @@ class ControlPlane:
         """
         handler = self._handlers.get(type(message))
         if handler is None:
-            raise Refused(type(message).__name__, "not implemented, and not offered")
+            raise Refused(message.request_name, "not implemented, and not offered")
         return handler(message, fds)
 
     def _features_changed(self) -> None:

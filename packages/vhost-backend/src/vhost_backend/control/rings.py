@@ -254,7 +254,8 @@ class Rings:
         # A back-end before us may have died between showing the driver what it completed and
         # signalling it. The driver may wait for that and for nothing else; one time too many is
         # harmless.
-        state.signal_call()
+        if state.has_news:
+            state.signal_call()
 
     def _get_base(self, message: vp.GetVringBase, fds: Descriptors) -> Outcome:
         context = self._context
@@ -331,7 +332,7 @@ class Rings:
     def _set_call(self, message: vp.SetVringCall, fds: Descriptors) -> Outcome:
         with self._context.vring("SET_VRING_CALL", message.index).get_mut() as state:
             state.set_call(fds[0].detach() if fds else -1)
-            if state.started and state.call_fd >= 0:
+            if state.started and state.call_fd >= 0 and state.has_news:
                 # What completed while there was no descriptor, or the old one, is announced here.
                 state.signal_call()
         return None

@@ -31,6 +31,7 @@ from virtqueue import (
 
 from ..device import Queue, VirtioDevice
 from ..errors import DeviceError, Refused
+from ..file_io import REFUSALS, read_at, write_at
 from ..ratelimit import RateLimited
 from .image_lock import ImageLock, Locking
 
@@ -134,7 +135,7 @@ class BlockDevice(VirtioDevice):
         locking: Locking = "auto",
     ) -> None:
         self.path: str = os.fspath(path)
-        self.name = self.path
+        self.name: str = self.path
         self.read_only = read_only
         self.num_queues = num_queues
         self.queue_size = queue_size
@@ -386,7 +387,7 @@ class BlockDevice(VirtioDevice):
         for view in _data(chain.writable, length):
             position = 0
             while position < len(view):
-                count = os.preadv(self._fd, [view[position:]], offset)
+                count = read_at(self._fd, view[position:], offset)
                 if not count:
                     return S_IOERR
                 position += count
@@ -395,13 +396,12 @@ class BlockDevice(VirtioDevice):
 
     def _write(self, chain: Chain, offset: int, length: int) -> int:
         skip = _HEADER.size
-        flags = os.RWF_DSYNC if self._durable_writes else 0
         for piece in chain.readable:
             view = piece[skip:] if skip < len(piece) else piece[:0]
             skip -= len(piece) - len(view)
             position = 0
             while position < len(view):
-                count = os.pwritev(self._fd, [view[position:]], offset, flags)
+                count = write_at(self._fd, view[position:], offset, self._durable_writes)
                 position += count
                 offset += count
         return S_OK
@@ -484,12 +484,12 @@ def _open_direct(path: str, read_only: bool) -> int:
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
-    """False where the file system cannot do it."""
+    """False where the file system cannot do it, or a seccomp filter forbids it."""
     while _libc.fallocate(fd, mode, offset, length):
         number = ctypes.get_errno()
         if number == errno.EINTR:
             continue
-        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+        if number in REFUSALS or number == errno.EINVAL:
             return False
         raise OSError(number, os.strerror(number))
     return True

@@ -1,4 +1,4 @@
-"""File seals: what nobody can do to a memfd any more (fcntl(2), "File Sealing")."""
+"""File seals: what no process can do to a memfd any more (fcntl(2), "File Sealing")."""
 
 import fcntl
 
@@ -9,7 +9,7 @@ _F_SEAL_GROW = 4
 
 
 def cannot_shrink(fd: int) -> bool:
-    """Tell whether nobody can ever shorten the file again."""
+    """Tell whether no process can ever shorten the file again."""
     try:
         return bool(fcntl.fcntl(fd, _F_GET_SEALS) & _F_SEAL_SHRINK)
     except OSError:  # not a memfd

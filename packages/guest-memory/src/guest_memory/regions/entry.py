@@ -4,9 +4,9 @@ import ctypes
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from .abi import REGION_ON_DEMAND, REGION_READ_ONLY, REGION_RECORD, REGION_UNGUARDED
-from .addresses import READ, WRITE, fits
-from .errors import UsageError
+from ..abi import REGION_ON_DEMAND, REGION_READ_ONLY, REGION_RECORD, REGION_UNGUARDED
+from ..addresses import READ, WRITE, fits
+from ..errors import UsageError
 from .mapping import Mapping
 from .region import Region
 
@@ -172,7 +172,7 @@ class Entry:
         return memoryview(exporter).cast("B")[offset : offset + length]
 
     def borrow(self, host: int, length: int) -> memoryview:
-        """A view for use while somebody holds the entry anyway; cheaper than `export`."""
+        """A view for use while the entry is held anyway; cheaper than `export`."""
         view = self._view
         if view is None:
             exporter = (ctypes.c_ubyte * (self.end - self.guest)).from_address(self.host)

@@ -5,9 +5,10 @@ import os
 import stat
 from collections.abc import Callable
 
-from . import seals, syscalls
-from .addresses import align_down, align_up
-from .errors import InvalidRegion, MappingFailed, UsageError
+from ..addresses import align_down, align_up
+from ..errors import InvalidRegion, MappingFailed, UsageError
+from ..linux import syscalls
+from . import seals
 
 
 class _Range:
@@ -78,7 +79,7 @@ class SharedMapping:
         )
         self.size = size
         self.page_size: int = page
-        # A sealed hugetlb file may still run out of large pages once somebody has punched a hole.
+        # A sealed hugetlb file may still run out of large pages after a hole was punched.
         self.sealed: bool = seals.cannot_shrink(fd) and not hugetlb
         self.direct: bool = self.sealed or guarded
         self._address = base + offset - start
@@ -170,7 +171,7 @@ class SharedMapping:
 
 
 def allocate_memfd(size: int, name: str = "guest-memory") -> int:
-    """Create anonymous shared memory that nobody can resize any more.
+    """Create anonymous shared memory that no process can resize any more.
 
     Args:
         size: bytes, at least 1.

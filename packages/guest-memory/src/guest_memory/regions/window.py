@@ -13,9 +13,9 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable
 
-from . import syscalls
-from .addresses import align_up
-from .errors import GuestMemoryError, MappingFailed
+from ..addresses import align_up
+from ..errors import GuestMemoryError, MappingFailed
+from ..linux import syscalls
 
 # Address space costs nothing, but there are only 47 bits of it (some aarch64 kernels: 39). 64 GiB
 # leave room for 2,000 connections and for most guests' hotplug.
@@ -23,7 +23,7 @@ _USUAL_SIZE = 1 << 36
 _HUGE = 1 << 21
 
 # What a place is when it comes back: to be taken again, still mapped by what was put there (it goes
-# with the window), or perhaps somebody else's by now.
+# with the window), or perhaps another mapping's by now.
 _FREE, _KEPT, _LOST = range(3)
 
 
@@ -37,7 +37,7 @@ class _Reservation:
     Places are taken and come back one by one, in any order and from any thread; also from
     finalizers, which the garbage collector runs in any order and in the middle of anything. The
     range is unmapped once nothing refers to it and every place is back, never before: a place that
-    is still out is covered later, and must not be somebody else's by then.
+    is still out is covered later, and must not be another mapping's by then.
     """
 
     def __init__(self, size: int) -> None:
@@ -103,7 +103,7 @@ class _Reservation:
         self._settle()
 
     def _settle(self) -> None:
-        """Enter what came back. Whoever has the lock does it, as a finalizer must not wait."""
+        """Enter what came back. The thread with the lock does it: a finalizer must not wait."""
         while self._returned and self._lock.acquire(False):
             try:
                 while self._returned:
@@ -260,8 +260,8 @@ class Window:
         if not reservation.held:
             return
         # Writable, so that a stale view cannot end the process. A system that does not overcommit
-        # may refuse so much writable memory; what is left then still keeps strangers out of the
-        # range. It is asked first, as a refused MAP_FIXED may leave a hole.
+        # may refuse so much writable memory; read-only pages still keep other mappings out of
+        # the range. It is asked first, as a refused MAP_FIXED may leave a hole.
         prot = syscalls.PROT_READ | syscalls.PROT_WRITE
         try:
             syscalls.unmap_memory(_zero_pages(0, length, prot), length)

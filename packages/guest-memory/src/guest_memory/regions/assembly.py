@@ -5,8 +5,8 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import cast
 
+from ..errors import GuestMemoryError, Overlap
 from .entry import Entry
-from .errors import GuestMemoryError, Overlap
 from .mapping import Mapper, WindowMapper, WindowMapping
 from .mmap_mapper import MmapMapper
 from .region import Region

@@ -2,42 +2,39 @@
 
 A `GuestMemory` never changes. Adding or removing a region, or taking over an IOTLB, makes another
 snapshot that shares the mappings; a mapping goes when the last snapshot or view that uses it is
-gone. So whoever holds a snapshot needs no lock, and nobody's memory disappears under a request in
-flight.
+gone. So the holder of a snapshot needs no lock, and no memory disappears under a request in flight.
 
 The address space of `read`, `write`, `load`, `store`, `pieces`, `translate` and `view` is the one
 that the driver uses in descriptors: guest-physical addresses, or I/O virtual ones in a snapshot
 made by `with_iotlb`.
 
-This file makes snapshots out of others. What can be done with one is in base classes by subject,
-each in its file: the table and its properties (``snapshot``), finding addresses (``translation``),
-and on top of that ``views``, ``read_write``, ``atomic_words`` and ``file_transfer``.
+This file makes snapshots out of others. What can be done with one is in its base classes, a file
+each: the table and its properties (``snapshot``), finding addresses (``translation``), and reaching
+what is there (``access``).
 """
 
 import os
 from bisect import bisect_left
 from collections.abc import Iterable
 
-from .addresses import READ, GuestAddress, UserAddress, fits
-from .assembly import check_neighbours, check_overlaps, map_all, map_another
-from .atomic_words import AtomicWords
-from .dirty_log import DirtyLog
-from .entry import Entry
-from .errors import NoSuchRegion, TooManyRegions, UsageError
-from .file_transfer import FileTransfer
-from .iotlb import Iotlb
-from .mapping import Mapper
-from .mmap_mapper import MmapMapper
-from .pins import pinned_rows
-from .region import MAX_MEM_SLOTS, Region
-from .shared import allocate_memfd
+from ..addresses import READ, GuestAddress, UserAddress, fits
+from ..dirty_log import DirtyLog
+from ..errors import NoSuchRegion, TooManyRegions, UsageError
+from ..iotlb import Iotlb
+from ..regions.assembly import check_neighbours, check_overlaps, map_all, map_another
+from ..regions.entry import Entry
+from ..regions.mapping import Mapper
+from ..regions.mmap_mapper import MmapMapper
+from ..regions.pins import pinned_rows
+from ..regions.region import MAX_MEM_SLOTS, Region
+from ..regions.shared import allocate_memfd
+from .access import Reachable
 from .snapshot import State
-from .views import Views
 
 _USER_DISTANCE = 1 << 46
 
 
-class GuestMemory(Views, AtomicWords, FileTransfer):
+class GuestMemory(Reachable):
     """An immutable snapshot of a guest's memory. ``GuestMemory()`` is empty.
 
     Methods may be called from any thread at any time.

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from .addresses import ADDRESS_SPACE, GuestAddress, UserAddress, fits
-from .errors import InvalidRegion
+from ..addresses import ADDRESS_SPACE, GuestAddress, UserAddress, fits
+from ..errors import InvalidRegion
 
 MAX_MEM_SLOTS = 509
 """How many regions a table may hold (as many as KVM's user memory slots allowed at first)."""

@@ -4,14 +4,14 @@ import ctypes
 from array import array
 from typing import NamedTuple, Self
 
-from . import syscalls
-from .abi import ABI_VERSION, TABLE_IOMMU, TABLE_MAGIC, GmTable
-from .dirty_log import DirtyLog
-from .entry import Entry
-from .iotlb import FrozenIotlb
-from .mapping import Mapper
-from .region import Region
-from .window import Window
+from ..abi import ABI_VERSION, TABLE_IOMMU, TABLE_MAGIC, GmTable
+from ..dirty_log import DirtyLog
+from ..iotlb import FrozenIotlb
+from ..linux import buffers
+from ..regions.entry import Entry
+from ..regions.mapping import Mapper
+from ..regions.region import Region
+from ..regions.window import Window
 
 
 class State(NamedTuple):
@@ -113,9 +113,9 @@ class Snapshot:
             ABI_VERSION,
             ctypes.sizeof(GmTable),
             len(self._entries),
-            syscalls.address_of(self._records),
+            buffers.address_of(self._records),
             self._order.buffer_info()[0],
-            0 if iotlb is None else syscalls.address_of(iotlb.records),
+            0 if iotlb is None else buffers.address_of(iotlb.records),
             0 if iotlb is None else len(iotlb.entries),
             0 if iotlb is None else TABLE_IOMMU,
             0 if window is None else window.base,
@@ -168,7 +168,7 @@ class Snapshot:
     def pins(self) -> int:
         """How many requests a C engine has taken and not yet completed with this snapshot.
 
-        Whoever runs the engine keeps a reference to the snapshot while this is not zero.
+        The engine's owner keeps a reference to the snapshot while this is not zero.
         """
         return self._table.pins
 

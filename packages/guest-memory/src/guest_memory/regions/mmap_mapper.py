@@ -5,9 +5,10 @@ import os
 import stat
 from typing import Any
 
-from . import seals, syscalls
-from .addresses import align_down, align_up
-from .errors import InvalidRegion, MappingFailed, OutOfBounds, UsageError
+from ..addresses import align_down, align_up
+from ..errors import InvalidRegion, MappingFailed, OutOfBounds, UsageError
+from ..linux import syscalls
+from . import seals
 from .region import Region
 from .window import Window
 
@@ -192,7 +193,7 @@ class MmapMapper:
         sealed = seals.cannot_shrink(fd)
         if self.require_seal and not sealed:
             raise InvalidRegion(address, size, "its file is not sealed against shrinking")
-        # A sealed hugetlb file may still run out of large pages once somebody has punched a hole.
+        # A sealed hugetlb file may still run out of large pages after a hole was punched.
         sealed = sealed and not hugetlb
         if self.read_only or not (sealed or self.guarded):
             window = None

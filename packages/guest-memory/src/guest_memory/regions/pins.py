@@ -79,7 +79,7 @@ def _missing(merged: list[_Range], kept: list[Entry]) -> list[_Range]:
 
 
 def _woven(regions: list[Entry], pinned: list[Entry]) -> list[Entry]:
-    """Put pinned parts in their places, and what is left of the regions between them."""
+    """Put pinned parts in their places, and the rest of the regions between them."""
     rows: list[Entry] = []
     parts = iter(pinned)
     part = next(parts, None)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Mapping(Protocol):
-    """Memory of one region, for as long as somebody uses it.
+    """Memory of one region, for as long as it is used.
 
     `GuestMemory` calls `close` once, when the last snapshot and the last view that use the mapping
     are gone, or at once when the table that it was made for comes to nothing. Methods may be called

@@ -3,9 +3,8 @@
 from bisect import bisect_right
 from typing import NamedTuple
 
-from .addresses import READ, WRITE, Access, BusAddress, GuestAddress, UserAddress
-from .entry import Entry, Span
-from .errors import (
+from ..addresses import READ, WRITE, Access, BusAddress, GuestAddress, UserAddress
+from ..errors import (
     AccessDenied,
     AccessError,
     NotContiguous,
@@ -13,6 +12,7 @@ from .errors import (
     OutOfBounds,
     UsageError,
 )
+from ..regions.entry import Entry, Span
 from .snapshot import Snapshot
 
 
