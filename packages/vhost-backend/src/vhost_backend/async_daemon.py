@@ -26,7 +26,7 @@ from .backend import VhostUserBackend
 from .checks import check_backend, check_device
 from .composition import DaemonBase, Pause, close_lent
 from .control import Answer, Outcome, Wait
-from .device import VirtioDevice, close_device
+from .device import VirtioDevice, close_device, name_of
 from .device_backend import DeviceBackend
 from .errors import Refused
 from .listener import Listener, announce
@@ -323,7 +323,7 @@ async def serve_async(
     try:
         with path if isinstance(path, Listener) else Listener(path) as listener:
             async with AsyncDaemon(
-                type(device).__name__,
+                name_of(device),
                 DeviceBackend.of(device),
                 engine=engine,
                 mapper=mapper,

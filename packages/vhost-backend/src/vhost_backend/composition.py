@@ -80,9 +80,11 @@ class DaemonBase:
             mapper=mapper,
             memory_slots=memory_slots,
             wake=wake,
+            name=name,
         )
         for vring_ in self.vrings:
             with vring_.get_mut() as state:
+                state.name = name
                 state.on_truncated = self._hang_up
 
     def get_epoll_handlers(self) -> list[VringEpollHandler]:

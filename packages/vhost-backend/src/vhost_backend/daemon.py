@@ -138,6 +138,11 @@ class VhostUserDaemon(DaemonBase):
             self.start(listener)
             self.wait()
 
+    @property
+    def connected(self) -> bool:
+        """Whether a front-end is being served now."""
+        return self._connection is not None
+
     def shutdown(self) -> None:
         """End the daemon, from any thread or a signal handler.
 
@@ -286,6 +291,7 @@ class VhostUserDaemon(DaemonBase):
             if received is None:
                 if self._control.remains and not self._wait_readable(connection.fileno()):
                     return
+                self._control.wait_for_message(connection.fileno())
                 received = connection.receive()
             if received is None or not self._serve(connection, received):
                 return

@@ -231,7 +231,8 @@ class VirtioDevice:
     Class or instance attributes describe it: `device_id` (virtio 1.3, section 5), `num_queues`,
     `queue_size` (the largest accepted, in descriptors), `features` (the device type's own bits),
     `status_byte` (requests end in a status byte that completion writes), `error_status` (its value
-    for a failed request), `config` (the configuration space, little-endian).
+    for a failed request), `config` (the configuration space, little-endian), `name` (what log lines
+    and counters call it; the class's name where it is empty).
 
     `protocol_features` are what the device uses on `channel` by itself: HOST_NOTIFIER, or
     SHARED_OBJECT to look up others' objects. What follows from a hook needs no mention there.
@@ -248,6 +249,7 @@ class VirtioDevice:
     status_byte: bool = False
     error_status: int = 1
     config: bytes = b""
+    name: str = ""
     protocol_features: ProtocolFeatures = ProtocolFeatures(0)
     #: Queues of which every request of `async def handle` only waits, for news or for a thread that
     #: does not touch it: all of their coroutines are in `Request.waiting`, as it were.
@@ -320,7 +322,7 @@ class VirtioDevice:
         if self._failures is None:
             self._failures = RateLimited(log)
         self._failures.error(
-            "%s failed a request of queue %d", type(self).__name__, queue.index, exc_info=error
+            "%s failed a request of queue %d", name_of(self), queue.index, exc_info=error
         )
         return self.error_status
 
@@ -390,7 +392,7 @@ def close_device(device: VirtioDevice) -> None:
     try:
         device.close()
     except Exception:
-        log.exception("%s has failed to close", type(device).__name__)
+        log.exception("%s has failed to close", name_of(device))
 
 
 def fail_request(device: VirtioDevice, queue: Queue, error: BaseException) -> int:
@@ -400,7 +402,7 @@ def fail_request(device: VirtioDevice, queue: Queue, error: BaseException) -> in
         if not 0 <= status <= 255:
             raise BackendUsageError(f"failed() returned {status!r}, which is no status byte")
     except BaseException:
-        log.exception("%s.failed has failed itself", type(device).__name__)
+        log.exception("%s.failed has failed itself", name_of(device))
         status = device.error_status
     if queue._on_exit is not None and isinstance(error, KeyboardInterrupt | SystemExit):
         queue._on_exit(error)
@@ -429,3 +431,8 @@ def check_use(request: Request, answer: object, flags: int) -> None:
         )
     if not 0 <= request.status <= 255:
         raise BackendUsageError(f"request.status is {request.status}, a status byte is 0 to 255")
+
+
+def name_of(device: VirtioDevice) -> str:
+    """What to call it in front of people."""
+    return device.name or type(device).__name__

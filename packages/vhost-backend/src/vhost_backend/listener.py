@@ -15,6 +15,7 @@ import os
 import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -24,6 +25,10 @@ log: logging.Logger = logging.getLogger("vhost_backend")
 
 # The bytes of a socket's path (unix(7): sun_path has 108, and ends in a zero byte).
 _LONGEST: Final = 107
+
+# Seconds to wait for the directory's lock, and between two looks.
+_PATIENCE = 2.0
+_INTERVAL: Final = 0.01
 
 
 class Listener:
@@ -122,12 +127,30 @@ def announce(name: str, listener: Listener) -> None:
 
 @contextlib.contextmanager
 def _directory_lock(directory: str) -> Iterator[None]:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Against others that start here now. They hold it for milliseconds: a lock that stays, and one
+    that cannot be had at all, is somebody else's affair."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:  # to make a socket there one need not be able to list it
+        yield
+        return
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while not _try_lock(fd) and time.monotonic() < deadline:
+            time.sleep(_INTERVAL)
         yield
     finally:
         os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # the file system has none
+        pass
+    return True
 
 
 def _remove_stale(path: str) -> None:

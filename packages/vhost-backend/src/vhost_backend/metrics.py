@@ -30,7 +30,7 @@ class MetricsServer:
             from prometheus_client import CollectorRegistry, make_wsgi_app
         except ImportError:
             raise VhostBackendError(
-                "metrics need prometheus-client: install vhost-backend with its [metrics] extra"
+                "metrics need prometheus-client, the [metrics] extra: pip install prometheus-client"
             ) from None
         registry = CollectorRegistry()
         registry.register(_Collector(list(daemons)))

@@ -119,7 +119,7 @@ class QueueWorker(VringEpollHandler):
                 self._turns(vring, state, server, kick_fd)
         except Exception:
             # The queue may be in any state: the long way finds out, and has it from now on.
-            log.exception("queue %d cannot be served", state.index)
+            log.exception("%s: queue %d cannot be served from C", state.name, state.index)
             self._refused = state.generation
         finally:
             vring.server = None

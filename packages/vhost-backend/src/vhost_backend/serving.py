@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -16,10 +17,12 @@ from guest_memory import Mapper
 from .checks import check_device
 from .daemon import VhostUserDaemon
 from .descriptors import raise_limit
-from .device import VirtioDevice, close_device
+from .device import VirtioDevice, close_device, name_of
 from .device_backend import DeviceBackend
 from .listener import Listener, announce
 from .observe import lines
+
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 
 def serve(
@@ -34,7 +37,7 @@ def serve(
     cpus: Sequence[int] = (),
     ready: Callable[[], None] | None = None,
 ) -> None:
-    """Serve `device` on the Unix socket `path` (or a `Listener`) until SIGTERM or SIGINT.
+    """Serve `device` on the Unix socket `path` (or a `Listener`) until SIGTERM, SIGINT or SIGHUP.
 
     Requests that the device works on are ended first, and the log says when that takes long. A
     second SIGTERM or SIGINT ends the process at once.
@@ -45,7 +48,7 @@ def serve(
     Front-ends are served one after another; the device keeps its state in between and is closed in
     the end. SIGUSR1 prints each queue's counters on stderr. `ready` is called once front-ends can
     connect. On another thread than the main one no signal handlers are installed, and the daemon
-    runs until the process ends.
+    runs until the process ends. A SIGHUP that is ignored (nohup) stays so.
 
     `engine`, `mapper`, `memory_slots`, `busy_poll` and `cpus` are `VhostUserDaemon`'s. `metrics` is
     where to serve the counters to Prometheus: `unix:PATH`, or `HOST:PORT` on loopback.
@@ -76,10 +79,11 @@ def serve_all(
     cpus: Sequence[int] = (),
     ready: Callable[[], None] | None = None,
 ) -> None:
-    """Serve several devices, each on a socket of its own, until SIGTERM or SIGINT.
+    """Serve several devices, each on a socket of its own, until SIGTERM, SIGINT or SIGHUP.
 
     Each device has a daemon of its own: threads, rings, memory and front-ends are not shared, and
-    what one front-end does wrong ends its own connection. The arguments are those of `serve`;
+    what one front-end does wrong ends its own connection. Log lines and counters call each by its
+    `name`, and by its socket, too, where names are the same. The arguments are those of `serve`;
     `ready` is called once front-ends can connect to all of them.
 
     When one daemon fails, all end, and what it failed with is raised. Raises `ListenError` when one
@@ -91,9 +95,9 @@ def serve_all(
     daemons: list[VhostUserDaemon] = []
     try:
         with contextlib.ExitStack() as stack:
-            for device, _ in pairs:
+            for (device, _), name in zip(pairs, _names(pairs), strict=True):
                 daemon = VhostUserDaemon(
-                    type(device).__name__,
+                    name,
                     DeviceBackend.of(device),
                     engine=engine,
                     mapper=mapper,
@@ -103,7 +107,7 @@ def serve_all(
                 )
                 daemons.append(stack.enter_context(daemon))
             raise_limit(daemons)
-            bell = stack.enter_context(contextlib.closing(_Bell()))
+            bell = stack.enter_context(contextlib.closing(_Bell(daemons)))
             # Before a socket exists: from then on a signal has something to clean up.
             listeners: list[Listener] = []
             stack.enter_context(_signals(daemons, bell, lambda: _close_all(listeners)))
@@ -114,6 +118,7 @@ def serve_all(
             for daemon, listener in zip(daemons, listeners, strict=True):
                 daemon.start(listener)
                 announce(daemon.name, listener)
+                bell.watch(listener, daemon)
             if ready is not None:
                 ready()
             _wait_for_all(daemons, bell)
@@ -131,17 +136,44 @@ def _close_all(listeners: Iterable[Listener]) -> None:
         listener.close()
 
 
+def _names(
+    pairs: Sequence[tuple[VirtioDevice, str | os.PathLike[str] | Listener]],
+) -> list[str]:
+    """What to call each device, so that no two are called the same."""
+    plain = [name_of(device) for device, _ in pairs]
+    names = []
+    for index, (name, (_, where)) in enumerate(zip(plain, pairs, strict=True)):
+        if plain.count(name) > 1:
+            path = where.path if isinstance(where, Listener) else os.fspath(where)
+            name = f"{name} on {path or f'socket {index}'}"
+        names.append(name)
+    return names
+
+
 class _Bell:
     """A pipe that wakes the thread which waits for everything.
 
     That thread must not wait for a lock: of two signals that come at once the kernel may give one
     to another thread, and then nothing would make this one run the handlers.
+
+    It also notices connections that come while their daemon serves another, and have to wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, daemons: Sequence[VhostUserDaemon]) -> None:
+        self._daemons = daemons
+        #: Whether the thread that waits shall print the counters.
+        self.show = False
         self._reader, self.writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        #: Whether whoever waits shall print the counters.
-        self.asked = False
+        self._epoll = select.epoll()
+        self._epoll.register(self._reader, select.EPOLLIN)
+        self._listening: dict[int, VhostUserDaemon] = {}
+
+    def watch(self, listener: Listener, daemon: VhostUserDaemon) -> None:
+        """Say a word when a front-end has to wait for `daemon`."""
+        if not listener.connected:
+            self._listening[listener.fileno()] = daemon
+            # Each connection is an edge: those that wait are told of once.
+            self._epoll.register(listener.fileno(), select.EPOLLIN | select.EPOLLET)
 
     def ring(self) -> None:
         """Wake whoever waits."""
@@ -150,16 +182,31 @@ class _Bell:
 
     def wait(self) -> None:
         """Until somebody rings, or a signal comes."""
-        poller = select.poll()
-        poller.register(self._reader, select.POLLIN)
-        poller.poll()
+        for fd, _ in self._epoll.poll():
+            daemon = self._listening.get(fd)
+            # What is still to be accepted while another is served has to wait.
+            if daemon is not None and daemon.connected and _readable(fd):
+                log.warning(
+                    "%s: another front-end has connected, and waits until the present one has gone",
+                    daemon.name,
+                )
         with contextlib.suppress(BlockingIOError):
             os.read(self._reader, 4096)
+        if self.show:
+            self.show = False
+            _print_counters(self._daemons)
 
     def close(self) -> None:
         """Close the pipe."""
+        self._epoll.close()
         os.close(self._reader)
         os.close(self.writer)
+
+
+def _readable(fd: int) -> bool:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 def _wait_for_all(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> None:
@@ -181,9 +228,6 @@ def _wait_for_all(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> None:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         bell.wait()
-        if bell.asked:
-            bell.asked = False
-            _print_counters(daemons)
         for thread in threads:
             # One that has rung is about to end.
             thread.join(0.1)
@@ -195,9 +239,10 @@ def _wait_for_all(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> None:
 def _signals(
     daemons: Sequence[VhostUserDaemon], bell: _Bell, cleanup: Callable[[], None]
 ) -> Iterator[None]:
-    """SIGTERM and SIGINT end the daemons, SIGUSR1 asks them; the handlers before are put back.
+    """SIGTERM, SIGINT and SIGHUP end the daemons, SIGUSR1 asks them.
 
-    A second SIGTERM or SIGINT ends the process, after `cleanup`.
+    A second of the signals that end ends the process, after `cleanup`. The handlers before are put
+    back.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -218,14 +263,16 @@ def _signals(
             daemon.shutdown()
 
     def show(number: int, frame: FrameType | None) -> None:
-        # On a thread: the handler may have interrupted somebody who holds a ring's lock, and
-        # whoever should read stderr may not.
+        # On a thread: the handler may have interrupted a thread that holds a ring's lock, and the
+        # reader of stderr may not read.
         try:
             threading.Thread(target=_print_counters, args=(daemons,), daemon=True).start()
         except RuntimeError:  # there can be no more threads: the one that waits has to do it
-            bell.asked = True
+            bell.show = True
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, end)
     before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, show)
     # A signal may be given to any thread; the bell makes the main one notice.
     woken_before = signal.set_wakeup_fd(bell.writer, warn_on_full_buffer=False)

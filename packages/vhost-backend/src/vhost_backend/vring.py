@@ -45,6 +45,17 @@ _INDIRECT_DESC: Final = int(VirtioFeature.INDIRECT_DESC)
 _IN_ORDER: Final = int(VirtioFeature.IN_ORDER)
 _ACCESS_PLATFORM: Final = int(VirtioFeature.ACCESS_PLATFORM)
 
+_NEW_START: Final = (
+    "the driver has broken the ring, which is left alone until the driver sets it up anew"
+    " (reset the device or restart the guest)"
+)
+_ADVICE: Final = {
+    Reason.RING_MEMORY: "the ring is not in the memory that the front-end shares: guest memory has"
+    " to be shared, for QEMU -object memory-backend-memfd,id=mem,size=SIZE,share=on"
+    " -machine memory-backend=mem, with SIZE as after -m",
+    Reason.TRUNCATED: "the front-end has taken memory away that it had shared: its connection ends",
+}
+
 
 class Wanted(NamedTuple):
     """Memory that a ring waits for: the facts of a `Need`.
@@ -78,6 +89,8 @@ class VringState:
         status_byte: bool = False,
     ) -> None:
         self.index = index
+        #: The device's, for log lines.
+        self.name: str = ""
         self.max_size = max_size
         self.engine = engine
         self.status_byte = status_byte
@@ -553,7 +566,13 @@ class VringState:
     def report_guest_error(self, error: QueueBroken) -> None:
         """Log (rate-limited) and signal the error descriptor, or send the message for it."""
         self.counters.guest_errors += 1
-        self._guest_errors.warning("vring %d is broken: %s", self.index, error)
+        self._guest_errors.warning(
+            "%s: queue %d: %s; %s",
+            self.name or "vring",
+            self.index,
+            error,
+            _ADVICE.get(error.reason, _NEW_START),
+        )
         if self.err_fd >= 0:
             eventfd.signal(self.err_fd)
         elif self.channel is not None:

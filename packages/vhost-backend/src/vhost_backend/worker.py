@@ -417,4 +417,4 @@ class VringEpollHandler:
             if self._kick_of.get(queue) != fd:
                 return  # the control plane has replaced it meanwhile
             self._forget(queue)
-        log.warning("the kick descriptor of queue %d is dead", queue)
+        log.warning("%s: the kick descriptor of queue %d is dead", self._thread.name, queue)

@@ -163,7 +163,9 @@ class Iommu:
                 raise ConnectionError("the front-end has given no channel to ask on")
             channel.iotlb_miss(need.address, vp.IotlbAccess(need.access), need_reply=False)
         except (vp.ProtocolError, OSError) as error:
-            self._faults.warning("an IOTLB entry cannot be asked for: %s", error)
+            self._faults.warning(
+                "%s: an IOTLB entry cannot be asked for: %s", self._context.name, error
+            )
             state.fail_need()
             return
         timer = threading.Timer(MISS_TIMEOUT, self._expire, (state.index, need))
@@ -182,7 +184,8 @@ class Iommu:
         with self._context.vrings[index].get_mut() as state:
             if state.need is need:
                 self._faults.warning(
-                    "vring %d: no IOTLB entry came for %#x in %g s",
+                    "%s: queue %d: no IOTLB entry came for %#x in %g s",
+                    self._context.name,
                     index,
                     need.address,
                     MISS_TIMEOUT,

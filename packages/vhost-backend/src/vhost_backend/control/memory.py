@@ -6,6 +6,9 @@ have not arrived yet are waited for through a userfaultfd that the front-end ser
 
 from __future__ import annotations
 
+import logging
+import mmap
+import os
 from collections.abc import Callable
 
 import vhost_protocol as vp
@@ -22,6 +25,8 @@ from guest_memory import (
 from ..errors import Refused
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome
+
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 
 class MemoryTable:
@@ -54,22 +59,26 @@ class MemoryTable:
     def offers(self) -> vp.ProtocolFeatures:
         """Memory slots, or postcopy; Xen mappings with a mapper that makes them.
 
-        A userfaultfd can only wait for pages of ordinary mappings. GPA_ADDRESSES takes nothing:
-        with it user addresses are guest addresses, regions repeat theirs, and what is looked up by
-        user address is found as ever. Front-ends that take the bit for another (rust-vmm's vhost
-        had SHMEM there) and send user addresses all the same are therefore served, too.
+        PAGEFAULT takes a userfaultfd, which not every process may have: then the front-end should
+        refuse postcopy before it begins. It can only wait for pages of ordinary mappings.
+
+        GPA_ADDRESSES takes nothing: with it user addresses are guest addresses, regions repeat
+        theirs, and what is looked up by user address is found as ever. Front-ends that take the
+        bit for another (rust-vmm's vhost had SHMEM there) and send user addresses all the same are
+        therefore served, too.
         """
         features = vp.ProtocolFeatures.GPA_ADDRESSES
         if getattr(self._context.mapper, "xen_mmap", False):
             features |= vp.ProtocolFeatures.XEN_MMAP
         if self._slots:
             features |= vp.ProtocolFeatures.CONFIGURE_MEM_SLOTS
-        elif self._context.mapper is None:
+        elif self._context.mapper is None and _userfault_works():
             features |= vp.ProtocolFeatures.PAGEFAULT
         return features
 
     def disconnect(self) -> None:
         """Unmap; nobody waits for pages any more. The device is told, as it may keep the memory."""
+        self._context.unshared.disconnect()
         self._end_postcopy()
         empty = GuestMemory()
         self._context.memory.replace(empty)
@@ -135,6 +144,7 @@ class MemoryTable:
         if self._userfault is None:
             raise Refused("POSTCOPY_LISTEN", "POSTCOPY_ADVISE did not come before")
         self._listening = True
+        self._context.unshared.postcopy()
         return None
 
     def _acknowledged(self, message: vp.Message, fds: Descriptors) -> Outcome:
@@ -159,6 +169,25 @@ class MemoryTable:
         self._pending = None
         if userfault is not None:
             userfault.close()
+
+
+def _userfault_works() -> bool:
+    """Whether this process can have pages of shared memory waited for.
+
+    A capability, a sysctl, a seccomp filter or the kernel's configuration may stand against it; so
+    it is tried, with a page of our own.
+    """
+    try:
+        memory, fd = GuestMemory.allocate(mmap.PAGESIZE, guest_address=0)
+        try:
+            with Userfault() as userfault:
+                userfault.register(memory)
+        finally:
+            os.close(fd)
+    except (GuestMemoryError, OSError) as error:
+        log.info("postcopy is not offered: %s", error)
+        return False
+    return True
 
 
 def _region(region: vp.MemoryRegion) -> Region:

@@ -42,6 +42,7 @@ class ControlPlane:
         mapper: how regions are mapped; None for mmap.
         memory_slots: offer CONFIGURE_MEM_SLOTS; postcopy is offered instead when False.
         wake: called from any thread when something that a `Wait` waits for may have happened.
+        name: names the device in log lines.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class ControlPlane:
         mapper: Mapper | None = None,
         memory_slots: bool = True,
         wake: Callable[[], None] = lambda: None,
+        name: str = "",
     ) -> None:
-        context = Context(backend, vrings, workers, memory, mapper, MemoryGuard(), wake)
+        context = Context(backend, vrings, workers, memory, mapper, MemoryGuard(), wake, name)
         self._context = context
         self._rings = Rings(context)
         self._logging = Logging(context)
@@ -85,6 +87,10 @@ class ControlPlane:
         for section in self._sections:
             features |= int(section.offers())
         return vp.ProtocolFeatures(features)
+
+    def wait_for_message(self, fd: int) -> None:
+        """Before a message is read from `fd`: there may be something to look at meanwhile."""
+        self._context.unshared.wait_for_message(fd)
 
     def handle(self, message: vp.Message, fds: Descriptors) -> Outcome:
         """Apply one message; descriptors that are kept are detached or taken out of `fds`.

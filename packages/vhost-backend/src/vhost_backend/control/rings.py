@@ -334,6 +334,15 @@ class Rings:
             self._make_queue(state)
         except UsageError as error:
             raise Refused("SET_VRING_KICK", str(error)) from None
+        context.unshared.ring_started()
+        log.debug(
+            "%s: queue %d starts: %d descriptors, %s, from %#x, kicks by %s, calls by %s",
+            *(context.name, state.index, state.size),
+            "packed" if state.features & VirtioFeature.RING_PACKED else "split",
+            state.base,
+            "descriptor" if state.kick_fd >= 0 else "message or polling",
+            "descriptor" if state.call_fd >= 0 else "message or none",
+        )
         if state.deferred:
             return
         # A back-end before us may have died between showing the driver what it completed and
@@ -382,6 +391,7 @@ class Rings:
         with vring.get_mut() as state:
             base = state.stop()
             state.set_kick(-1)
+        log.debug("%s: queue %d stops at %#x", self._context.name, index, base)
         if not self._any_started():
             self._device_stopped()
         return Answer(vp.VringBaseReply(index, base))

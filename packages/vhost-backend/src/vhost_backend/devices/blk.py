@@ -8,6 +8,7 @@ or wrong, and everything where there is no C engine.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -32,6 +33,7 @@ from ..device import Queue, VirtioDevice
 from ..errors import DeviceError, Refused
 from ..file_io import REFUSALS, read_at, write_at
 from ..ratelimit import RateLimited
+from .image_lock import ImageLock, Locking
 
 log: logging.Logger = logging.getLogger("vhost_backend.blk")
 
@@ -55,7 +57,14 @@ T_FLUSH: Final = 4
 T_GET_ID: Final = 8
 T_DISCARD: Final = 11
 T_WRITE_ZEROES: Final = 13
-_NAMES: Final = {T_IN: "read", T_OUT: "write", T_FLUSH: "flush", T_DISCARD: "discard"}
+_NAMES: Final = {
+    T_IN: "read",
+    T_OUT: "write",
+    T_FLUSH: "flush",
+    T_GET_ID: "identity",
+    T_DISCARD: "discard",
+    T_WRITE_ZEROES: "write zeroes",
+}
 S_OK: Final = 0
 S_IOERR: Final = 1
 S_UNSUPP: Final = 2
@@ -78,6 +87,15 @@ _FALLOC_PUNCH_HOLE: Final = 2
 _FALLOC_ZERO_RANGE: Final = 16
 _BLKGETSIZE64: Final = 0x80081272
 
+# How images begin that are no plain disks.
+_FORMATS: Final = (
+    (b"QFI\xfb", "qcow2"),
+    (b"QED\0", "QED"),
+    (b"KDMV", "VMDK"),
+    (b"vhdxfile", "VHDX"),
+    (b"conectix", "VHD"),
+)
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.fallocate.restype = ctypes.c_int
@@ -87,12 +105,15 @@ class BlockDevice(VirtioDevice):
     """A disk whose content is the file at `path`.
 
     `read_only` refuses every change; `num_queues` is how many queues the driver may use, each on a
-    worker thread of its own; `serial` is up to 20 bytes of ASCII that the guest reads as the disk's
-    identity; `seg_max` the most data segments of one request. `direct` passes by the page cache
-    (O_DIRECT) where requests are aligned for it, many at a time with an io_uring if the kernel
-    permits one.
+    worker thread of its own; `queue_size` the ring size that the driver is advised to stay within;
+    `serial` is up to 20 bytes of ASCII that the guest reads as the disk's identity; `seg_max` the
+    most data segments of one request, two fewer than `queue_size` at most. `direct` passes by the
+    page cache (O_DIRECT) where requests are aligned for it, many at a time with an io_uring if the
+    kernel permits one. `locking` is about the image's locks, which are held while rings run: flock
+    and QEMU's ("auto": where the file system has them; "on": it must; "off": none are taken).
 
-    Raises `DeviceError` when the image is missing, cannot be opened or holds no whole sector.
+    The size is looked up anew for each front-end. Raises `DeviceError` when the image is missing,
+    cannot be opened, holds no whole sector, or cannot be locked as it has to be.
     """
 
     device_id = 2
@@ -111,8 +132,10 @@ class BlockDevice(VirtioDevice):
         serial: str = "",
         seg_max: int = 126,
         direct: bool = False,
+        locking: Locking = "auto",
     ) -> None:
         self.path: str = os.fspath(path)
+        self.name: str = self.path
         self.read_only = read_only
         self.num_queues = num_queues
         self.queue_size = queue_size
@@ -123,17 +146,22 @@ class BlockDevice(VirtioDevice):
             raise DeviceError(f"serial {serial!r} is not ASCII") from None
         if len(self.serial) > ID_LENGTH:
             raise DeviceError(f"serial {serial!r} is longer than {ID_LENGTH} bytes")
-        self._fd, size = _open_image(self.path, read_only)
+        self._fd = _open(self.path, read_only)
         #: For plain requests; misaligned ones go through the page cache.
-        self._direct_fd = _open_direct(self.path, read_only) if direct else -1
+        self._direct_fd = -1
+        try:
+            size = _size(self._fd, self.path)
+            if direct:
+                self._direct_fd = _open_direct(self.path, read_only)
+            self._lock = ImageLock(self._fd, self.path, writes=not read_only, locking=locking)
+        except BaseException:
+            self._close_files()
+            raise
+        self._running = False
         self.capacity: int = size // SECTOR
-        if size % SECTOR:
-            log.warning(
-                "%s: %d bytes after the last whole sector are not visible to the guest",
-                self.path,
-                size % SECTOR,
-            )
-        self.seg_max = seg_max
+        self._warn_about(size)
+        # A request without an indirect table has to fit into the ring, header and status included.
+        self.seg_max: int = max(1, min(seg_max, queue_size - 2))
         # Until the driver accepts FLUSH it knows no way to ask for durability (5.2.6.2).
         self._durable_writes = True
         self._handlers: list[FileHandler] = []
@@ -156,25 +184,56 @@ class BlockDevice(VirtioDevice):
 
     def close(self) -> None:
         """Close the image."""
-        fds, self._fd, self._direct_fd = (self._fd, self._direct_fd), -1, -1
+        if self._fd >= 0:
+            self._lock.close()
+        self._faults.flush()
         self._handlers.clear()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        fds, self._fd, self._direct_fd = (self._fd, self._direct_fd), -1, -1
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
+
+    def _warn_about(self, size: int) -> None:
+        """Whatever looks like a mistake, though it may be none."""
+        if size % SECTOR:
+            log.warning(
+                "%s: %d bytes after the last whole sector are not visible to the guest",
+                self.path,
+                size % SECTOR,
+            )
+        begin = b""
+        with contextlib.suppress(OSError):  # a sector that cannot be read is the guest's to find
+            begin = os.pread(self._fd, SECTOR, 0)
+        for start, kind in _FORMATS:
+            if not begin.startswith(start):
+                continue
+            log.warning(
+                "%s: looks like a %s image; it is served as it is, and the guest sees that format's"
+                " own bytes (qemu-img convert -O raw makes a disk of it)",
+                self.path,
+                kind,
+            )
+        other = self._lock.others()
+        if other is not None:
+            log.warning("%s: %s has it open, too; only one of them can run", self.path, other)
 
     def started(self) -> None:
         """Lock the image: writers exclude each other and readers while their rings run.
 
         Not before: in a migration both sides have the image open, and run one after the other.
         """
-        kind = fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX
         try:
-            fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refused("SET_VRING_KICK", f"{self.path} is in use by another back-end") from None
+            self._lock.acquire()
+        except DeviceError as error:
+            raise Refused("SET_VRING_KICK", str(error)) from None
+        self._running = True
 
     def stopped(self) -> None:
         """Let others have the image, also where it does not take what was written."""
+        self._running = False
         if self._fd >= 0:
             try:
                 os.fsync(self._fd)
@@ -183,17 +242,37 @@ class BlockDevice(VirtioDevice):
                     "%s: what the guest has written may be lost: %s", self.path, error.strerror
                 )
             finally:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
+                self._lock.release()
 
     def acked_features(self, features: int) -> None:
         """Without FLUSH every write has to be durable when it completes."""
+        if not self._running:
+            self._look_up_size()
         self._durable_writes = not features & F_FLUSH
         for handler in self._handlers:
             handler.durable = self._durable_writes
 
     def get_config(self, offset: int, size: int) -> bytes:
         """`struct virtio_blk_config`, little-endian; bytes behind it read as zero."""
+        if not self._running:
+            self._look_up_size()
         return self._config[offset : offset + size].ljust(size, b"\0")
+
+    def _look_up_size(self) -> None:
+        """The image may have grown since the last front-end."""
+        if self._fd < 0:
+            return
+        try:
+            capacity = _size(self._fd, self.path) // SECTOR
+        except (DeviceError, OSError) as error:
+            log.warning("%s: its size stays as it was: %s", self.path, error)
+            return
+        if capacity != self.capacity:
+            log.info("%s: has %d sectors now, had %d", self.path, capacity, self.capacity)
+            self.capacity = capacity
+            self._config = self._build_config()
+            for handler in self._handlers:
+                handler.length = capacity * SECTOR
 
     def set_config(self, offset: int, data: bytes) -> None:
         """No field is writable: the writeback field belongs to CONFIG_WCE, which is not offered."""
@@ -241,7 +320,7 @@ class BlockDevice(VirtioDevice):
             try:
                 status, written = self._request(chain, batch.done[position * DONE.size + _STATUS])
             except OSError as error:
-                self._faults.warning("%s: %s", self.path, error)
+                self._fault(chain, error)
                 status, written = S_IOERR, 1
             if status:
                 queue.counters.errors += 1
@@ -251,6 +330,22 @@ class BlockDevice(VirtioDevice):
         """Type and sector."""
         kind, sector = _HEADER.unpack(header)
         return f"{_NAMES.get(kind, f'type {kind}')} at sector {sector} of {self.path}"
+
+    def _fault(self, chain: Chain, error: OSError) -> None:
+        """Say which request the file has failed."""
+        kind, sector = _HEADER.unpack(chain.header)
+        length = {
+            T_IN: chain.writable_length - 1,
+            T_OUT: chain.readable_length - _HEADER.size,
+        }.get(kind, 0)
+        place = f" of {length} bytes at sector {sector}" if length else ""
+        self._faults.warning(
+            "%s: %s%s failed: %s",
+            self.path,
+            _NAMES.get(kind, f"request of type {kind}"),
+            place,
+            error.strerror or error,
+        )
 
     def _request(self, chain: Chain, failed: int) -> tuple[int, int]:
         """`failed` is the errno that the request met in C, or 0."""
@@ -363,28 +458,31 @@ def _data(views: list[memoryview], length: int) -> list[memoryview]:
     return data
 
 
-def _open_image(path: str, read_only: bool) -> tuple[int, int]:
-    """Descriptor and size in bytes."""
+def _open(path: str, read_only: bool) -> int:
+    """Without waiting, whatever it is: a FIFO would have us wait for a writer."""
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        fd = os.open(path, flags)
     except OSError as error:
-        raise DeviceError(f"{path}: {error.strerror}") from None
-    try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISBLK(mode):
-            buffer = bytearray(8)
-            fcntl.ioctl(fd, _BLKGETSIZE64, buffer)
-            size = int.from_bytes(buffer, "little")
-        elif stat.S_ISREG(mode):
-            size = os.fstat(fd).st_size
-        else:
-            raise DeviceError(f"{path}: neither a regular file nor a block device")
-        if size < SECTOR:
-            raise DeviceError(f"{path}: {size} bytes hold no sector of {SECTOR} bytes")
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd, size
+        raise DeviceError(f"{path or repr(path)}: {error.strerror}") from None
+    os.set_blocking(fd, True)
+    return fd
+
+
+def _size(fd: int, path: str) -> int:
+    """In bytes. Raises `DeviceError` for what can be no disk."""
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):
+        buffer = bytearray(8)
+        fcntl.ioctl(fd, _BLKGETSIZE64, buffer)
+        size = int.from_bytes(buffer, "little")
+    elif stat.S_ISREG(status.st_mode):
+        size = status.st_size
+    else:
+        raise DeviceError(f"{path}: neither a regular file nor a block device")
+    if size < SECTOR:
+        raise DeviceError(f"{path}: {size} bytes hold no sector of {SECTOR} bytes")
+    return size
 
 
 def _open_direct(path: str, read_only: bool) -> int:
