@@ -282,8 +282,9 @@ def test_what_the_disk_fails_is_said_with_its_place(
     with attached(device, engine=engine, features=DRIVER_FEATURES) as session:
         driver = BlockDriver(session)
         with monkeypatch.context() as patch:
-            for name in ("preadv", "pwritev", "fdatasync"):
-                patch.setattr(os, name, fail)
+            patch.setattr(blk, "read_at", fail)
+            patch.setattr(blk, "write_at", fail)
+            patch.setattr(os, "fdatasync", fail)
             for request in (
                 lambda: driver.read(4096, 1024),
                 lambda: driver.write(512, bytes(2048)),

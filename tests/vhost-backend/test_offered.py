@@ -68,7 +68,7 @@ def as_nobody(image: str) -> None:
 
 def test_a_kernel_that_says_no(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sysctl, a seccomp filter: whatever it is, it shows when it is tried."""
-    import guest_memory.syscalls as syscalls
+    from guest_memory.linux import syscalls
 
     real = syscalls.syscall
 
