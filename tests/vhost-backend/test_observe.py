@@ -19,6 +19,8 @@ from vhost_backend import (
     DeviceBackend,
     ListenError,
     MetricsServer,
+    Queue,
+    Request,
     VhostBackendError,
     VhostUserDaemon,
     VirtioDevice,
@@ -127,6 +129,9 @@ class Two(NamedTuple):
 
 class Silent(VirtioDevice):
     device_id = 4
+
+    def handle(self, queue: Queue, request: Request) -> None:
+        """Answer nothing."""
 
 
 class Named(Silent):

@@ -143,7 +143,7 @@ def test_what_a_handler_in_c_leaves_may_raise_anything(image: Path, error: BaseE
             return super().request(kind, offset, chain)
 
     with (
-        expect_errors("Disk failed a request"),
+        expect_errors("disk.img failed a request"),
         attached(Disk(image), features=DRIVER_FEATURES) as session,
     ):
         driver = BlockDriver(session)

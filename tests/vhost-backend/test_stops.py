@@ -501,7 +501,7 @@ def test_a_ring_that_breaks_ends_with_what_the_device_works_on(
         assert taken.wait(PATIENCE)
         vring.submit([(1 << 50, 4)], [])
         vring.kick()
-        until(lambda: "is broken" in caplog.text, "the ring is not broken")
+        until(lambda: "queue broken" in caplog.text, "the ring is not broken")
         stopping = threading.Thread(target=session.stop_ring, args=(0,))
         stopping.start()
         until(lambda: "waits for requests" in caplog.text, "nothing waits")
@@ -510,7 +510,7 @@ def test_a_ring_that_breaks_ends_with_what_the_device_works_on(
         stopping.join(PATIENCE)
         assert session.memory.read(target, 4) == b"done"
         assert len(vring.queue.collect()) == 1
-    assert caplog.text.count("is broken") == 1
+    assert caplog.text.count("queue broken") == 1
 
 
 def test_the_loops_daemon_waits_for_a_thread_of_a_coroutine(

@@ -329,8 +329,9 @@ async def serve_async(
                 mapper=mapper,
                 memory_slots=memory_slots,
             ) as daemon:
-                announce(daemon.name, listener)
-                if ready is not None:
+                if ready is None:
+                    announce(daemon.name, listener)
+                else:
                     ready()
                 await daemon.serve(listener)
     finally:

@@ -42,8 +42,8 @@ def serve(
     Requests that the device works on are ended first, and the log says when that takes long. A
     second SIGTERM or SIGINT ends the process at once.
 
-    Says where, in the log (INFO), or on stderr in a program without logging. The soft limit of
-    open files is raised to what may be needed.
+    Without `ready` it says where, in the log (INFO), or on stderr in a program without logging. The
+    soft limit of open files is raised to what may be needed.
 
     Front-ends are served one after another; the device keeps its state in between and is closed in
     the end. SIGUSR1 prints each queue's counters on stderr. `ready` is called once front-ends can
@@ -117,8 +117,9 @@ def serve_all(
                 listeners.append(stack.enter_context(listener))
             for daemon, listener in zip(daemons, listeners, strict=True):
                 daemon.start(listener)
-                announce(daemon.name, listener)
                 bell.watch(listener, daemon)
+                if ready is None:
+                    announce(daemon.name, listener)
             if ready is not None:
                 ready()
             _wait_for_all(daemons, bell)

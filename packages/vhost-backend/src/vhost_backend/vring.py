@@ -14,7 +14,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable
-from typing import Final, NamedTuple
+from typing import Final
 
 from guest_memory import DirtyLog, GuestMemory
 from vhost_protocol import BackendChannel, BackendVringCall, BackendVringErr, ProtocolError
@@ -36,6 +36,7 @@ from .errors import BackendUsageError
 from .features import VirtioFeature
 from .on_demand import OnDemand
 from .ratelimit import RateLimited
+from .wanted import Wanted
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -55,17 +56,6 @@ _ADVICE: Final = {
     " -machine memory-backend=mem, with SIZE as after -m",
     Reason.TRUNCATED: "the front-end has taken memory away that it had shared: its connection ends",
 }
-
-
-class Wanted(NamedTuple):
-    """Memory that a ring waits for: the facts of a `Need`.
-
-    The error itself would keep the frames that it came through, and a guest's memory with them.
-    """
-
-    address: int
-    length: int
-    access: int
 
 
 class VringState:
