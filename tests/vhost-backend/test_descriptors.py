@@ -197,12 +197,12 @@ def test_a_kick_descriptor_that_cannot_be_waited_on_is_refused(
 
 def test_the_front_end_may_make_its_copy_blocking_again(session: DriverSession) -> None:
     """The status flags are shared: a front-end can undo what the back-end set on arrival."""
-    event = os.eventfd(0)
+    event = os.eventfd(0, os.EFD_NONBLOCK)
     session.frontend.set_vring_call(0, event)
+    with contextlib.suppress(BlockingIOError):
+        os.eventfd_read(event)  # the signal of SET_VRING_CALL, if there is one
     flags = fcntl.fcntl(event, fcntl.F_GETFL)
     fcntl.fcntl(event, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
-    with contextlib.suppress(BlockingIOError):
-        os.eventfd_read(event)  # the signal of SET_VRING_CALL
     os.eventfd_write(event, FULL)
     try:
         works(session, 0)

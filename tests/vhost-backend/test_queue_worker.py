@@ -11,7 +11,6 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -35,7 +34,7 @@ from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.listener import Listener
 from vhost_backend.queue_worker import QueueWorker
-from vhost_backend.testing import attached, served
+from vhost_backend.testing import attached, expect_errors, served
 from vhost_backend.vring import VringState
 from vhost_protocol import ProtocolFeatures
 from virtqueue import Batch, Chain, CHandler, available_engines
@@ -180,27 +179,18 @@ def test_no_kick_is_lost_between_the_two_ways(daemon: Daemon) -> None:
             thread.join()
 
 
-def test_an_edge_of_a_listener_that_c_saw_is_not_lost(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_edge_of_a_listener_that_c_saw_is_not_lost(daemon: Daemon) -> None:
     """It is ready when it is registered, and the worker sleeps in C: nobody else sees the edge."""
     seen = threading.Event()
-    handle_event = DeviceBackend.handle_event
-
-    def handle(self: DeviceBackend, event: int, *rest: Any) -> bool:
-        if event == 7:
-            seen.set()
-            return False
-        return handle_event(self, event, *rest)
-
-    monkeypatch.setattr(DeviceBackend, "handle_event", handle)
     fd = os.eventfd(1)
     with DriverSession.connect(daemon.path) as session:
         for _ in range(5):
             seen.clear()
             assert exchange(session, b"between") == b"between"
             until(daemon.served_from_c, "the worker does not serve from C")
-            daemon.worker.register_listener(fd, select.EPOLLIN | select.EPOLLET, 7)
+            daemon.worker.register_listener(
+                fd, select.EPOLLIN | select.EPOLLET, callback=lambda events: seen.set()
+            )
             assert seen.wait(10)
             daemon.worker.unregister_listener(fd)
     os.close(fd)
@@ -267,7 +257,7 @@ def test_a_device_that_fails_keeps_its_worker(tmp_path: Path) -> None:
         def handle_batch(self, queue: Queue, batch: Batch) -> None:
             raise RuntimeError("not today")
 
-    with attached(Broken()) as session:
+    with expect_errors(), attached(Broken()) as session:
         vring = session.vrings[0]
         for _ in range(3):
             status = session.allocate(1)
@@ -288,10 +278,10 @@ def test_a_device_that_fails_to_fail_completes_nothing_as_a_success(
         def handle_batch(self, queue: Queue, batch: Batch) -> None:
             raise RuntimeError("not today")
 
-        def failed(self, queue: Queue, error: Exception) -> int:
+        def failed(self, queue: Queue, error: BaseException) -> int:
             raise ValueError("nor tomorrow")
 
-    with attached(Broken()) as session:
+    with expect_errors(), attached(Broken()) as session:
         vring = session.vrings[0]
         status = session.allocate(1)
         vring.submit([(session.allocate(16), 16)], [(status, 1)])
@@ -326,31 +316,28 @@ class Slow(VirtioDevice):
 
 
 def test_a_handler_in_c_that_hangs_holds_up_nobody(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
 ) -> None:
-    """Messages are answered, stopping the ring is bounded, and the next front-end is served."""
+    """Messages are answered, the next front-end's too; its ring goes on when the handler does."""
     device = Slow()
-    made = Daemon(device, tmp_path, drain_timeout=0.2)
+    made = Daemon(device, tmp_path, drain_warning=10.0)
     try:
         with DriverSession.connect(made.path) as session:
             vring = session.vrings[0]
             vring.submit([(session.allocate(4), 4)], [(session.allocate(4), 4)])
             vring.kick()
             assert device.begun.wait(10)
-            begin = time.monotonic()
             session.share_memory()
             session.frontend.get_features()
             (entry,) = report([made.daemon])
             assert entry.in_flight == 1
-            assert session.frontend.get_vring_base(0) == 1
-            assert time.monotonic() - begin < 5
-            assert "did not end in time" in caplog.text
-        device.go_on.set()
         with DriverSession.connect(made.path) as session:
             vring = session.vrings[0]
             vring.submit([(session.allocate(4), 4)], [(session.allocate(4), 4)])
             vring.kick()
-            assert len(vring.completions(10)) == 1
+            assert session.frontend.get_features()
+            device.go_on.set()
+            assert len(vring.completions(60)) == 1
     finally:
         device.go_on.set()
         made.close()
@@ -384,7 +371,7 @@ def test_the_default_serves_only_what_a_handler_in_c_left(tmp_path: Path) -> Non
         assert [session.memory.read(target, 4) for target in targets] == [bytes(4), b"left"] * 3
 
 
-def test_a_device_whose_handler_in_c_cannot_be_made_does_not_spin(
+def test_a_device_whose_handler_in_c_cannot_be_made_is_served_in_python(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Hopeless(Echo):
@@ -398,11 +385,9 @@ def test_a_device_whose_handler_in_c_cannot_be_made_does_not_spin(
     made = Daemon(device, tmp_path)
     try:
         with DriverSession.connect(made.path) as session:
-            submit(session)
-            eventfd.signal(session.vrings[0].kick_fd)
-            until(lambda: "cannot be served" in caplog.text, "nothing was logged")
-            time.sleep(0.1)
-            assert device.asked < 20
+            assert exchange(session, b"anyway") == b"anyway"
+            assert device.asked == 1
+            assert "Hopeless.batch_handler failed" in caplog.text
     finally:
         made.close()
 

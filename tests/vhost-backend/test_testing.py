@@ -21,12 +21,15 @@ from vhost_backend.testing import (
     BLOCK,
     BlockDriver,
     BlockWorkload,
+    DeviceErrors,
     DeviceProcess,
     DriverSession,
     Migration,
+    MissingError,
     SessionError,
     WrongData,
     attached,
+    expect_errors,
     served,
 )
 from vhost_backend.testing.pytest_plugin import (
@@ -200,7 +203,7 @@ def test_requests_in_flight_are_served_once_more_in_their_order(
                 await asyncio.sleep(60)
             request.write(data)
 
-    process = device_process(Stuck, drain_timeout=0.1)
+    process = device_process(Stuck, drain_warning=0.1)
     with process.connect(inflight=True) as session:
         vring = session.vrings[0]
         ids = []
@@ -426,3 +429,65 @@ def test_nothing_is_left_behind(image: Path) -> None:
     # Threads of tests before this one may have ended meanwhile.
     assert len(os.listdir("/proc/self/fd")) <= before[0]
     assert threading.active_count() <= before[1]
+
+
+class Wrong(Echo):
+    def handle(self, queue: Queue, request: Request) -> None:
+        if request.readable_length != 7:
+            pytest.fail("the driver should send 7 bytes")
+
+
+def test_a_test_fails_whose_device_has_logged_an_error() -> None:
+    message = "Wrong failed a request of queue 0\n(.|\n)*the driver should send 7 bytes"
+    with pytest.raises(DeviceErrors, match=message) as failed, attached(Wrong()) as session:
+        exchange(session, b"12345678")
+    assert len(failed.value.errors) == 1
+    with (
+        pytest.raises(DeviceErrors, match=message),
+        served(Wrong()) as path,
+        DriverSession.connect(path) as session,
+    ):
+        exchange(session, b"12345678")
+    # What the test raises itself is not hidden.
+    with pytest.raises(KeyError) as raised, attached(Wrong()) as session:
+        raise KeyError(exchange(session, b"12345678"))
+    (note,) = raised.value.__notes__
+    assert re.search(message, note)
+
+
+def test_a_test_may_expect_errors() -> None:
+    with expect_errors("send 7 bytes"), attached(Wrong()) as session:
+        exchange(session, b"12345678")
+    with attached(Wrong()) as session:
+        with expect_errors("send 7 bytes") as errors:
+            exchange(session, b"12345678")
+        assert len(errors) == 1
+    with (
+        pytest.raises(MissingError, match="another"),
+        attached(Wrong()) as session,
+        expect_errors("another"),
+        expect_errors("send 7"),
+    ):
+        exchange(session, b"12345678")
+    with pytest.raises(MissingError, match="'send 7'"), expect_errors("send 7"):
+        pass
+
+
+def test_errors_in_a_devices_process_fail_the_test() -> None:
+    with (
+        pytest.raises(DeviceErrors, match="in the device's process: Wrong failed a request"),
+        DeviceProcess(Wrong) as process,
+        process.connect() as session,
+    ):
+        exchange(session, b"12345678")
+    with expect_errors("send 7 bytes") as errors, DeviceProcess(Wrong) as process:
+        for _ in range(2):
+            with process.connect() as session:
+                exchange(session, b"12345678")
+            process.restart()
+        assert len(errors) == 2
+
+
+def test_the_fixture_fails_the_test(attach: Attach) -> None:
+    with expect_errors("send 7 bytes"):
+        exchange(attach(Wrong()), b"12345678")

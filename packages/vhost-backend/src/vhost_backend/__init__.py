@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .backend import VhostUserBackend, VhostUserBackendBase
     from .counters import QueueCounters
     from .daemon import VhostUserDaemon
-    from .device import Queue, Request, VirtioDevice
+    from .device import Queue, Recall, Request, VirtioDevice
     from .device_backend import DeviceBackend
     from .devices import BlockDevice
     from .errors import BackendUsageError, DeviceError, ListenError, Refused, VhostBackendError
@@ -42,6 +42,7 @@ _LAZY = {
     "Queue": "device",
     "QueueCounters": "counters",
     "QueueReport": "observe",
+    "Recall": "device",
     "Refused": "errors",
     "Request": "device",
     "StateError": "state_transfer",
@@ -89,6 +90,7 @@ __all__ = [
     "Queue",
     "QueueCounters",
     "QueueReport",
+    "Recall",
     "Refused",
     "Request",
     "StateError",

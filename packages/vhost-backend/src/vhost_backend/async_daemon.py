@@ -15,6 +15,7 @@ import os
 import select
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
@@ -22,17 +23,19 @@ from vhost_protocol import AsyncBackendConnection  # by name: imported before an
 
 from .async_worker import AsyncVringEpollHandler
 from .backend import VhostUserBackend
-from .composition import DaemonBase, close_lent
+from .checks import check_backend, check_device
+from .composition import DaemonBase, Pause, close_lent
 from .control import Answer, Outcome, Wait
-from .device import VirtioDevice
+from .device import VirtioDevice, close_device
 from .device_backend import DeviceBackend
 from .errors import Refused
-from .listener import Listener
+from .listener import Listener, announce
 from .vring_locks import VringMutex
+from .waiting import WaitLog
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
-#: A connection that waits for requests to end looks this often (seconds) whether its peer has gone.
+#: Where nothing more is read, a connection is looked at this often (seconds) for a hang-up.
 HANG_UP_INTERVAL = 0.05
 
 
@@ -45,6 +48,15 @@ class LoopWorker(AsyncVringEpollHandler):
         self._ended = asyncio.Event()
         self._loop.add_reader(self._epoll.fileno(), self._turn)
         self._turn()
+
+    def _failed(self, what: str, error: BaseException) -> None:
+        super()._failed(what, error)
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            end_loop(self._loop, error)
+
+    def _lost(self, error: BaseException) -> None:
+        self._loop.remove_reader(self._epoll.fileno())
+        self._give_up(error)
 
     def stop(self, timeout: float | None = None) -> bool:
         """Take the queues out of the loop."""
@@ -71,9 +83,10 @@ class AsyncDaemon(DaemonBase):
         mapper: Mapper | None = None,
         engine: str | None = None,
         memory_slots: bool = True,
-        drain_timeout: float = 10.0,
+        drain_warning: float = 10.0,
     ) -> None:
         loop = asyncio.get_running_loop()
+        check_backend(backend)
         self._progress = asyncio.Event()
         super().__init__(
             name,
@@ -83,28 +96,46 @@ class AsyncDaemon(DaemonBase):
             engine=engine,
             vring=VringMutex,
             memory_slots=memory_slots,
-            drain_timeout=drain_timeout,
+            drain_warning=drain_warning,
             worker_type=LoopWorker,
-            wake=lambda: _tell(loop, self._progress),
+            wake=lambda: _call(loop, self._look_on),
         )
+        self._failure: BaseException | None = None
+        self._task: asyncio.Task[Any] | None = None
+        if isinstance(backend, DeviceBackend):
+            backend.on_exit = lambda error: end_loop(loop, error)
         for worker in self._workers:
             worker.start()
 
     async def serve(self, listener: Listener) -> None:
         """Accept front-ends from `listener`, one after another, until cancelled.
 
-        The listener stays the caller's.
+        The listener stays the caller's. Raises what has ended a worker that cannot go on.
         """
+        self._task = asyncio.current_task()
+        try:
+            await self._accept_all(listener)
+        except asyncio.CancelledError:
+            if self._failure is None:
+                raise
+            raise self._failure from None
+        finally:
+            self._task = None
+
+    async def _accept_all(self, listener: Listener) -> None:
         if listener.connected:
             await self.serve_connection(listener.accept())
             return
         loop = asyncio.get_running_loop()
         listener.socket.setblocking(False)
+        pause = Pause()
         while True:
             try:
                 connection, _ = await loop.sock_accept(listener.socket)
-            except ConnectionAbortedError:
+            except OSError as error:
+                await asyncio.sleep(self._not_accepted(error, pause))
                 continue
+            pause = Pause()
             await self.serve_connection(connection)
 
     async def serve_connection(self, sock: socket.socket) -> None:
@@ -115,42 +146,59 @@ class AsyncDaemon(DaemonBase):
         log.info("%s: a front-end has connected", self.name)
         try:
             await self._converse(connection)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                await self._finish_requests(connection)
+                raise
+            self._report(error)  # some hook of the device's has raised it
+        except BaseException as error:
             self._report(error)
         finally:
             self._connection = None
+            self._ahead.close()
             try:
-                busy = self._control.begin_disconnect()
-                await self._wait_for(lambda: self._drained(busy), None, "rings drain")
-            finally:
                 self._control.disconnect()
+            finally:
                 connection.close()
                 log.info("%s: the front-end has gone", self.name)
 
+    def _worker_failed(self, error: BaseException) -> None:
+        self._failure = error
+        if self._task is not None:
+            self._task.cancel()
+
     async def _converse(self, connection: AsyncBackendConnection) -> None:
         while True:
-            received = await connection.receive()
-            if received is None:
+            received = self._ahead.next() or await connection.receive()
+            if received is None or not await self._serve(connection, received):
                 return
-            with received:
+
+    async def _serve(self, connection: AsyncBackendConnection, received: vp.Received) -> bool:
+        """Handle one message and answer it; False when the front-end has hung up meanwhile."""
+        with received:
+            try:
+                outcome = await self._handle(received)
+            except Refused as error:
+                # Where no answer can say "no", only hanging up can.
+                if not await connection.acknowledge(received, False):
+                    raise
+                self._refused(error)
+                return True
+            if isinstance(outcome, Wait):
+                if not await self._wait_for(outcome, connection):
+                    return False
+                outcome = outcome.finish()
+            if isinstance(outcome, Answer):
                 try:
-                    outcome = await self._handle(received)
-                except Refused as error:
-                    # Where no answer can say "no", only hanging up can.
-                    if not await connection.acknowledge(received, False):
-                        raise
-                    log.warning("%s: %s", self.name, error)
-                    continue
-                if isinstance(outcome, Wait):
-                    await self._wait_for(outcome.ready, connection, outcome.what)
-                    outcome = outcome.finish()
-                if isinstance(outcome, Answer):
-                    try:
-                        await connection.reply(received, outcome.message, outcome.fds)
-                    finally:
-                        close_lent(outcome)
-                else:
-                    await connection.acknowledge(received, True)
+                    await connection.reply(received, outcome.message, outcome.fds)
+                finally:
+                    close_lent(outcome)
+            else:
+                await connection.acknowledge(received, True)
+            return True
 
     async def _handle(self, received: vp.Received) -> Outcome:
         if isinstance(received.message, vp.CheckDeviceState):
@@ -158,32 +206,90 @@ class AsyncDaemon(DaemonBase):
             return await asyncio.to_thread(self._control.handle, received.message, received.fds)
         return self._control.handle(received.message, received.fds)
 
-    async def _wait_for(
+    async def _wait_for(self, wait: Wait, connection: AsyncBackendConnection) -> bool:
+        """Wait until the device has ended what a message waits for; see `VhostUserDaemon`.
+
+        False when the front-end hangs up before.
+        """
+        report = self._wait_log(wait.what, lambda: wait.rings)
+        reading: asyncio.Task[vp.Received | None] | None = None
+        try:
+            while not wait.ready():
+                if reading is None and not self._ahead.full:
+                    reading = asyncio.ensure_future(connection.receive())
+                if not await self._look(connection, report, reading):
+                    return False
+                if reading is not None and reading.done():
+                    received, reading = reading.result(), None
+                    if received is None:
+                        return False
+                    if self._ahead.goes_first(received) and not await self._serve(
+                        connection, received
+                    ):
+                        return False
+            report.end()
+            return True
+        finally:
+            if reading is not None:
+                reading.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    received = await reading  # a message may just have come
+                    if received is not None and self._ahead.goes_first(received):
+                        await self._serve(connection, received)
+
+    async def _finish_requests(self, connection: AsyncBackendConnection) -> None:
+        """The daemon ends, and the front-end is still there: show it how its requests end."""
+        ended = self._control.end_requests()
+        report = self._shutdown_log(lambda: range(len(self.vrings)))
+        while self._failure is None and not ended() and not connection.closed:
+            if not await self._look(connection, report, None):
+                return
+        report.end()
+
+    async def _look(
         self,
-        ready: Callable[[], bool],
         connection: AsyncBackendConnection | None,
-        what: str,
-    ) -> None:
-        """Wait until `ready()`, for the time a drain may take, or until the front-end hangs up."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._drain_timeout
-        poller = select.poll()
-        if connection is not None:
+        report: WaitLog,
+        reading: asyncio.Task[vp.Received | None] | None,
+    ) -> bool:
+        """Sleep until there is progress, a line to be logged, or something was read.
+
+        False when the front-end has hung up.
+        """
+        if connection is not None and reading is None:
+            poller = select.poll()
             poller.register(connection.fileno(), select.POLLRDHUP)
-        while not ready():
-            if loop.time() >= deadline:
-                self._late(what)
-                return
             if poller.poll(0):
-                return
-            self._progress.clear()
-            if ready():
-                return
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._progress.wait(), HANG_UP_INTERVAL)
+                return False
+        self._progress.clear()
+        # Looked at once more by the caller: what came true before is not missed for longer.
+        left = report.left if reading is not None else min(report.left, HANG_UP_INTERVAL)
+        waiter = asyncio.ensure_future(self._progress.wait())
+        try:
+            await asyncio.wait(
+                {waiter} if reading is None else {waiter, reading},
+                timeout=left,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            waiter.cancel()
+        report.look()
+        return True
+
+    def _look_on(self) -> None:
+        """Something that was waited for may have come true."""
+        self._control.settle()
+        self._progress.set()
+
+    async def finish(self) -> None:
+        """Wait until the device has ended what it works on for front-ends that have gone."""
+        report = self._shutdown_log(lambda: self._control.remains)
+        while self._failure is None and self._control.remains:
+            await self._look(None, report, None)
+        report.end()
 
     def close(self) -> None:
-        """Take the device out of the loop. Harmless when repeated."""
+        """Take the device out of the loop, after `finish`. Harmless when repeated."""
         self._hang_up()
         for worker in self._workers:
             worker.stop()
@@ -193,7 +299,10 @@ class AsyncDaemon(DaemonBase):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self.close()
+        try:
+            await self.finish()
+        finally:
+            self.close()
 
 
 async def serve_async(
@@ -210,6 +319,7 @@ async def serve_async(
     Ends when cancelled; the device is closed then. No signal handlers are installed. The arguments
     are those of `serve`. Raises `ListenError` when the path cannot be listened on.
     """
+    check_device(device)
     try:
         with path if isinstance(path, Listener) else Listener(path) as listener:
             async with AsyncDaemon(
@@ -219,14 +329,24 @@ async def serve_async(
                 mapper=mapper,
                 memory_slots=memory_slots,
             ) as daemon:
+                announce(daemon.name, listener)
                 if ready is not None:
                     ready()
                 await daemon.serve(listener)
     finally:
-        device.close()
+        close_device(device)
 
 
-def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    """Set the event, from any thread."""
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-        loop.call_soon_threadsafe(event.set)
+def end_loop(loop: asyncio.AbstractEventLoop, error: BaseException) -> None:
+    """Have the loop end with KeyboardInterrupt or SystemExit, which it lets out of a callback."""
+
+    def end() -> None:
+        raise error
+
+    loop.call_soon(end)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    """Have the loop call the function, from any thread."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed, and nothing waits
+        loop.call_soon_threadsafe(function)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
 
 from .backend import VhostUserBackend
 from .control import Answer, ControlPlane, Outcome
-from .errors import BackendUsageError, Refused
+from .errors import BackendUsageError, Refused, is_shortage
+from .ratelimit import RateLimited
 from .vring import VringState
 from .vring_locks import Vring, VringMutex, VringRwLock
+from .waiting import ReadAhead, WaitLog
 from .worker import VringEpollHandler
 
 log: logging.Logger = logging.getLogger("vhost_backend")
+
+#: Connections that were gone before they were accepted (accept(2)).
+_PASSING: Final = frozenset(
+    (errno.ECONNABORTED, errno.EAGAIN, errno.EINTR, errno.EPROTO, errno.EPERM)
+)
 
 
 class DaemonBase:
@@ -38,7 +47,7 @@ class DaemonBase:
         engine: str | None,
         vring: type[VringMutex] | type[VringRwLock],
         memory_slots: bool,
-        drain_timeout: float,
+        drain_warning: float,
         worker_type: type[VringEpollHandler],
         wake: Callable[[], None],
         busy_poll: float = 0.0,
@@ -47,8 +56,12 @@ class DaemonBase:
         self.name = name
         self.memory: MemoryHolder = memory if memory is not None else MemoryHolder()
         self._backend = backend
-        self._drain_timeout = drain_timeout
+        if not drain_warning > 0:
+            raise BackendUsageError(f"drain_warning is more than 0 s, not {drain_warning}")
+        self._drain_warning = drain_warning
+        self._ahead = ReadAhead()
         self._connection: socket.socket | None = None
+        self._shortages = RateLimited(log)
         status_byte = bool(getattr(backend, "status_byte", False))
         self.vrings: list[Vring] = [
             vring(
@@ -57,6 +70,8 @@ class DaemonBase:
             for index in range(backend.num_queues())
         ]
         self._workers = _make_workers(name, backend, self.vrings, worker_type, busy_poll, cpus)
+        for worker in self._workers:
+            worker.on_failure = self._worker_failed
         self._control = ControlPlane(
             backend,
             self.vrings,
@@ -76,27 +91,81 @@ class DaemonBase:
 
     def _hang_up(self) -> None:
         """End the present connection, from any thread."""
+        self._shut(socket.SHUT_RDWR)
+
+    def _shut(self, how: int) -> None:
         connection = self._connection
         if connection is not None:
             with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(how)
 
-    def _report(self, error: Exception) -> None:
+    def _worker_failed(self, error: BaseException) -> None:
+        """A worker has ended though nobody has asked it to: the daemon ends, and says so."""
+        raise NotImplementedError
+
+    def _report(self, error: BaseException) -> None:
         """Log what has ended a connection."""
-        if isinstance(error, vp.RemoteProtocolError | Refused):
+        if is_shortage(error):
+            # Neither the front-end nor the device can help it.
+            log.error("%s: closing the connection: this machine is short: %s", self.name, error)
+        elif isinstance(error, vp.RemoteProtocolError | Refused):
             log.warning("%s: closing the connection: %s", self.name, error)
-        elif isinstance(error, vp.ProtocolError | OSError):
+        elif isinstance(error, vp.ProtocolError) or _is_hang_up(error):
             log.info("%s: the connection was lost: %s", self.name, error)
         else:
             # A mistake of ours, or of the back-end's: loud, but the next front-end is served.
             log.error("%s: closing the connection", self.name, exc_info=error)
 
-    def _drained(self, busy: Sequence[int]) -> bool:
-        """Whether none of these rings has a request in flight."""
-        return not any(self._control.in_flight(index) for index in busy)
+    def _wait_log(self, what: str, rings: Callable[[], Sequence[int]]) -> WaitLog:
+        """The log of a wait for requests of these rings."""
+        return WaitLog(
+            f"{self.name}: {what}", lambda: self._control.working(rings()), self._drain_warning
+        )
 
-    def _late(self, what: str) -> None:
-        log.warning("%s: requests in flight did not end in time: %s", self.name, what)
+    def _refused(self, error: Refused) -> None:
+        """Log a refusal that the front-end was told of."""
+        level = logging.ERROR if is_shortage(error) else logging.WARNING
+        log.log(level, "%s: %s", self.name, error)
+
+    def _not_accepted(self, error: OSError, pause: Pause) -> float:
+        """No connection came of an `accept`: seconds to wait before the next attempt.
+
+        A front-end waits in the socket's queue meanwhile. Raises what waiting does not help.
+        """
+        if error.errno in _PASSING:
+            return 0.0
+        if is_shortage(error):
+            seconds = next(pause)
+            self._shortages.error(
+                "%s: a front-end has to wait, as this machine is short: %s", self.name, error
+            )
+            return seconds
+        raise error
+
+    def _shutdown_log(self, rings: Callable[[], Sequence[int]]) -> WaitLog:
+        return self._wait_log("the end of the daemon", rings)
+
+
+class Pause:
+    """Seconds between attempts, as an iterator: more and more, up to the longest."""
+
+    def __init__(self, first: float = 0.05, longest: float = 1.0) -> None:
+        self._next = first
+        self._longest = longest
+
+    def __iter__(self) -> Pause:
+        return self
+
+    def __next__(self) -> float:
+        seconds, self._next = self._next, min(2 * self._next, self._longest)
+        return seconds
+
+
+def _is_hang_up(error: BaseException) -> bool:
+    """Whether this is the socket's word for a peer that has gone, or of our own hanging up."""
+    return isinstance(error, ConnectionError) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOTCONN, errno.ESHUTDOWN)
+    )
 
 
 def close_lent(answer: Outcome) -> None:
@@ -120,12 +189,7 @@ def _make_workers(
     if missing:
         raise BackendUsageError(f"this process may not run on processors {sorted(missing)}")
     workers = []
-    seen = 0
     for thread_id, mask in enumerate(backend.queues_per_thread()):
-        mask &= (1 << len(vrings)) - 1
-        if mask & seen:
-            raise BackendUsageError("a queue belongs to two workers")
-        seen |= mask
         owned = [vring for index, vring in enumerate(vrings) if mask >> index & 1]
         cpu = cpus[thread_id % len(cpus)] if cpus else None
         workers.append(
@@ -133,6 +197,4 @@ def _make_workers(
                 backend, owned, thread_id, f"{name}-{thread_id}", busy_poll=busy_poll, cpu=cpu
             )
         )
-    if seen != (1 << len(vrings)) - 1:
-        raise BackendUsageError("a queue belongs to no worker")
     return workers

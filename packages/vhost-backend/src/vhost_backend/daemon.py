@@ -5,8 +5,9 @@ reads messages and runs the control plane; each worker serves the queues of its 
 as long as the daemon, rings as long as a connection.
 
 Ending: `shutdown()` may be called from any thread and from a signal handler. It wakes the
-connection's thread wherever it waits, rings are stopped, workers end. Requests that a handler is
-still working on are given `drain_timeout` seconds; what completes later touches nothing.
+connection's thread wherever it waits, rings are stopped, workers end. Requests that the device
+works on are waited for: while it can touch guest memory or its medium, the memory stays mapped and
+the medium the device's. The same when a front-end hangs up; the next one's rings start after that.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ import time
 from collections.abc import Callable, Sequence
 
 from guest_memory import Mapper, MemoryHolder
-from vhost_protocol import BackendConnection  # by name: imported before anybody connects
+from vhost_protocol import BackendConnection, Received  # by name: before anybody connects
 
 from .backend import VhostUserBackend
-from .composition import DaemonBase, close_lent
+from .checks import check_backend
+from .composition import DaemonBase, Pause, close_lent
 from .control import Answer, Wait
-from .errors import BackendUsageError, Refused, VhostBackendError, kept
+from .errors import BackendUsageError, Refused, VhostBackendError, is_shortage, kept
 from .eventfd import WakeFd
 from .listener import Listener
 from .vring_locks import VringMutex, VringRwLock
+from .waiting import WaitLog
 from .worker import VringEpollHandler
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -49,7 +52,8 @@ class VhostUserDaemon(DaemonBase):
         vring: `VringMutex` (default) or `VringRwLock`.
         memory_slots: offer memory slots (CONFIGURE_MEM_SLOTS). The specification forbids postcopy
             migration together with them, so that is offered only when this is False.
-        drain_timeout: seconds that requests in flight get when a ring is stopped.
+        drain_warning: seconds after which the log names the requests that a stop, a reset or the
+            end of the daemon waits for; it says so again after as long, twice as long, and so on.
         busy_poll: the longest time in seconds that a worker looks at its rings before it sleeps;
             the time is adapted to how long sleeps are. 0: it sleeps at once.
         cpus: processors for the workers, in turn; none are given to any.
@@ -65,15 +69,17 @@ class VhostUserDaemon(DaemonBase):
         engine: str | None = None,
         vring: type[VringMutex] | type[VringRwLock] = VringMutex,
         memory_slots: bool = True,
-        drain_timeout: float = 10.0,
+        drain_warning: float = 10.0,
         busy_poll: float = 0.0,
         cpus: Sequence[int] = (),
     ) -> None:
+        check_backend(backend)
         self._stopping = False
         self._wake = WakeFd()
         self._progress = WakeFd()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._remains_report: WaitLog | None = None
         super().__init__(
             name,
             backend,
@@ -82,7 +88,7 @@ class VhostUserDaemon(DaemonBase):
             engine=engine,
             vring=vring,
             memory_slots=memory_slots,
-            drain_timeout=drain_timeout,
+            drain_warning=drain_warning,
             # A back-end of this package says which kind of worker it needs; any other gets plain
             # threads.
             worker_type=getattr(backend, "worker_type", VringEpollHandler),
@@ -90,8 +96,12 @@ class VhostUserDaemon(DaemonBase):
             busy_poll=busy_poll,
             cpus=cpus,
         )
-        for worker in self._workers:
-            worker.start()
+        try:
+            for worker in self._workers:
+                worker.start()
+        except BaseException:
+            self.close()
+            raise
 
     # -- running --------------------------------------------------------------------------------
 
@@ -129,20 +139,28 @@ class VhostUserDaemon(DaemonBase):
             self.wait()
 
     def shutdown(self) -> None:
-        """End the daemon, from any thread or a signal handler; `wait` returns soon after."""
+        """End the daemon, from any thread or a signal handler.
+
+        `wait` returns as soon as the device has ended the requests that it works on.
+        """
         self._stopping = True
         self._wake.wake()
         self._progress.wake()
-        self._hang_up()
+        # The front-end sees no hang-up before its requests have ended: then it can tell from the
+        # rings which ones did.
+        self._shut(socket.SHUT_RD)
 
     def close(self) -> None:
-        """Shut down, wait, and release the workers. Harmless when repeated."""
+        """Shut down, wait, and release the workers. Harmless when repeated.
+
+        Returns when the device has ended the requests that it works on, however long that takes.
+        """
         self.shutdown()
-        if self._thread is not None:
+        if self._thread is not None and self._thread.ident is not None:
             self._thread.join()
         for worker in self._workers:
-            if not worker.stop(self._drain_timeout):
-                log.warning("%s: a worker is stuck in a handler and is left behind", self.name)
+            while not worker.stop(self._drain_warning):
+                log.warning("%s: closing waits for a worker in the device's code", self.name)
         self._workers = []
         self._wake.close()
         self._progress.close()
@@ -153,6 +171,11 @@ class VhostUserDaemon(DaemonBase):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _worker_failed(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._failure = kept(error)
+        self.shutdown()
+
     # -- the connection's thread ----------------------------------------------------------------
 
     def _spawn(self, target: Callable[[], None]) -> None:
@@ -161,8 +184,13 @@ class VhostUserDaemon(DaemonBase):
 
         def run() -> None:
             try:
-                target()
+                try:
+                    target()
+                finally:
+                    self._finish_remains()
             except BaseException as error:
+                if not isinstance(error, VhostBackendError):  # which says enough where it is raised
+                    log.critical("%s: the daemon ends", self.name, exc_info=error)
                 self._failure = kept(error)
 
         self._thread = threading.Thread(target=run, name=f"{self.name}-control", daemon=True)
@@ -172,24 +200,51 @@ class VhostUserDaemon(DaemonBase):
         if listener.connected:
             self._serve_connection(listener.accept())
             return
-        while self._wait_readable(listener.fileno()):
+        pause = Pause()
+        # A listener that was closed brings nobody any more.
+        while listener.fileno() >= 0 and self._wait_readable(listener.fileno()):
             try:
                 connection = listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
+            except OSError as error:
+                self._sleep(self._not_accepted(error, pause))
                 continue
+            pause = Pause()
             self._serve_connection(connection)
+
+    def _finish_requests(self, connection: BackendConnection) -> None:
+        """The daemon ends, and the front-end is still there: show it how its requests end."""
+        ended = self._control.end_requests()
+        report = self._shutdown_log(lambda: range(len(self.vrings)))
+        # A worker that has ended by itself leaves requests behind that nothing works on.
+        while self._failure is None and not ended():
+            if self._look(connection, report, reading=False) & select.POLLHUP:
+                return
+        report.end()
+
+    def _finish_remains(self) -> None:
+        """The daemon ends: nothing may be unmapped or let go of under a request that still runs."""
+        report = self._shutdown_log(lambda: self._control.remains)
+        while self._failure is None and self._control.remains:
+            self._look(None, report)
+        report.end()
 
     def _connect_all(self, path: str, reconnect: bool) -> None:
         interval = RECONNECT_INTERVAL[0]
         while not self._stopping:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            # A front-end whose queue of connections is full is one that is not to be had.
-            connection.setblocking(False)
             begin = time.monotonic()
+            connection: socket.socket | None = None
             try:
+                connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                # A front-end whose queue of connections is full is one that is not to be had.
+                connection.setblocking(False)
                 connection.connect(path)
             except OSError as error:
-                connection.close()
+                if connection is not None:
+                    connection.close()
+                if is_shortage(error):
+                    self._shortages.error(
+                        "%s: cannot connect, as this machine is short: %s", self.name, error
+                    )
                 if not reconnect:
                     raise VhostBackendError(f"{path}: {error.strerror}") from None
             else:
@@ -210,79 +265,135 @@ class VhostUserDaemon(DaemonBase):
         try:
             if not self._stopping:
                 self._converse(connection)
-        except Exception as error:
+        except BaseException as error:
+            # On this thread no signal's exception comes: whatever it is, a hook has raised it.
             self._report(error)
         finally:
+            if self._stopping and not connection.closed:
+                self._finish_requests(connection)
             self._connection = None
-            self._release()
+            self._ahead.close()
+            try:
+                self._control.disconnect()
+            except BaseException as error:
+                self._report(error)
             connection.close()
             log.info("%s: the front-end has gone", self.name)
 
     def _converse(self, connection: BackendConnection) -> None:
         while not self._stopping:
-            received = connection.receive()
+            received = self._ahead.next()
             if received is None:
+                if self._control.remains and not self._wait_readable(connection.fileno()):
+                    return
+                received = connection.receive()
+            if received is None or not self._serve(connection, received):
                 return
-            with received:
+
+    def _serve(self, connection: BackendConnection, received: Received) -> bool:
+        """Handle one message and answer it; False when the conversation has ended meanwhile."""
+        with received:
+            try:
+                outcome = self._control.handle(received.message, received.fds)
+            except Refused as error:
+                # Where no answer can say "no", only hanging up can.
+                if not connection.acknowledge(received, False):
+                    raise
+                self._refused(error)
+                return True
+            if isinstance(outcome, Wait):
+                if not self._wait_for(outcome, connection):
+                    return False
+                outcome = outcome.finish()
+            if isinstance(outcome, Answer):
                 try:
-                    outcome = self._control.handle(received.message, received.fds)
-                except Refused as error:
-                    # Where no answer can say "no", only hanging up can.
-                    if not connection.acknowledge(received, False):
-                        raise
-                    log.warning("%s: %s", self.name, error)
-                    continue
-                if isinstance(outcome, Wait):
-                    self._wait_for(outcome.ready, connection, outcome.what)
-                    outcome = outcome.finish()
-                if isinstance(outcome, Answer):
-                    try:
-                        connection.reply(received, outcome.message, outcome.fds)
-                    finally:
-                        close_lent(outcome)
-                else:
-                    connection.acknowledge(received, True)
+                    connection.reply(received, outcome.message, outcome.fds)
+                finally:
+                    close_lent(outcome)
+            else:
+                connection.acknowledge(received, True)
+            return True
 
-    def _release(self) -> None:
-        """The front-end is gone: let requests in flight end, then forget its rings and memory."""
-        busy = self._control.begin_disconnect()
-        self._wait_for(lambda: self._drained(busy), None, "rings drain")
-        self._control.disconnect()
+    def _wait_for(self, wait: Wait, connection: BackendConnection) -> bool:
+        """Wait until the device has ended what a message waits for. Workers go on meanwhile.
 
-    def _wait_for(
-        self, ready: Callable[[], bool], connection: BackendConnection | None, what: str
-    ) -> None:
-        """Wait until `ready()`, for the time a drain may take. Workers go on meanwhile.
-
-        A front-end that hangs up ends its wait.
+        False when the front-end hangs up, or the daemon is told to end, before.
         """
-        deadline = time.monotonic() + self._drain_timeout
+        report = self._wait_log(wait.what, lambda: wait.rings)
+        while not wait.ready():
+            if self._stopping:
+                return False
+            events = self._look(connection, report)
+            if events & ~select.POLLIN:
+                return False
+            if events:
+                received = connection.receive()
+                if received is None:
+                    return False
+                if self._ahead.goes_first(received) and not self._serve(connection, received):
+                    return False
+        report.end()
+        return True
+
+    def _look(
+        self, connection: BackendConnection | None, report: WaitLog, *, reading: bool = True
+    ) -> int:
+        """Sleep until there is progress, a line to be logged, or something from `connection`.
+
+        Returns the events there.
+        """
         poller = select.poll()
         poller.register(self._progress.fd, select.POLLIN)
         if connection is not None:
-            poller.register(connection.fileno(), select.POLLRDHUP)
-        while not ready():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                self._late(what)
-                return
-            for fd, _ in poller.poll(left * 1000):
-                if fd != self._progress.fd:
-                    return
+            wanted = select.POLLRDHUP if reading else 0
+            if reading and not self._ahead.full:
+                wanted |= select.POLLIN
+            poller.register(connection.fileno(), wanted)
+        found = 0
+        for fd, events in poller.poll(int(report.left * 1000) + 1):
+            if fd == self._progress.fd:
                 self._progress.clear()
+            else:
+                found = events
+        self._control.settle()
+        report.look()
+        return found
 
     def _wait_readable(self, fd: int) -> bool:
         """Wait for `fd` or the end; False for the end."""
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
-        poller.register(self._wake.fd, select.POLLIN)
         while not self._stopping:
-            if any(ready == fd for ready, _ in poller.poll()):
+            if fd in self._idle(fd, None):
                 return not self._stopping
         return False
 
     def _sleep(self, seconds: float) -> None:
-        if not self._stopping:
-            poller = select.poll()
-            poller.register(self._wake.fd, select.POLLIN)
-            poller.poll(seconds * 1000)
+        end = time.monotonic() + seconds
+        while not self._stopping:
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            self._idle(-1, left)
+
+    def _idle(self, fd: int, seconds: float | None) -> list[int]:
+        """Wait for `fd`, the end, or `seconds`; see to what remains of the last front-end."""
+        poller = select.poll()
+        if fd >= 0:
+            poller.register(fd, select.POLLIN)
+        poller.register(self._wake.fd, select.POLLIN)
+        poller.register(self._progress.fd, select.POLLIN)
+        if not self._control.remains:
+            self._remains_report = None
+        elif self._remains_report is None:
+            self._remains_report = self._wait_log(
+                "the end of the last connection", lambda: self._control.remains
+            )
+        report = self._remains_report
+        if report is not None:
+            seconds = report.left if seconds is None else min(seconds, report.left)
+        ready = [found for found, _ in poller.poll(None if seconds is None else seconds * 1000 + 1)]
+        if self._progress.fd in ready:
+            self._progress.clear()
+        self._control.settle()
+        if report is not None and self._control.remains:
+            report.look()
+        return ready

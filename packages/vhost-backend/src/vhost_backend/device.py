@@ -2,18 +2,24 @@
 
 - `handle(queue, request)` is called for each request, which completes when it returns.
 - `async def handle(queue, request)`: requests of a queue run concurrently on their worker's event
-  loop and complete in whatever order their coroutines end.
+  loop and complete in whatever order their coroutines end. What only waits, for a packet or a key,
+  is marked with `async with request.waiting():`, so that stopping the ring need not wait for it.
 - `handle_batch(queue, batch)` is called with everything that was waiting: the fastest way.
 
 A handler that raises fails its request (with `error_status`, where the device type has a status
-byte), is logged, and takes nothing else down.
+byte), is logged, and takes nothing else down, whatever it raises: `sys.exit()` is no way to end a
+daemon from a worker. So does one that misuses its request: `written` beyond the room there is, a
+`status` where the device type has no status byte, an answer that is returned instead of written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from types import CoroutineType
 from typing import Any, Final
 
 from guest_memory import GuestMemory
@@ -30,7 +36,7 @@ from virtqueue import (
 )
 
 from .counters import QueueCounters
-from .errors import Refused
+from .errors import BackendUsageError, Refused
 from .ratelimit import RateLimited
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -51,7 +57,7 @@ class Queue:
     snapshot of guest memory that it belongs to; both are valid for the batch that came with them.
     """
 
-    __slots__ = ("counters", "index", "memory", "window")
+    __slots__ = ("_on_exit", "counters", "index", "memory", "window")
 
     def __init__(self, index: int, counters: QueueCounters) -> None:
         self.index: int = index
@@ -59,6 +65,8 @@ class Queue:
         self.window: memoryview | None = None
         # Held here, it stays mapped for what a handler in C works on, whatever becomes of the ring.
         self.memory: Memory | None = None
+        #: In an event loop of the caller's: ends it with what a handler has raised to end it.
+        self._on_exit: Callable[[BaseException], None] | None = None
 
     def forget(self) -> None:
         """Let go of the memory: the worker has done what there was."""
@@ -80,14 +88,20 @@ class Request:
         "_chain",
         "_index",
         "_position",
+        "_recalled",
         "_record",
         "_serial",
+        "_waits",
         "status",
         "written",
     )
 
     status: int
     """What the status byte will say, for device types that have one."""
+    # Set by a worker with coroutines: how many `waiting` blocks this one's is in, and whether its
+    # ring is being stopped.
+    _waits: int
+    _recalled: bool
     written: int
     """Bytes reported to the driver: what `write` wrote, unless set."""
 
@@ -162,6 +176,54 @@ class Request:
         self.written += count
         return count
 
+    def waiting(self) -> AbstractAsyncContextManager[None]:
+        """Mark what a coroutine only waits for: `async with request.waiting(): await news.get()`.
+
+        When the ring is stopped meanwhile, the wait is cancelled (`asyncio.CancelledError` is
+        raised in it); everywhere else a coroutine is left to end by itself. So nothing may go on
+        in the background of the wait that touches the request's memory, such as a thread. See
+        `VirtioDevice.recalled` for what becomes of the request.
+        """
+        return _Waiting(self)
+
+    @property
+    def begun(self) -> bool:
+        """Whether something was written, or could have been through `writable`."""
+        chain = self._chain
+        return bool(self.written) or (
+            chain is not None and (chain.wrote_anywhere or chain.written > 0)
+        )
+
+
+class _Waiting:
+    __slots__ = ("_request",)
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    async def __aenter__(self) -> None:
+        if self._request._recalled:
+            # The ring is being stopped already: this is where a cancellation is expected.
+            from asyncio import CancelledError, sleep
+
+            await sleep(0)
+            raise CancelledError
+        self._request._waits += 1
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._request._waits -= 1
+
+
+class Recall(enum.Enum):
+    """What became of a request whose wait was cancelled because its ring is stopped."""
+
+    GIVEN_BACK = "given back"
+    """As if it had never been taken: whoever serves the ring next takes it again."""
+    KEPT = "kept"
+    """Left in the in-flight region: whoever goes on with the region takes it again."""
+    EMPTY = "empty"
+    """Completed with nothing written (and `error_status`, where there is a status byte)."""
+
 
 class VirtioDevice:
     """A virtio device: what it is, and what it does with a request.
@@ -187,6 +249,9 @@ class VirtioDevice:
     error_status: int = 1
     config: bytes = b""
     protocol_features: ProtocolFeatures = ProtocolFeatures(0)
+    #: Queues of which every request of `async def handle` only waits, for news or for a thread that
+    #: does not touch it: all of their coroutines are in `Request.waiting`, as it were.
+    waiting_queues: frozenset[int] = frozenset()
     #: Version of what `save_state` returns; streams of a newer one are refused.
     state_version: int = 1
     #: The channel for requests of our own to the front-end, while there is one.
@@ -222,11 +287,14 @@ class VirtioDevice:
         for position, record in requests:
             request = Request(batch, record, position)
             try:
-                handle(queue, request)
+                answer = handle(queue, request)
                 status, written = request.status, request.written + flags
-            except Exception as error:
-                status, written = self.failed(queue, error), flags
-            _pack_done(done, 8 * position, record[6], status, flags, written)
+                if answer is not None or status or not flags <= written <= record[5]:
+                    check_use(request, answer, flags)
+                _pack_done(done, 8 * position, record[6], status, flags, written)
+            except BaseException as error:
+                status = fail_request(self, queue, error)
+                _pack_done(done, 8 * position, record[6], status, flags, flags)
 
     def batch_handler(self, queue: int) -> CHandler | None:
         """A handler in C for the batches of that queue, or None; asked once for each queue.
@@ -236,7 +304,17 @@ class VirtioDevice:
         """
         return None
 
-    def failed(self, queue: Queue, error: Exception) -> int:
+    def describe(self, header: bytes) -> str:
+        """What a request is, in a few words for the log, by its first 16 bytes (zero padded)."""
+        return header.hex()
+
+    def handle_event(self, data: int, events: int) -> None:
+        """A descriptor is ready that was registered with `VringEpollHandler.register_listener`
+        without a callback. Called on the worker's thread; override it before registering any.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no handle_event")
+
+    def failed(self, queue: Queue, error: BaseException) -> int:
         """Log a handler's exception (rate-limited) and count it; returns `error_status`."""
         queue.counters.errors += 1
         if self._failures is None:
@@ -245,6 +323,15 @@ class VirtioDevice:
             "%s failed a request of queue %d", type(self).__name__, queue.index, exc_info=error
         )
         return self.error_status
+
+    def recalled(self, queue: Queue, request: Request, recall: Recall) -> None:
+        """Told what became of a request whose `waiting` was cancelled, since its ring is stopped.
+
+        Called in the worker's loop when the coroutine has ended. A request that has begun nothing
+        is given back, if all that was taken after it can be given back, too; otherwise it stays
+        in the in-flight region, where that is negotiated; otherwise it completes empty. A coroutine
+        that catches the `asyncio.CancelledError` and returns completes its request as ever.
+        """
 
     # -- life cycle, called on the connection's thread ------------------------------------------
 
@@ -296,3 +383,49 @@ class VirtioDevice:
 
     def close(self) -> None:
         """Release what the device holds."""
+
+
+def close_device(device: VirtioDevice) -> None:
+    """Close a device; one that fails keeps no other from being closed."""
+    try:
+        device.close()
+    except Exception:
+        log.exception("%s has failed to close", type(device).__name__)
+
+
+def fail_request(device: VirtioDevice, queue: Queue, error: BaseException) -> int:
+    """A handler has raised `error`: the status of its request, whatever `failed` does."""
+    try:
+        status = device.failed(queue, error)
+        if not 0 <= status <= 255:
+            raise BackendUsageError(f"failed() returned {status!r}, which is no status byte")
+    except BaseException:
+        log.exception("%s.failed has failed itself", type(device).__name__)
+        status = device.error_status
+    if queue._on_exit is not None and isinstance(error, KeyboardInterrupt | SystemExit):
+        queue._on_exit(error)
+    return status
+
+
+def check_use(request: Request, answer: object, flags: int) -> None:
+    """Raise `BackendUsageError` when a handler that returned `answer` has not left its request as
+    it can be completed; `flags` is 1 with a status byte.
+    """
+    if isinstance(answer, CoroutineType):
+        answer.close()
+        raise BackendUsageError(
+            "handle returned a coroutine that nothing awaits: it must be an `async def` itself"
+        )
+    if isinstance(answer, bytes | bytearray | memoryview | str | Awaitable):
+        raise BackendUsageError(
+            f"handle returned {type(answer).__name__}: an answer is written with request.write()"
+        )
+    written, room = request.written, request.writable_length - flags
+    if not 0 <= written <= room:
+        raise BackendUsageError(f"request.written is {written}, but there is room for {room} bytes")
+    if request.status and not flags:
+        raise BackendUsageError(
+            f"request.status is {request.status}, but the device has no status byte"
+        )
+    if not 0 <= request.status <= 255:
+        raise BackendUsageError(f"request.status is {request.status}, a status byte is 0 to 255")

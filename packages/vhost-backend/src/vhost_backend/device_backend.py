@@ -13,11 +13,13 @@ from typing import Any
 
 from guest_memory import GuestMemory
 from vhost_protocol import BackendChannel, ProtocolFeatures
-from virtqueue import DONE, Batch, CHandler
+from virtqueue import DONE, RECORD, Batch, CHandler, DoneFlags, UsageError
 
 from .backend import VhostUserBackendBase
+from .checks import check_device
 from .coroutines import is_coroutine_function
-from .device import Queue, VirtioDevice
+from .device import Queue, VirtioDevice, fail_request
+from .errors import BackendUsageError
 from .features import RING_FEATURES, VirtioFeature
 from .queue_worker import QueueWorker
 from .state_transfer import StateTransfer
@@ -52,7 +54,11 @@ class DeviceBackend(VhostUserBackendBase):
 
     @staticmethod
     def of(device: VirtioDevice) -> DeviceBackend:
-        """A back-end for `device`: on an event loop when its `handle` is a coroutine function."""
+        """A back-end for `device`: on an event loop when its `handle` is a coroutine function.
+
+        Raises `BackendUsageError` for a device that cannot work.
+        """
+        check_device(device)
         if is_coroutine_function(device.handle):
             from .async_worker import AsyncDeviceBackend
 
@@ -60,11 +66,14 @@ class DeviceBackend(VhostUserBackendBase):
         return DeviceBackend(device)
 
     def __init__(self, device: VirtioDevice) -> None:
+        check_device(device)
         self.device = device
         self._queues: dict[int, Queue] = {}
         #: Handlers in C by queue, where the device has them.
-        self._handlers: dict[int, CHandler] = {}
+        self._handlers: dict[int, CHandler | None] = {}
         self._transfer: StateTransfer | None = None
+        #: In an event loop of the caller's: what ends that when a handler raises to end it.
+        self.on_exit: Callable[[BaseException], None] | None = None
 
     @property
     def status_byte(self) -> bool:
@@ -160,9 +169,9 @@ class DeviceBackend(VhostUserBackendBase):
         """Told to the device."""
         self.device.stopped()
 
-    def suspend_queue(self, queue: int, wake: Callable[[], None]) -> Callable[[], bool]:
-        """A plain handler cannot be called back: its batch ends as it would have."""
-        return lambda: False
+    def describe_request(self, header: bytes) -> str:
+        """Asked of the device, for the log."""
+        return self.device.describe(header)
 
     def update_memory(self, memory: GuestMemory) -> None:
         """Told to the device."""
@@ -175,7 +184,10 @@ class DeviceBackend(VhostUserBackendBase):
     def handle_event(
         self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
     ) -> bool:
-        """Serve a queue until it is empty or has had its turn."""
+        """Serve a queue until it is empty or has had its turn; pass other events on."""
+        if device_event >= len(vrings):
+            self.device.handle_event(device_event, event_set)
+            return False
         vring = vrings[device_event]
         with vring.get_mut() as state:
             if not state.running:
@@ -193,7 +205,7 @@ class DeviceBackend(VhostUserBackendBase):
                 with vring.get_mut() as state:
                     if state.generation != generation:
                         return False
-                    batch = state.cycle(BATCH)
+                    batch = self._cycle(state, view, BATCH)
                     if not batch:
                         return False  # broken, or empty, and the driver has been asked for kicks
                     view.window, view.memory = queue.window, queue.memory
@@ -212,43 +224,87 @@ class DeviceBackend(VhostUserBackendBase):
             view.forget()
         with vring.get_mut() as state:
             if state.generation == generation:
-                state.cycle(0)
+                self._cycle(state, view, 0)
         return True
+
+    def _cycle(self, state: VringState, view: Queue, limit: int) -> Batch | None:
+        """`VringState.cycle`, also when the device has left a batch that cannot be completed."""
+        try:
+            return state.cycle(limit)
+        except UsageError as error:
+            if state.queue is None:
+                raise
+            batch = state.queue.refused_batch()
+            self._put_right(view, batch, error)
+            # Also where it was taken in C, so that the driver is signalled for it.
+            state.finish(len(batch))
+        return state.cycle(limit)
+
+    def _put_right(self, queue: Queue, batch: Batch, refused: UsageError) -> None:
+        """Fail the requests of a batch that `done` says impossible things of."""
+        flags, found = int(self.device.status_byte), False
+        for position, record in enumerate(RECORD.iter_unpack(batch.records)):
+            head, room = record[6], record[5]
+            named, _, kind, written = DONE.unpack_from(batch.done, position * DONE.size)
+            if kind & DoneFlags.KEEP:
+                continue
+            if named != head:
+                what = f"done[{position}] names chain {named} instead of {head}"
+            elif written > room:
+                what = (
+                    f"done[{position}] says {written} bytes written, but there is room for {room}"
+                )
+            else:
+                continue
+            found = True
+            status = fail_request(self.device, queue, BackendUsageError(what))
+            DONE.pack_into(batch.done, position * DONE.size, head, status, flags, flags)
+        if not found:
+            raise refused
+
+    def check_listener(self) -> None:
+        """Raise `BackendUsageError` unless the device takes events of its own."""
+        if type(self.device).handle_event is VirtioDevice.handle_event:
+            raise BackendUsageError(
+                f"{type(self.device).__name__} has no handle_event for a listener's events:"
+                " define it, or give a callback"
+            )
 
     def serve_batch(self, queue: Queue, batch: Batch) -> None:
         """Have the device work on what is left for it of a batch; no lock is held."""
         try:
             self.device.handle_batch(queue, batch)
-        except Exception as error:
+        except BaseException as error:
             self.fail_batch(queue, batch, error)
 
-    def fail_batch(self, queue: Queue, batch: Batch, error: Exception) -> None:
+    def fail_batch(self, queue: Queue, batch: Batch, error: BaseException) -> None:
         """The device has failed in `handle_batch`; nobody knows how far it came.
 
         Requests that may not have been served must not look as if they were.
         """
-        try:
-            status = self.device.failed(queue, error)
-        except Exception:
-            log.exception("%s.failed has failed itself", type(self.device).__name__)
-            status = self.device.error_status
-        self._fail(batch, status)
+        self._fail(batch, fail_request(self.device, queue, error))
 
     def _fail(self, batch: Batch, status: int) -> None:
         """Every request that is left ends with `status`, where it has a status byte."""
         flags = int(self.device.status_byte)
         for position in batch.left:
-            head = DONE.unpack_from(batch.done, position * 8)[0]
-            DONE.pack_into(batch.done, position * 8, head, status, flags, flags)
+            head, _, kind, _ = DONE.unpack_from(batch.done, position * DONE.size)
+            if not kind & DoneFlags.KEEP:
+                DONE.pack_into(batch.done, position * DONE.size, head, status, flags, flags)
 
     def batch_handler(self, index: int) -> CHandler | None:
         """The device's handler in C for that queue, made when it is first asked for."""
-        handler = self._handlers.get(index)
-        if handler is None:
-            made = self.device.batch_handler(index)
-            if made is not None:
-                handler = self._handlers[index] = made
-        return handler
+        if index not in self._handlers:
+            try:
+                self._handlers[index] = self.device.batch_handler(index)
+            except BaseException:
+                log.exception(
+                    "%s.batch_handler failed: queue %d is served in Python",
+                    type(self.device).__name__,
+                    index,
+                )
+                self._handlers[index] = None
+        return self._handlers[index]
 
     def drop_handler(self, index: int) -> None:
         """Its worker has ended."""
@@ -259,4 +315,5 @@ class DeviceBackend(VhostUserBackendBase):
         view = self._queues.get(state.index)
         if view is None:
             view = self._queues[state.index] = Queue(state.index, state.counters)
+            view._on_exit = self.on_exit
         return view

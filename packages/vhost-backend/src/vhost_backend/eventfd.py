@@ -12,8 +12,8 @@ nothing here that touches them rests on it:
 * Anything else is neither read nor written: a file of a FUSE file system, say, could make every
   access wait for the front-end.
 
-Where the kernel lacks the call for an eventfd, or a seccomp filter forbids it, what is left is to
-look first and to read or write then.
+Where the kernel lacks one of these calls, the C library its flags, or a seccomp filter forbids it,
+eventfds and pipes are looked at first, and read or written then.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ import mmap
 import os
 import select
 import socket
+import stat
 import sys
 import threading
 from typing import Any, Final
 
 from . import aio_signal
+from .file_io import REFUSALS
 
 # An eventfd takes a native-order u64.
 _ONE: Final = (1).to_bytes(8, sys.byteorder)
@@ -89,7 +91,11 @@ def is_eventfd(fd: int) -> bool:
     try:
         return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
     except OSError:  # no /proc here: find out by a kick that nobody gave
-        return not aio_signal.add_one(fd)
+        error = aio_signal.add_one(fd)
+    if error in (errno.EINVAL, errno.EBADF):
+        return False
+    # Not even that is allowed. An anonymous inode of the kernel's is served by nobody else.
+    return not error or stat.S_IFMT(os.fstat(fd).st_mode) == 0
 
 
 def signal(fd: int) -> bool:
@@ -109,7 +115,7 @@ def signal(fd: int) -> bool:
         if _vmsplice(fd, _one_on_page, 1, _SPLICE_F_NONBLOCK) >= 0:
             return True
         found = ctypes.get_errno()
-        if found == errno.EBADF and error != errno.EINVAL and is_eventfd(fd):
+        if found != errno.EAGAIN and (_is_pipe(fd) or (error != errno.EINVAL and is_eventfd(fd))):
             return _look_and_write(fd)
     return found == errno.EAGAIN
 
@@ -134,9 +140,11 @@ def drain(fd: int) -> bool:
         return bool(os.preadv(fd, [buffer], -1, os.RWF_NOWAIT))
     except BlockingIOError:
         return True
+    except (AttributeError, NotImplementedError):  # not in this C library
+        return _drain_otherwise(fd)
     except OSError as error:
-        # Not a file that can be read without waiting, as far as this kernel knows.
-        return error.errno == errno.EOPNOTSUPP and _drain_otherwise(fd)
+        # Not a file that can be read without waiting, as far as this kernel knows, or a filter.
+        return error.errno in REFUSALS and _drain_otherwise(fd)
 
 
 def _drain_otherwise(fd: int) -> bool:
@@ -146,6 +154,8 @@ def _drain_otherwise(fd: int) -> bool:
         if is_eventfd(fd):
             return _look_and_read(fd)
         got = _vmsplice(fd, _Iovec(ctypes.addressof(buffer), 8), 1, _SPLICE_F_NONBLOCK)
+        if got < 0 and ctypes.get_errno() in REFUSALS and _is_pipe(fd):
+            return _look_and_read(fd)
     return got > 0 or (got < 0 and ctypes.get_errno() == errno.EAGAIN)
 
 
@@ -153,13 +163,11 @@ def _look_and_read(fd: int) -> bool:
     poller = select.poll()
     poller.register(fd, select.POLLIN)
     try:
-        if poller.poll(0):
-            os.read(fd, 8)
+        return not poller.poll(0) or bool(os.read(fd, 8))
     except BlockingIOError:
         return True
     except OSError:
         return False
-    return True
 
 
 class WakeFd:

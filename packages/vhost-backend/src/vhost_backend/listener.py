@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 import stat
+import sys
 from collections.abc import Iterator
 from typing import Final
 
 from .errors import ListenError
+
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 # The bytes of a socket's path (unix(7): sun_path has 108, and ends in a zero byte).
 _LONGEST: Final = 107
@@ -104,6 +108,16 @@ class Listener:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def announce(name: str, listener: Listener) -> None:
+    """Say where a device is served: in the log, or on stderr where nobody has set up any."""
+    where = listener.path or f"descriptor {listener.fileno()}"
+    if log.hasHandlers():
+        log.info("%s: serving on %s", name, where)
+    else:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{name}: serving on {where}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
 
-from virtqueue import Batch, CHandler, Server
+from virtqueue import Batch, CHandler, Server, UsageError
 
 from .backend import VhostUserBackend
 from .device import Queue, VirtioDevice
@@ -39,7 +39,7 @@ class BatchBackend(Protocol):
 
     def serve_batch(self, queue: Queue, batch: Batch) -> None: ...
 
-    def fail_batch(self, queue: Queue, batch: Batch, error: Exception) -> None: ...
+    def fail_batch(self, queue: Queue, batch: Batch, error: BaseException) -> None: ...
 
 
 class QueueWorker(VringEpollHandler):
@@ -90,7 +90,7 @@ class QueueWorker(VringEpollHandler):
             # What came along was taken by C: a kick, for which the next look may be the long way's,
             # or the first edge of a listener.
             self._again.add(0)
-            if self._listening:
+            if self._listeners:
                 self._show_again()
             timeout = 0
         return super()._round(timeout)
@@ -98,13 +98,13 @@ class QueueWorker(VringEpollHandler):
     def _show_again(self) -> None:
         """Have epoll tell once more which listeners are ready."""
         with self._lock:
-            for fd, events in self._listening.items():
-                self._epoll.modify(fd, events)
+            for fd, listener in self._listeners.items():
+                self._epoll.modify(fd, listener.events)
 
     def _serve(self, vring: VringMutex) -> bool:
         """Serve the queue from C until there is something else to do; False when it cannot be."""
         kick_fd = self._kick_of.get(0, -1)
-        if kick_fd not in self._edges or len(self._watched) > 1 or self._stopping:
+        if kick_fd not in self._edges or self._listeners or self._stopping:
             if self._server is not None:
                 self._server = None  # and with it the ring and its memory
                 _settle()
@@ -159,7 +159,7 @@ class QueueWorker(VringEpollHandler):
                 release()
                 try:
                     handle_batch(view, batch)
-                except Exception as error:
+                except BaseException as error:
                     device.fail_batch(view, batch, error)
                 finally:
                     reclaim()
@@ -192,7 +192,11 @@ class QueueWorker(VringEpollHandler):
         vring.release()
         vring.claim()
         if state.generation == generation:
-            state.finish(count)
+            try:
+                state.finish(count)
+            except UsageError:
+                # The batch stays the queue's: the long way sees what is wrong with it.
+                log.debug("queue %d: a batch cannot be completed as it is", state.index)
 
 
 def _settle() -> None:

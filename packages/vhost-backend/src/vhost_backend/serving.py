@@ -13,10 +13,12 @@ from types import FrameType
 
 from guest_memory import Mapper
 
+from .checks import check_device
 from .daemon import VhostUserDaemon
-from .device import VirtioDevice
+from .descriptors import raise_limit
+from .device import VirtioDevice, close_device
 from .device_backend import DeviceBackend
-from .listener import Listener
+from .listener import Listener, announce
 from .observe import lines
 
 
@@ -34,6 +36,12 @@ def serve(
 ) -> None:
     """Serve `device` on the Unix socket `path` (or a `Listener`) until SIGTERM or SIGINT.
 
+    Requests that the device works on are ended first, and the log says when that takes long. A
+    second SIGTERM or SIGINT ends the process at once.
+
+    Says where, in the log (INFO), or on stderr in a program without logging. The soft limit of
+    open files is raised to what may be needed.
+
     Front-ends are served one after another; the device keeps its state in between and is closed in
     the end. SIGUSR1 prints each queue's counters on stderr. `ready` is called once front-ends can
     connect. On another thread than the main one no signal handlers are installed, and the daemon
@@ -42,7 +50,8 @@ def serve(
     `engine`, `mapper`, `memory_slots`, `busy_poll` and `cpus` are `VhostUserDaemon`'s. `metrics` is
     where to serve the counters to Prometheus: `unix:PATH`, or `HOST:PORT` on loopback.
 
-    Raises `ListenError` when the path cannot be listened on.
+    Raises `ListenError` when the path cannot be listened on, `BackendUsageError` for a device that
+    cannot work.
     """
     serve_all(
         [(device, path)],
@@ -77,6 +86,8 @@ def serve_all(
     of the paths cannot be listened on; then none is served.
     """
     pairs = list(devices)
+    for device, _ in pairs:
+        check_device(device)
     daemons: list[VhostUserDaemon] = []
     try:
         with contextlib.ExitStack() as stack:
@@ -91,16 +102,18 @@ def serve_all(
                     cpus=cpus,
                 )
                 daemons.append(stack.enter_context(daemon))
+            raise_limit(daemons)
             bell = stack.enter_context(contextlib.closing(_Bell()))
             # Before a socket exists: from then on a signal has something to clean up.
-            stack.enter_context(_signals(daemons, bell))
+            listeners: list[Listener] = []
+            stack.enter_context(_signals(daemons, bell, lambda: _close_all(listeners)))
             stack.enter_context(_metrics(metrics, daemons))
-            listeners = [
-                stack.enter_context(path if isinstance(path, Listener) else Listener(path))
-                for _, path in pairs
-            ]
+            for _, path in pairs:
+                listener = path if isinstance(path, Listener) else Listener(path)
+                listeners.append(stack.enter_context(listener))
             for daemon, listener in zip(daemons, listeners, strict=True):
                 daemon.start(listener)
+                announce(daemon.name, listener)
             if ready is not None:
                 ready()
             _wait_for_all(daemons, bell)
@@ -110,7 +123,12 @@ def serve_all(
                 daemon.close()
     finally:
         for device, _ in pairs:
-            device.close()
+            close_device(device)
+
+
+def _close_all(listeners: Iterable[Listener]) -> None:
+    for listener in listeners:
+        listener.close()
 
 
 class _Bell:
@@ -122,6 +140,8 @@ class _Bell:
 
     def __init__(self) -> None:
         self._reader, self.writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        #: Whether whoever waits shall print the counters.
+        self.asked = False
 
     def ring(self) -> None:
         """Wake whoever waits."""
@@ -161,6 +181,9 @@ def _wait_for_all(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> None:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         bell.wait()
+        if bell.asked:
+            bell.asked = False
+            _print_counters(daemons)
         for thread in threads:
             # One that has rung is about to end.
             thread.join(0.1)
@@ -169,19 +192,38 @@ def _wait_for_all(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> None:
 
 
 @contextlib.contextmanager
-def _signals(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> Iterator[None]:
-    """SIGTERM and SIGINT end the daemons, SIGUSR1 asks them; the handlers before are put back."""
+def _signals(
+    daemons: Sequence[VhostUserDaemon], bell: _Bell, cleanup: Callable[[], None]
+) -> Iterator[None]:
+    """SIGTERM and SIGINT end the daemons, SIGUSR1 asks them; the handlers before are put back.
+
+    A second SIGTERM or SIGINT ends the process, after `cleanup`.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    told = False
+
     def end(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if told:
+            # Whatever the device still works on ends with the process, and then nothing is
+            # unmapped or unlocked under it. The sockets go first.
+            cleanup()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        told = True
         for daemon in daemons:
             daemon.shutdown()
 
     def show(number: int, frame: FrameType | None) -> None:
-        # On a thread: the handler may have interrupted somebody who holds a ring's lock.
-        threading.Thread(target=_print_counters, args=(daemons,), daemon=True).start()
+        # On a thread: the handler may have interrupted somebody who holds a ring's lock, and
+        # whoever should read stderr may not.
+        try:
+            threading.Thread(target=_print_counters, args=(daemons,), daemon=True).start()
+        except RuntimeError:  # there can be no more threads: the one that waits has to do it
+            bell.asked = True
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, show)
@@ -196,7 +238,8 @@ def _signals(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> Iterator[None]:
 
 
 def _print_counters(daemons: Sequence[VhostUserDaemon]) -> None:
-    print("\n".join(lines(daemons)), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        print("\n".join(lines(daemons)), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

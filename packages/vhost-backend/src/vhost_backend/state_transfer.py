@@ -74,14 +74,18 @@ class StateTransfer:
         self._device = device
         self._fd = fd
         self._done = False
-        os.set_blocking(fd, False)
-        # The state is taken now, while the device is suspended, not when the thread gets to it.
-        data = b"" if load else encode(device)
-        target = self._load if load else lambda: self._save(data)
-        self._thread = threading.Thread(
-            target=self._run, args=(target,), name="state-transfer", daemon=True
-        )
-        self._thread.start()
+        try:
+            os.set_blocking(fd, False)
+            # The state is taken now, while the device is suspended, not when the thread gets to it.
+            data = b"" if load else encode(device)
+            target = self._load if load else lambda: self._save(data)
+            self._thread = threading.Thread(
+                target=self._run, args=(target,), name="state-transfer", daemon=True
+            )
+            self._thread.start()
+        except BaseException:
+            os.close(fd)
+            raise
 
     def succeeded(self) -> bool:
         """Whether all of it is through; waits for what is under way."""
@@ -94,7 +98,7 @@ class StateTransfer:
             self._done = True
         except (StateError, OSError) as error:
             log.warning("the state of %s was not moved: %s", type(self._device).__name__, error)
-        except Exception:
+        except BaseException:
             log.exception("%s failed to load its state", type(self._device).__name__)
         finally:
             os.close(self._fd)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
 from guest_memory import DirtyLog, GuestMemory
@@ -27,6 +27,7 @@ from virtqueue import (
     QueueBroken,
     Reason,
     RingConfig,
+    UsageError,
 )
 
 from . import eventfd
@@ -98,9 +99,15 @@ class VringState:
         self.on_miss: Callable[[VringState, Wanted], None] | None = None
         #: How many queues were built for this ring; a completion of an earlier one is dropped.
         self.generation: int = 0
+        #: The front-end has gone, and `queue` is what its last requests are in: see `leave`.
+        self.leaving: bool = False
+        #: Called, with the lock held, with the generation and each batch that a back-end takes.
+        self.on_take: Callable[[int, Batch], None] | None = None
         self._on_drained: Callable[[], None] | None = None
         #: Chains that the next cycle completes.
         self._working = 0
+        #: Whether `needs_notification` was true and nobody has been signalled since.
+        self._owes_signal = False
         self._forget()
 
     def _forget(self) -> None:
@@ -120,6 +127,10 @@ class VringState:
         self.enabled: bool = False
         self.started: bool = False
         self.draining: bool = False
+        #: Started, and its queue is made later: the requests of the last front-end still run.
+        self.deferred: bool = False
+        #: Broken by the guest, with requests in flight: takes nothing, completes what there is.
+        self.broken: bool = False
         self._homeless = False
 
     # -- configuration: the control plane's side ------------------------------------------------
@@ -145,7 +156,7 @@ class VringState:
 
     def queue_next_avail(self) -> int:
         """Where the ring stands, as GET_VRING_BASE wants it."""
-        return self.queue.base if self.queue is not None else self.base
+        return self.base if self.queue is None or self.leaving else self.queue.base
 
     def set_enabled(self, enabled: bool) -> None:
         """SET_VRING_ENABLE: tracked also while the ring is stopped."""
@@ -174,7 +185,7 @@ class VringState:
         """
         self.log = log
         self.log_used = log_used
-        if self.queue is not None:
+        if self.queue is not None and not self.leaving:
             self.queue.set_log(log, log_used)
 
     def set_queue_ready(self, memory: GuestMemory) -> None:
@@ -196,7 +207,7 @@ class VringState:
             counters=self.counters,
         )
         self.started = True
-        self.draining = False
+        self.draining = self.deferred = self.broken = False
         self._homeless = False
         self._working = 0
         self.generation += 1
@@ -224,25 +235,64 @@ class VringState:
     def begin_drain(self, on_drained: Callable[[], None]) -> None:
         """Take no new chains; call `on_drained` (lock held) once no request is in flight."""
         self.draining = True
-        if self.queue is None or not self.queue.in_flight:
-            on_drained()
-        else:
+        if self.owes:
             self._on_drained = on_drained
+        else:
+            on_drained()
 
     def stop(self) -> int:
         """Drop the queue, whatever is still in flight, and return the base to report.
 
         Completions of the requests that were in flight are dropped when they come.
         """
+        if self.leaving:
+            self.started = self.draining = self.deferred = False
+            return self.base
         self._on_drained = None
+        if self._owes_signal:
+            self.signal_call()  # the driver must not be signalled any more once this is answered
         if self.queue is not None:
             self.base = self.queue.base
-            self.queue.close()
-            self.queue = None
-        self.started = False
-        self.draining = False
+            self._close_queue()
+        self.started = self.draining = self.deferred = False
         self.generation += 1
         return self.base
+
+    def _close_queue(self) -> None:
+        assert self.queue is not None
+        self.queue.close()
+        self.queue = None
+        self.broken = False
+
+    def leave(self, on_drained: Callable[[], None]) -> bool:
+        """The front-end has gone: the ring as new, except for what the device still works on.
+
+        True when there is such work. Its requests keep their memory mapped until they end, and no
+        queue is made before; `on_drained` is called (lock held) when they have ended, `left` drops
+        them. Without an in-flight region they are not shown to the driver any more: whoever serves
+        the ring next starts behind the last used entry, and serves them again.
+        """
+        queue = self.queue
+        if queue is None or not queue.in_flight:
+            self.leaving = False
+            self.reset()
+            return False
+        if not self.leaving:
+            self.leaving = True
+            self._on_drained = on_drained
+            queue.set_log(None, None)  # the log goes with the front-end
+            if self.inflight is None:
+                queue.stop()
+        self.reset()
+        return True
+
+    def left(self) -> None:
+        """What the last front-end's requests were in goes: the device has ended all of them."""
+        if self.leaving and self.queue is not None:
+            self._close_queue()
+            self.generation += 1
+        self.leaving = False
+        self._on_drained = None
 
     def reset(self) -> None:
         """Back to how the ring was created; descriptors are closed."""
@@ -259,7 +309,7 @@ class VringState:
         """
         self._homeless = False
         self.need = None
-        if self.queue is not None:
+        if self.queue is not None and not self.leaving:
             self.queue.set_memory(memory)
 
     @property
@@ -268,9 +318,14 @@ class VringState:
         return self.queue.in_flight if self.queue is not None else 0
 
     @property
+    def owes(self) -> bool:
+        """Whether requests of the present front-end are in flight."""
+        return not self.leaving and self.in_flight > 0
+
+    @property
     def settled(self) -> bool:
         """Whether every request in flight was taken with the present snapshot of memory."""
-        return self.queue is None or self.queue.settled
+        return self.queue is None or self.leaving or self.queue.settled
 
     # -- the data path: the worker's side -------------------------------------------------------
 
@@ -281,10 +336,18 @@ class VringState:
             self.enabled
             and self.started
             and self.queue is not None
+            and not self.leaving
             and not self.draining
+            and not self.broken
             and not self._homeless
             and self.need is None
         )
+
+    @property
+    def has_news(self) -> bool:
+        """Whether something was completed that the driver may not have been told of."""
+        queue = self.queue
+        return queue is not None and (not queue.fresh or queue.completed > 0)
 
     @property
     def ready(self) -> bool:
@@ -316,18 +379,23 @@ class VringState:
         """Complete the batch before, signal the driver if it wants that, and take the next.
 
         An empty batch means that the driver has been asked for kicks. Returns None when the guest
-        has broken the queue. A draining or disabled ring completes and takes nothing.
+        has broken the queue. Raises `virtqueue.UsageError` when the batch cannot be completed as
+        its `done` says; then it is `queue.refused_batch()`. A draining or disabled ring completes
+        and takes nothing.
         """
         queue = self.queue
         if queue is None:
             return None
         completes = self._working
         self._working = 0
-        if not self.enabled or self.draining:
+        if not self.enabled or self.draining or self.leaving or self.broken:
             limit = 0
         while True:
             try:
                 batch = queue.cycle(1 if limit and self.on_demand.has_stand_ins else limit)
+            except UsageError:
+                self._working = completes  # see `DeviceQueue.refused_batch`
+                raise
             except QueueBroken as error:
                 if error.notify:
                     self.signal_call()
@@ -347,7 +415,9 @@ class VringState:
         taken = len(batch)
         if taken:
             self._working = taken
-        elif self.draining:
+            if self.on_take is not None:
+                self.on_take(self.generation, batch)
+        else:
             self._check_drained()
         return batch
 
@@ -367,7 +437,36 @@ class VringState:
                     continue
                 return None
             break
+        if batch and self.on_take is not None:
+            self.on_take(self.generation, batch)
         return batch
+
+    def fail_taken(self, heads: Iterable[int], status: int) -> int:
+        """Complete those of these chains that are still in flight, with nothing written and
+        `status` where the device has a status byte; returns how many there were.
+
+        For chains that whoever has taken them will not complete any more.
+        """
+        self._publish_or_drop()
+        failed = 0
+        for head in heads:
+            if self.queue is None:
+                break
+            self.queue.complete(head, int(self.status_byte), status)
+            failed += self._publish_or_drop()
+        self._working = 0
+        self.signal_used_queue()
+        return failed
+
+    def _publish_or_drop(self) -> bool:
+        """Publish what is staged, or forget it where the queue does not take it."""
+        try:
+            if self._publish():
+                self._owes_signal = True
+        except UsageError as error:
+            log.debug("vring %d: a completion is dropped: %s", self.index, error)
+            return False
+        return True
 
     def add_used(self, chain: Chain | int, written: int, status: int = 0) -> None:
         """Stage the completion of one chain (or head); visible at `signal_used_queue`."""
@@ -375,21 +474,42 @@ class VringState:
             self.queue.complete(chain, written, status)
 
     def needs_notification(self) -> bool:
-        """Publish what is staged; whether the driver asked to be signalled for it."""
-        return self.queue.publish() if self.queue is not None else False
+        """Publish what is staged; whether the driver asked to be signalled for it.
+
+        It is signalled by `signal_used_queue`, which has to follow when this is true.
+        """
+        if self._publish():
+            self._owes_signal = True
+        elif not self._owes_signal:
+            self.counters.notifications_suppressed += 1
+        return self._owes_signal
 
     def signal_used_queue(self) -> None:
-        """Publish what is staged and signal the driver unless it said not to."""
-        if self.queue is None:
+        """Publish what is staged and signal the driver unless it said not to.
+
+        What `needs_notification` has published counts as well.
+        """
+        if self.queue is None and not self._owes_signal:
             return
+        if self._publish() or self._owes_signal:
+            self.signal_call()
+        else:
+            self.counters.notifications_suppressed += 1
+
+    def _publish(self) -> bool:
+        """Publish what is staged; whether the driver wants to be signalled for that."""
+        queue = self.queue
+        if queue is None:
+            return False
         try:
-            wanted = self.queue.publish()
+            wanted = queue.publish()
         except QueueBroken as error:
             self.break_queue(error)
-            return
-        self._published(wanted)
-        self.on_demand.reclaim(self.queue)
+            return False
+        self._after_publishing()
+        self.on_demand.reclaim(queue)
         self._check_drained()
+        return wanted
 
     def enable_notification(self) -> bool:
         """Ask for kicks; True when chains came in meanwhile, so that the ring must be looked at."""
@@ -413,8 +533,12 @@ class VringState:
     def break_queue(self, error: QueueBroken) -> None:
         """The guest broke its ring: report it; the ring is not looked at until it is set up anew.
 
-        One that is not in guest memory is only left alone until the memory changes.
+        One that is not in guest memory is only left alone until the memory changes. Requests that
+        are in flight end as they would have.
         """
+        if self.broken or self.leaving:
+            self._check_drained()
+            return
         if error.reason == Reason.TRUNCATED and self.on_truncated is not None:
             self.on_truncated()
         if error.reason == Reason.RING_MEMORY:
@@ -422,11 +546,7 @@ class VringState:
             self.report_guest_error(error)
             self._check_drained()
             return
-        if self.queue is not None:
-            self.base = self.queue.base
-            self.queue.close()
-            self.queue = None
-        self.generation += 1
+        self.broken = True
         self.report_guest_error(error)
         self._check_drained()
 
@@ -441,6 +561,7 @@ class VringState:
 
     def signal_call(self) -> None:
         """Signal the driver: by the call descriptor, or by a message where that was negotiated."""
+        self._owes_signal = False
         if self.call_fd >= 0:
             self.counters.notifications_sent += 1
             eventfd.signal(self.call_fd)
@@ -455,12 +576,15 @@ class VringState:
             channel.request(message, need_reply=False)
 
     def _published(self, wanted: bool) -> None:
-        if self.log_fd >= 0 and self.log is not None and self.log.enabled:
-            eventfd.signal(self.log_fd)
         if wanted:
             self.signal_call()
         else:
             self.counters.notifications_suppressed += 1
+        self._after_publishing()
+
+    def _after_publishing(self) -> None:
+        if self.log_fd >= 0 and self.log is not None and self.log.enabled:
+            eventfd.signal(self.log_fd)
         if self.on_progress is not None:
             self.on_progress()
 
@@ -493,7 +617,13 @@ class VringState:
             self.break_queue(QueueBroken(reason, need.address))
 
     def _check_drained(self) -> None:
-        if self._on_drained and (self.queue is None or not self.queue.in_flight):
+        if self.in_flight:
+            return
+        if self.broken and self.queue is not None and not self.leaving:
+            self.base = self.queue.base
+            self._close_queue()
+            self.generation += 1
+        if self._on_drained:
             callback, self._on_drained = self._on_drained, None
             callback()
 

@@ -4,6 +4,10 @@ Two flavours, `VringMutex` and `VringRwLock`, hand the state out through `get_re
 and carry its operations for single calls. The lock guards configuration and engine calls, never a
 handler: a request that a device works on holds no lock, and stopping a ring waits for requests
 separately (`VringState.begin_drain`).
+
+A thread that holds the state may come again, so the vring's own operations work inside of
+`get_mut()`, too. What cannot be had that way (changing a `VringRwLock` that the thread only reads)
+raises at once.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from guest_memory import GuestMemory
 from virtqueue import Chain, Server
 
 from . import eventfd
+from .errors import BackendUsageError
 from .vring import VringState
 
 #: Seconds between two looks at a worker that was called back. It comes at once, unless a handler in
@@ -138,6 +143,9 @@ class VringMutex(Vring):
         # cannot take the lock back before a visitor that it has let in.
         self._gate = threading.Lock()
         self._visit = _Visit(self)
+        # The visitor: its thread, and how often it came without going.
+        self._visitor = 0
+        self._depth = 0
         #: Let others have what was claimed.
         self.release: Callable[[], None] = self._lock.release
         #: After `release`: have it again, also before those who wait. See `visits`.
@@ -174,10 +182,16 @@ class VringMutex(Vring):
     # -- for visitors ---------------------------------------------------------------------------
 
     def _enter(self) -> VringState:
+        thread = threading.get_ident()
+        # Only this thread sets its own number there.
+        if self._visitor == thread:
+            self._depth += 1
+            return self._state
         self._gate.acquire()
         self.visits += 1
         if not self._lock.acquire(False):
             self._call_back()
+        self._visitor = thread
         return self._state
 
     def _call_back(self) -> None:
@@ -204,6 +218,10 @@ class VringMutex(Vring):
             self._state.signal_call()
 
     def _leave(self) -> None:
+        if self._depth:
+            self._depth -= 1
+            return
+        self._visitor = 0
         server, self._visit.borrowed = self._visit.borrowed, None
         if server is not None:
             server.give_back()
@@ -238,39 +256,60 @@ class VringRwLock(Vring):
     def __init__(self, state: VringState) -> None:
         self._state = state
         self._condition = threading.Condition(threading.Lock())
-        self._readers = 0
+        #: Reading threads, and how often each came without going.
+        self._readers: dict[int, int] = {}
         self._writers_waiting = 0
-        self._writing = False
+        #: The writing thread, or 0.
+        self._writer = 0
 
     @contextlib.contextmanager
     def get_ref(self) -> Iterator[VringState]:
         """The state, shared with other readers."""
+        thread = threading.get_ident()
+        if self._writer == thread:
+            yield self._state
+            return
+        readers = self._readers
         with self._condition:
-            while self._writing or self._writers_waiting:
+            # Who reads already must not wait for a writer that waits for it.
+            while thread not in readers and (self._writer or self._writers_waiting):
                 self._condition.wait()
-            self._readers += 1
+            readers[thread] = readers.get(thread, 0) + 1
         try:
             yield self._state
         finally:
             with self._condition:
-                self._readers -= 1
-                if not self._readers:
+                readers[thread] -= 1
+                if not readers[thread]:
+                    del readers[thread]
+                if not readers:
                     self._condition.notify_all()
 
     @contextlib.contextmanager
     def get_mut(self) -> Iterator[VringState]:
-        """The state, exclusively."""
+        """The state, exclusively.
+
+        Raises `BackendUsageError` inside of the same thread's `get_ref`, which would never end.
+        """
+        thread = threading.get_ident()
+        if self._writer == thread:
+            yield self._state
+            return
         with self._condition:
+            if thread in self._readers:
+                raise BackendUsageError(
+                    f"this thread reads vring {self._state.index}: leave get_ref() before get_mut()"
+                )
             self._writers_waiting += 1
             try:
-                while self._writing or self._readers:
+                while self._writer or self._readers:
                     self._condition.wait()
             finally:
                 self._writers_waiting -= 1
-            self._writing = True
+            self._writer = thread
         try:
             yield self._state
         finally:
             with self._condition:
-                self._writing = False
+                self._writer = 0
                 self._condition.notify_all()

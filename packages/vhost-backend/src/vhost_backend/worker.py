@@ -9,6 +9,9 @@ look away.
 Kick eventfds are watched edge-triggered: every kick is an edge, so their count need not be read,
 which costs a system call and could make the worker wait if the front-end has made the descriptor
 blocking. What else a kick descriptor may be is watched level-triggered and read.
+
+A back-end that raises ends nothing: what it had taken and not completed is failed, other queues and
+listeners go on. A worker that cannot go on itself tells its daemon, which ends with that failure.
 """
 
 from __future__ import annotations
@@ -18,12 +21,17 @@ import os
 import select
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final
+
+from virtqueue import RECORD, Batch
 
 from . import eventfd
 from .backend import VhostUserBackend
 from .errors import BackendUsageError
 from .eventfd import WakeFd
+from .ratelimit import RateLimited
 from .vring_locks import Vring
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -34,6 +42,23 @@ POLL_INTERVAL = (0.00005, 0.002)
 
 #: The first time (seconds) to look at rings before sleeping, when busy polling begins again.
 FIRST_LOOK = 0.000004
+
+#: A listener that fails so often in a row is not watched any more, or its worker would do nothing
+#: else: what it did not read keeps its descriptor ready.
+MOST_FAILURES: Final = 16
+
+_RAISED: Final = object()
+
+
+class _Listener:
+    """A descriptor that a device registered: what to wait for, and whom to call with the events."""
+
+    __slots__ = ("callback", "data", "events")
+
+    def __init__(self, events: int, data: int, callback: Callable[[int], object] | None) -> None:
+        self.events = events
+        self.data = data
+        self.callback = callback
 
 
 class VringEpollHandler:
@@ -56,6 +81,8 @@ class VringEpollHandler:
         cpu: int | None = None,
     ) -> None:
         self._backend = backend
+        self._name = name
+        self._errors = RateLimited(log)
         self.vrings: list[Vring] = list(vrings)
         self.thread_id = thread_id
         self._busy_poll = self._look = busy_poll
@@ -68,8 +95,10 @@ class VringEpollHandler:
         self._lock = threading.Lock()
         self._watched: dict[int, int] = {}
         self._kick_of: dict[int, int] = {}
-        #: Events of the descriptors that devices registered.
-        self._listening: dict[int, int] = {}
+        #: The descriptors that devices registered.
+        self._listeners: dict[int, _Listener] = {}
+        #: How often each has failed in a row.
+        self._failures: dict[int, int] = {}
         #: Kick descriptors that need no reading.
         self._edges: set[int] = set()
         self._scan: set[int] = set()
@@ -78,6 +107,15 @@ class VringEpollHandler:
         # The worker's own: queues that had their turn and are not empty, and the polling interval.
         self._again: set[int] = set()
         self._interval = POLL_INTERVAL[0]
+        # What the back-end has taken in the call that it is in: ring, generation, records of the
+        # batch. None when it is in none.
+        self._taken: list[tuple[Vring, int, bytes]] | None = None
+        self._taker = 0
+        #: Called on the worker's thread when that ends though nobody has asked it to.
+        self.on_failure: Callable[[BaseException], None] | None = None
+        for vring in self.vrings:
+            with vring.get_mut() as state:
+                state.on_take = partial(self._note, vring)
         self._epoll.register(self._wake.fd, select.EPOLLIN)
         if self._exit is not None:
             self._epoll.register(self._exit.fd, select.EPOLLIN)
@@ -95,6 +133,9 @@ class VringEpollHandler:
             self._thread.join(timeout)
         if self._thread.is_alive():
             return False
+        for vring in self.vrings:
+            with vring.get_mut() as state:
+                state.on_take = None
         self._epoll.close()
         self._wake.close()
         return True
@@ -147,34 +188,52 @@ class VringEpollHandler:
 
     # -- called by devices ----------------------------------------------------------------------
 
-    def register_listener(self, fd: int, events: int, data: int) -> None:
-        """Have `handle_event(data, events, ...)` called when `fd` is ready.
+    def register_listener(
+        self,
+        fd: int,
+        events: int,
+        data: int | None = None,
+        *,
+        callback: Callable[[int], object] | None = None,
+    ) -> None:
+        """Have `callback(events)` called on the worker's thread when `fd` is ready.
 
-        `events` are epoll's bits; `data` must be larger than the number of queues, so that it
-        cannot be mistaken for one. The descriptor stays the caller's.
+        `events` are epoll's bits. Without a callback the back-end's `handle_event(data, events,
+        ...)` is called, or the `VirtioDevice`'s `handle_event(data, events)`; `data` must be larger
+        than the number of queues then, so that it cannot be mistaken for one. What raises is
+        logged; after `MOST_FAILURES` times in a row the descriptor is not watched any more. It
+        stays the caller's.
+
+        Raises `BackendUsageError` for such a number, and where there is nobody to call.
         """
-        if data <= len(self.vrings):
-            raise BackendUsageError(f"listener data {data} could be a queue's index")
+        if callback is None:
+            if data is None or data <= len(self.vrings):
+                raise BackendUsageError(f"listener data {data} could be a queue's index")
+            check = getattr(self._backend, "check_listener", None)
+            if check is not None:
+                check()
+        elif not callable(callback):
+            raise BackendUsageError(f"callback is {callback!r}, which cannot be called")
         with self._lock:
-            if fd in self._watched:
+            if fd in self._watched or fd in self._listeners:
                 raise FileExistsError(f"descriptor {fd} is registered already")
             # Known first: the thread may see what there is at once, and an edge comes only once.
-            self._watched[fd] = data
-            self._listening[fd] = events
+            self._listeners[fd] = _Listener(events, data or 0, callback)
             try:
                 self._epoll.register(fd, events)
             except BaseException:
-                del self._watched[fd], self._listening[fd]
+                del self._listeners[fd]
                 raise
         self.wake()
 
     def unregister_listener(self, fd: int) -> None:
         """Undo `register_listener`; call it before the descriptor is closed."""
         with self._lock:
-            if self._watched.get(fd, 0) <= len(self.vrings):
+            if fd not in self._listeners:
                 raise BackendUsageError(f"descriptor {fd} is not a listener")
-            self._epoll.unregister(fd)
-            del self._watched[fd], self._listening[fd]
+            del self._listeners[fd]
+            if self._failures.pop(fd, 0) < MOST_FAILURES:
+                self._epoll.unregister(fd)
 
     # -- the thread -----------------------------------------------------------------------------
 
@@ -187,11 +246,29 @@ class VringEpollHandler:
             self._epoll.unregister(fd)
 
     def _run(self) -> None:
-        if self._cpu is not None:
-            os.sched_setaffinity(0, {self._cpu})
+        """The thread: its work, and the alarm when that ends unasked."""
+        try:
+            if self._cpu is not None:
+                self._move_to(self._cpu)
+            self._work()
+        except BaseException as error:
+            self._give_up(error)
+
+    def _move_to(self, cpu: int) -> None:
+        try:
+            os.sched_setaffinity(0, {cpu})
+        except OSError as error:  # it was there when the daemon was made
+            log.warning("a worker cannot run on processor %d: %s", cpu, error.strerror)
+
+    def _work(self) -> None:
         timeout: float | None = None
         while not self._stopping:
             timeout = self._round(timeout)
+
+    def _give_up(self, error: BaseException) -> None:
+        log.critical("worker %s has ended: its queues stand still", self._name, exc_info=error)
+        if self.on_failure is not None:
+            self.on_failure(error)
 
     def _round(self, timeout: float | None) -> float | None:
         """Wait up to `timeout` seconds (None: until something happens) and work on what is ready.
@@ -208,16 +285,14 @@ class VringEpollHandler:
                 return 0
             target = self._watched.get(fd)
             if target is None:
+                self._listen(fd, events)
                 continue
-            if target < len(self.vrings):
-                with self.vrings[target].get_mut() as state:
-                    state.counters.kicks += 1
-                    alive = fd in self._edges or state.read_kick()
-                if not alive:
-                    self._dead_kick(target, fd)
-                ready.add(target)
-            else:
-                self._handle(target, events)
+            with self.vrings[target].get_mut() as state:
+                state.counters.kicks += 1
+                alive = fd in self._edges or state.read_kick()
+            if not alive:
+                self._dead_kick(target, fd)
+            ready.add(target)
         if self._scan:
             with self._lock:
                 ready |= self._scan
@@ -264,12 +339,77 @@ class VringEpollHandler:
         return events
 
     def _handle(self, target: int, events: int) -> bool:
+        """Have the back-end work on a queue; whether there is more."""
+        handle = self._backend.handle_event
+        more = self._call("queue", target, handle, target, events, self.vrings, self.thread_id)
+        return more is not _RAISED and bool(more)
+
+    def _listen(self, fd: int, events: int) -> None:
+        """Call whoever has registered the descriptor."""
+        listener = self._listeners.get(fd)
+        if listener is None:
+            return
+        if listener.callback is not None:
+            result = self._call("descriptor", fd, listener.callback, events)
+        else:
+            arguments = listener.data, events, self.vrings, self.thread_id
+            result = self._call("descriptor", fd, self._backend.handle_event, *arguments)
+        if result is _RAISED:
+            self._note_failure(fd)
+        elif self._failures:
+            self._failures.pop(fd, None)
+
+    def _note_failure(self, fd: int) -> None:
+        with self._lock:
+            if fd not in self._listeners:
+                return
+            count = self._failures[fd] = self._failures.get(fd, 0) + 1
+            if count == MOST_FAILURES:
+                self._epoll.unregister(fd)
+        if count == MOST_FAILURES:
+            log.error(
+                "worker %s: descriptor %d is not watched any more: its listener has failed %d times"
+                " in a row",
+                self._name,
+                fd,
+                count,
+            )
+
+    def _call(
+        self, what: str, number: int, function: Callable[..., object], *args: object
+    ) -> object:
+        """A call of the back-end's, which must not take its worker along: others go on.
+
+        Returns what it returned, or `_RAISED`.
+        """
+        self._taken, self._taker = [], threading.get_ident()
         try:
-            return self._backend.handle_event(target, events, self.vrings, self.thread_id)
-        except Exception:
-            # A back-end that is wrong must not take its worker along: other queues go on.
-            log.exception("the back-end failed on event %d", target)
-            return False
+            return function(*args)
+        except BaseException as error:
+            self._failed(f"{what} {number}", error)
+            return _RAISED
+        finally:
+            self._taken = None
+
+    def _failed(self, what: str, error: BaseException) -> None:
+        """The back-end has raised: say it, and fail what it will not complete any more."""
+        self._errors.error("%s: the back-end failed on %s", self._name, what, exc_info=error)
+        taken, self._taken = self._taken or [], None
+        # Only a back-end with status bytes can say so to the driver.
+        status = getattr(self._backend, "error_status", 1)
+        for vring, generation, records in taken:
+            with vring.get_mut() as state:
+                if state.generation == generation:
+                    state.fail_taken((record[6] for record in RECORD.iter_unpack(records)), status)
+            # It was about to take more, or to ask for kicks.
+            self.scan(self.vrings.index(vring))
+
+    def _note(self, vring: Vring, generation: int, batch: Batch) -> None:
+        """A back-end has taken chains: remember them while it may still raise."""
+        taken = self._taken
+        # Others than the back-end's calls may take as well, and raise somewhere else.
+        if taken is not None and threading.get_ident() == self._taker:
+            taken.append((vring, generation, bytes(batch.records)))
 
     def _dead_kick(self, queue: int, fd: int) -> None:
         """A kick descriptor without a writer is readable for ever: stop watching it."""

@@ -157,7 +157,7 @@ class OutOfResources(ProtocolError):
 
 
 class DescriptorsLost(OutOfResources):
-    """The kernel dropped passed descriptors, because this process may not open any more.
+    """The kernel dropped passed descriptors: this process has reached its limit.
 
     Raised for a truncated ``SCM_RIGHTS`` message, which cannot be acted on.  What was received of
     it has been closed.

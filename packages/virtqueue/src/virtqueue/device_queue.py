@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, Final, NamedTuple, Protocol
 
-from . import access
+from . import access, first_use
 from .batch import Batch, Chain
 from .config import RingConfig, ring_parts
 from .counters import Counters
@@ -19,6 +19,7 @@ from .layout import (
     DONE,
     DONE_SIZE,
     MAGIC,
+    RECORD,
     RECORD_SIZE,
     SEGMENT_SIZE,
     DoneFlags,
@@ -98,11 +99,13 @@ class DeviceQueue:
 
     ``base`` is what SET_VRING_BASE brought: for a split ring the next available index, for a
     packed one bits 0 to 14 the next available slot, 15 its wrap counter, 16 to 30 and 31 the
-    same for used; None for a ring that was never used.  ``engine`` is "c", "python" or None for
+    same for used (all of them 0, as DPDK sends them: the same position); None for a ring that was
+    never used.  ``engine`` is "c", "python" or None for
     what VIRTQUEUE_ENGINE says, else the best there is.  ``batch`` is the most chains that a take
     returns.  ``inflight`` is this queue's part of the in-flight region: chains that a back-end
     before us took and did not complete are taken first, and the region decides the position
-    instead of ``base``.  ``log`` is the dirty log.  ``state`` restores a saved position.
+    instead of ``base``, unless nothing is in flight and the ring was set up anew.  ``log`` is the
+    dirty log.  ``state`` restores a saved position.
     ``counters`` are added to by what the queue does.
 
     Raises `UsageError` for settings that cannot be, `EngineUnavailable`.  A ring outside of
@@ -138,6 +141,7 @@ class DeviceQueue:
         self._former: list[tuple[Memory, Table]] = []
         self._chains: dict[int, Chain] = {}
         self._staged_count = 0
+        self._refused = 0  # chains of the batch that could not be completed
         self._releases: dict[int, Callable[[], object]] = {}
         self._provided = 0  # entries of the provisions that were ever used: the first so many
         self._closed = True
@@ -179,7 +183,8 @@ class DeviceQueue:
         self._staged_view = arrays.views[3]
         self._engine = make_engine(engine, block, memory)
         self._closed = False
-        self._recovered = inflight is None
+        self._started = False
+        self._fresh = state is None
         self._unresolved: _Unresolved | None = None
         self._attach()
 
@@ -198,6 +203,8 @@ class DeviceQueue:
             ) = state
         elif self._config.packed:
             base = 0x8000_8000 if base is None else base
+            if not base >> 16:
+                base |= base << 16
             block.next_avail, block.avail_wrap = base & 0x7FFF, base >> 15 & 1
             block.next_used, block.used_wrap = base >> 16 & 0x7FFF, base >> 31 & 1
         else:
@@ -260,8 +267,24 @@ class DeviceQueue:
         self._take = self._engine.take
         self._cycle = self._engine.cycle
         self._check(self._engine.attach())
-        if not self._recovered and block.descriptors:
-            self._recovered = True
+        if not self._started and block.descriptors:
+            self._started = True
+            self._start()
+
+    def _start(self) -> None:
+        """The ring was found: whether it has a past, and what that left in flight."""
+        block, packed, region = self._block, self._config.packed, self._inflight
+        self._fresh = self._fresh and first_use.at_reset(block, packed)
+        if region is not None and first_use.in_use(region):
+            if self._fresh:
+                first_use.forget(block, region, packed)
+            self._fresh = False
+        elif self._fresh:
+            self._fresh = first_use.never_used(block, packed)
+        if self._fresh:
+            # There was nothing to tell the driver of that it may not have been told.
+            block.signalled_valid = 1
+        if region is not None:
             self._engine.recover()
 
     def _place_log(self, table: Table) -> None:
@@ -308,12 +331,20 @@ class DeviceQueue:
         if result == Result.BROKEN:
             raise QueueBroken(Reason(block.reason), block.detail, notify)
         if result == Result.USAGE:
-            raise UsageError(
-                f"head {block.detail} is not in flight, or more was written than it has room for"
-            )
+            raise UsageError(self._refusal(block.detail))
         if result == Result.NO_MEMORY:
             raise MemoryError("the ring engine is out of memory")
         raise UsageError(f"a structure shared with the engine has another ABI ({result})")
+
+    def _refusal(self, head: int) -> str:
+        """Why the engine does not take a completion of that head."""
+        batch = self._batch
+        for record, done in zip(
+            RECORD.iter_unpack(batch.records), DONE.iter_unpack(batch.done), strict=True
+        ):
+            if record[6] == done[0] == head and done[3] > record[5]:
+                return f"chain {head} has room for {record[5]} bytes, not {done[3]}"
+        return f"head {head} is not in flight, or more was written than it has room for"
 
     # Taking.
 
@@ -336,6 +367,7 @@ class DeviceQueue:
 
         ``batch.notify`` of the result says whether to signal the driver.  Raises `QueueBroken`
         and `Need`, whose ``notify`` says the same: what was completed has been published.
+        After `UsageError` nothing was completed and the batch has ended; see `refused_batch`.
         """
         notify = False
         if self._batch.built:
@@ -393,13 +425,18 @@ class DeviceQueue:
     def _begin(self, count: int, arm: bool = True) -> Batch:
         block, batch = self._block, self._batch
         notify = block.notify != 0
+        if count == Result.USAGE:
+            self._refused = batch._count
         if count <= 0:
+            refusal = self._refusal(block.detail) if count == Result.USAGE else ""
             block.count = batch._count = 0
             batch.serial += 1
             batch.records = batch._record_views[0]
             batch.done = batch._done_views[0]
             if batch._gone:
                 batch._gone = set()
+            if refusal:
+                raise UsageError(refusal)
             if count < 0:
                 batch.notify = notify
                 self._fail(count, notify)
@@ -425,6 +462,15 @@ class DeviceQueue:
         if self._former:
             self._drop_former()
         return batch
+
+    def refused_batch(self) -> Batch:
+        """The batch that `cycle` has refused to complete, current again.
+
+        Put its ``done`` right and cycle; only right after the `UsageError`.
+        """
+        count, self._refused = self._refused, 0
+        self._block.count = count
+        return self.begin(count)
 
     def rewind(self, count: int) -> None:
         """Give back the last ``count`` chains of the current batch; they are taken again."""
@@ -537,7 +583,8 @@ class DeviceQueue:
             return head, chain, -1
         known = self._chains.get(chain)
         if known is None and batch._count:
-            heads = [entry[0] for entry in DONE.iter_unpack(batch.done)]
+            # `done` is the caller's, and may name anything.
+            heads = [record[6] for record in RECORD.iter_unpack(batch.records)]
             if chain in heads:
                 index = heads.index(chain)
                 return chain, batch.built.get(index), index
@@ -608,6 +655,12 @@ class DeviceQueue:
     def note_left(self, left: int) -> None:
         """A handler in C has worked on the batch and left this many requests."""
         self._batch._left = left
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the ring began without a past: nothing was completed in it before this queue, of
+        which its driver may not have been told.  False as long as the ring is not in memory."""
+        return self._fresh and self._started
 
     @property
     def resolved(self) -> bool:
@@ -778,6 +831,24 @@ class DeviceQueue:
     def in_flight(self) -> int:
         """Chains taken and not completed."""
         return self._block.in_flight
+
+    def working(self) -> list[tuple[int, bytes]]:
+        """Head and first 16 device-readable bytes of chains in flight, for a log.
+
+        Those of the batch in hand and those kept as `Chain`; others are not remembered here.
+        """
+        block, batch = self._block, self._batch
+        if self._closed:
+            return []
+        done = DONE.iter_unpack(batch._done_views[block.count])
+        records = RECORD.iter_unpack(batch._record_views[block.count])
+        found = {
+            entry[0]: record[0]
+            for entry, record in zip(done, records, strict=True)
+            if not entry[2] & _KEEP
+        }
+        found.update((head, chain.header) for head, chain in self._chains.items())
+        return list(found.items())
 
     @property
     def resubmitted(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
@@ -15,6 +16,8 @@ from ..guard import MemoryGuard
 from ..vring_locks import Vring
 from ..worker import VringEpollHandler
 from .outcome import Outcome
+
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 #: Descriptors of the largest ring there can be (virtio 2.6). What a device advises is no limit.
 MAX_RING_SIZE: Final = 32768
@@ -89,12 +92,23 @@ class Context:
             self._started = True
 
     def device_stopped(self) -> None:
-        """No ring is started any more: the device is suspended ("Suspended device state")."""
+        """No ring is started any more: the device is suspended ("Suspended device state").
+
+        A device that fails is stopped all the same: nobody can be asked to do better.
+        """
         if self._started:
             self._started = False
             hook = self.hook("device_stopped")
             if hook is not None:
-                hook()
+                try:
+                    hook()
+                except Exception:
+                    log.exception("%s: the device has failed to stop", self.device_name)
+
+    @property
+    def device_name(self) -> str:
+        """What to call the device in the log."""
+        return type(getattr(self.backend, "device", self.backend)).__name__
 
     def place(self, index: int) -> tuple[VringEpollHandler, int]:
         """The worker of a vring, and the vring's position there."""

@@ -6,13 +6,17 @@ offered.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import vhost_protocol as vp
 
 from ..errors import Refused
+from ..ratelimit import RateLimited
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome
+
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 #: Hooks that stand for a protocol feature.
 _HOOKS = {
@@ -37,6 +41,7 @@ class Device:
     ) -> None:
         self._context = context
         self._reset_rings = reset_rings
+        self._faults = RateLimited(log)
         self._status = 0
         self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
             vp.GetConfig: self._get_config,
@@ -69,6 +74,14 @@ class Device:
     def _get_config(self, message: vp.GetConfig, fds: Descriptors) -> Outcome:
         data = self._context.backend.get_config(message.offset, message.size)
         if len(data) != message.size:
+            if data:  # none is a back-end's way to say that there is no configuration space
+                self._faults.error(
+                    "%s.get_config returned %d bytes of %d at %d",
+                    self._context.device_name,
+                    len(data),
+                    message.size,
+                    message.offset,
+                )
             data = b""  # an answer without data is the protocol's "cannot"
         return Answer(vp.ConfigReply(message.offset, message.flags, data))
 

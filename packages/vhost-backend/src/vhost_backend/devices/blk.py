@@ -30,6 +30,7 @@ from virtqueue import (
 
 from ..device import Queue, VirtioDevice
 from ..errors import DeviceError, Refused
+from ..file_io import REFUSALS, read_at, write_at
 from ..ratelimit import RateLimited
 
 log: logging.Logger = logging.getLogger("vhost_backend.blk")
@@ -54,6 +55,7 @@ T_FLUSH: Final = 4
 T_GET_ID: Final = 8
 T_DISCARD: Final = 11
 T_WRITE_ZEROES: Final = 13
+_NAMES: Final = {T_IN: "read", T_OUT: "write", T_FLUSH: "flush", T_DISCARD: "discard"}
 S_OK: Final = 0
 S_IOERR: Final = 1
 S_UNSUPP: Final = 2
@@ -172,10 +174,16 @@ class BlockDevice(VirtioDevice):
             raise Refused("SET_VRING_KICK", f"{self.path} is in use by another back-end") from None
 
     def stopped(self) -> None:
-        """Let others have the image."""
+        """Let others have the image, also where it does not take what was written."""
         if self._fd >= 0:
-            os.fsync(self._fd)
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                log.error(
+                    "%s: what the guest has written may be lost: %s", self.path, error.strerror
+                )
+            finally:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def acked_features(self, features: int) -> None:
         """Without FLUSH every write has to be durable when it completes."""
@@ -239,6 +247,11 @@ class BlockDevice(VirtioDevice):
                 queue.counters.errors += 1
             DONE.pack_into(batch.done, position * DONE.size, chain.head, status, 1, written)
 
+    def describe(self, header: bytes) -> str:
+        """Type and sector."""
+        kind, sector = _HEADER.unpack(header)
+        return f"{_NAMES.get(kind, f'type {kind}')} at sector {sector} of {self.path}"
+
     def _request(self, chain: Chain, failed: int) -> tuple[int, int]:
         """`failed` is the errno that the request met in C, or 0."""
         if chain.readable_length < _HEADER.size:
@@ -290,7 +303,7 @@ class BlockDevice(VirtioDevice):
         for view in _data(chain.writable, length):
             position = 0
             while position < len(view):
-                count = os.preadv(self._fd, [view[position:]], offset)
+                count = read_at(self._fd, view[position:], offset)
                 if not count:
                     return S_IOERR
                 position += count
@@ -299,13 +312,12 @@ class BlockDevice(VirtioDevice):
 
     def _write(self, chain: Chain, offset: int, length: int) -> int:
         skip = _HEADER.size
-        flags = os.RWF_DSYNC if self._durable_writes else 0
         for piece in chain.readable:
             view = piece[skip:] if skip < len(piece) else piece[:0]
             skip -= len(piece) - len(view)
             position = 0
             while position < len(view):
-                count = os.pwritev(self._fd, [view[position:]], offset, flags)
+                count = write_at(self._fd, view[position:], offset, self._durable_writes)
                 position += count
                 offset += count
         return S_OK
@@ -385,12 +397,12 @@ def _open_direct(path: str, read_only: bool) -> int:
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
-    """False where the file system cannot do it."""
+    """False where the file system cannot do it, or a seccomp filter forbids it."""
     while _libc.fallocate(fd, mode, offset, length):
         number = ctypes.get_errno()
         if number == errno.EINTR:
             continue
-        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+        if number in REFUSALS or number == errno.EINVAL:
             return False
         raise OSError(number, os.strerror(number))
     return True

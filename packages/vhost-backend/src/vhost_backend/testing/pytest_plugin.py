@@ -3,7 +3,9 @@
 - `attach(device, **options)`: a `DriverSession` with the device, in this process; see `attached`.
 - `device_process(make, **options)`: a `DeviceProcess`, to be killed and restarted.
 
-What a test opened is closed when it ends, in reverse order. Ask for them in the top conftest.py:
+What a test opened is closed when it ends, in reverse order; a test whose device has logged an
+error fails then. `with expect_errors(pattern):` is for errors that belong to the test. Ask for the
+fixtures in the top conftest.py:
 
     pytest_plugins = ["vhost_backend.testing.pytest_plugin"]
 """

@@ -14,7 +14,8 @@ from ..errors import (
 )
 from ..messages.constants import HEADER_SIZE, VERSION, HeaderFlags
 from ..messages.message import BIG, LITTLE, Message, Wire
-from .rules import Rule, Table
+from .rule import Rule
+from .table import Table
 
 _HEADER = {o: Struct(f"{o}III") for o in (LITTLE, BIG)}
 _REPLY = int(HeaderFlags.REPLY)
