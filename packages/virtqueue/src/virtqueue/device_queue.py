@@ -257,8 +257,8 @@ class DeviceQueue:
             else:
                 block.next_used = block.signalled_used = index
                 self._used_known = True
-                # DPDK's virtio-user says base 0 to the successor of a device that has died, and goes
-                # on in its ring: no base that is further behind than the ring is long can be meant.
+                # DPDK's virtio-user goes on in its ring though it tells a dead device's successor
+                # base 0: a base that is further behind than the ring is long cannot be meant.
                 size = config.size
                 if (offered - block.next_avail) & 0xFFFF > size >= (offered - index) & 0xFFFF:
                     block.next_avail = index
