@@ -510,8 +510,8 @@ def test_a_front_end_that_vanishes_at_any_byte_leaves_nothing_behind(image: Path
         daemon.start_connection(ours)
         recorder.converse()
     conversation = recorder.data
-    with attached(Echo()):
-        pass  # a process keeps what its first ring opens
+    with attached(Echo()) as session:
+        exchange(session, b"first")  # a process keeps what its first ring opens
     before = len(os.listdir("/proc/self/fd"))
     with served(Echo()) as path:
         for end in range(1, len(conversation), 7):

@@ -251,11 +251,17 @@ class DeviceQueue:
             # The used ring itself says where the device before us stopped.
             try:
                 index = access.words16(table, block.device + 2, 1, config.big_endian)[0]
+                offered = access.words16(table, block.driver + 2, 1, config.big_endian)[0]
             except Broken as error:
                 self._unresolved = _Unresolved(error.reason, error.detail)
             else:
                 block.next_used = block.signalled_used = index
                 self._used_known = True
+                # DPDK's virtio-user goes on in its ring though it tells a dead device's successor
+                # base 0: a base that is further behind than the ring is long cannot be meant.
+                size = config.size
+                if (offered - block.next_avail) & 0xFFFF > size >= (offered - index) & 0xFFFF:
+                    block.next_avail = index
         self._engine.set_memory(self._memory)
         # What the engine calls may depend on whether memory can make a thread wait.
         self._take = self._engine.take
