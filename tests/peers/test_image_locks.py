@@ -12,7 +12,7 @@ from tests.support.guest import MIB, Missing, in_ci, provide_program, skip_or_fa
 
 import vhost_protocol as vp
 from vhost_backend import BlockDevice
-from vhost_backend.devices import image_lock
+from vhost_backend.devices.blk import image_lock
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import attached
 

@@ -12,7 +12,7 @@ import pytest
 
 import vhost_protocol as vp
 from vhost_backend import BlockDevice, DeviceError
-from vhost_backend.devices import blk
+from vhost_backend.devices.blk import device as blk
 from vhost_backend.driver import BlockDriver, BlockError
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import attached

@@ -31,7 +31,7 @@ from vhost_backend import (
     VringEpollHandler,
 )
 from vhost_backend import Queue as DeviceQueueView
-from vhost_backend.daemon import RECONNECT_INTERVAL
+from vhost_backend.daemon.threaded import RECONNECT_INTERVAL
 from vhost_backend.driver import BlockDriver, DriverSession, SessionError
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import attached, served

@@ -17,8 +17,8 @@ import pytest
 
 import vhost_protocol as vp
 from vhost_backend import BlockDevice, DeviceError
-from vhost_backend.devices import image_lock
-from vhost_backend.devices.image_lock import ImageInUse, ImageLock, Locking
+from vhost_backend.devices.blk import image_lock
+from vhost_backend.devices.blk.image_lock import ImageInUse, ImageLock, Locking
 from vhost_backend.driver import BlockDriver
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import attached

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vhost_backend import Listener, ListenError, listener
+from vhost_backend import Listener, ListenError
+from vhost_backend.fds import listener
 
 
 def test_the_socket_file_exists_while_listening_and_is_gone_afterwards(tmp_path: Path) -> None:

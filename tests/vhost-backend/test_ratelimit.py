@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from vhost_backend.ratelimit import RateLimited
+from vhost_backend.rate_limited_log import RateLimited
 
 
 def test_the_rest_is_counted_aloud_though_nothing_more_comes() -> None:

@@ -29,8 +29,8 @@ from vhost_backend import (
     VhostUserDaemon,
     VirtioDevice,
 )
+from vhost_backend.device.state_stream import StateTransfer
 from vhost_backend.errors import is_shortage
-from vhost_backend.state_transfer import StateTransfer
 from vhost_backend.testing import BlockDriver, DriverSession, attached, expect_errors, served
 
 

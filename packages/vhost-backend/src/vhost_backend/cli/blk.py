@@ -106,9 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: SimpleNamespace) -> int:
     """Serve until a signal."""
     # Not before: --help needs none of it.
+    from ..daemon.serve import serve
     from ..devices import BlockDevice
-    from ..listener import Listener
-    from ..serving import serve
+    from ..fds.listener import Listener
 
     engine = chosen_engine()
     mapper = _xen_mapper(options.no_mem_slots) if options.xen else None
@@ -162,7 +162,7 @@ def _xen_mapper(postcopy: bool) -> Mapper:
 
 
 def _describe(device: BlockDevice, engine: str, options: SimpleNamespace) -> str:
-    from ..devices.blk import SECTOR
+    from ..devices.blk.device import SECTOR
 
     where = options.socket_path if options.fd is None else f"descriptor {options.fd}"
     access = "read-only" if device.read_only else "read-write"

@@ -10,15 +10,13 @@ import vhost_protocol as vp
 from guest_memory import DirtyLog, GuestMemory, Iotlb, Mapper, MemoryHolder, Region
 
 from ..backend import VhostUserBackend
+from ..epoll_handler import VringEpollHandler
 from ..errors import BackendUsageError, Refused
 from ..features import VirtioFeature
-from ..guard import MemoryGuard
-from ..vring_locks import Vring
-from ..worker import VringEpollHandler
+from ..vring.locks import Vring
+from .memory_guard import MemoryGuard
 from .outcome import Outcome
 from .unshared import UnsharedMemory
-
-log: logging.Logger = logging.getLogger("vhost_backend")
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 

@@ -19,8 +19,9 @@ from virtqueue import Reason
 
 from ..errors import Refused
 from ..features import VirtioFeature
-from ..ratelimit import RateLimited
-from ..vring import VringState, Wanted
+from ..rate_limited_log import RateLimited
+from ..vring.state import VringState
+from ..vring.wanted import Wanted
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome, Wait
 

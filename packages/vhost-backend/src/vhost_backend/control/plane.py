@@ -10,17 +10,17 @@ import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
 
 from ..backend import VhostUserBackend
+from ..epoll_handler import VringEpollHandler
 from ..errors import Refused
-from ..guard import MemoryGuard
-from ..vring_locks import Vring
-from ..worker import VringEpollHandler
+from ..vring.locks import Vring
 from .context import Context, Section
-from .device import Device
+from .device_messages import Device
 from .device_state import DeviceState
 from .dirty_log import Logging
 from .inflight import Inflight
 from .iommu import Iommu
-from .memory import MemoryTable
+from .memory_guard import MemoryGuard
+from .memory_table import MemoryTable
 from .negotiation import Negotiation
 from .outcome import Descriptors, Outcome
 from .rings import Rings

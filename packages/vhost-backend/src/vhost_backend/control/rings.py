@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import vhost_protocol as vp
 from virtqueue import UsageError
 
-from .. import eventfd
 from ..errors import Refused
+from ..fds import eventfd
 from ..features import VirtioFeature
-from ..vring import VringState
+from ..vring.state import VringState
 from .context import MAX_RING_SIZE, Context
 from .outcome import Answer, Descriptors, Outcome, Wait
 

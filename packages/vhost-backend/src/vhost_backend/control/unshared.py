@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from guest_memory import GuestMemory, GuestMemoryError, MemoryHolder, UserAddress
 
 from ..features import VirtioFeature
-from ..vring import VringState
-from ..vring_locks import Vring
+from ..vring.locks import Vring
+from ..vring.state import VringState
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 

@@ -23,8 +23,8 @@ from guest_memory import (
 )
 from virtqueue import DriverQueue, RingConfig, ring_layout
 
-from .. import eventfd
 from ..errors import VhostBackendError
+from ..fds import eventfd
 from ..features import VirtioFeature
 from .channel import ChannelServer
 

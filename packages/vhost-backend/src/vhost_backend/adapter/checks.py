@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from .backend import VhostUserBackend, VhostUserBackendBase
-from .coroutines import is_coroutine_function
-from .device import VirtioDevice
-from .errors import BackendUsageError
-from .features import RING_FEATURES, VirtioFeature
+from ..backend import VhostUserBackend, VhostUserBackendBase
+from ..device.base import VirtioDevice
+from ..errors import BackendUsageError
+from ..features import RING_FEATURES, VirtioFeature
+from .coroutine_check import is_coroutine_function
 
 #: SET_VRING_KICK has eight bits for a vring's index.
 MAX_QUEUES: Final = 256

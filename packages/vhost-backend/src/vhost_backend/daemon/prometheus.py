@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from .daemon import VhostUserDaemon
-from .errors import ListenError, VhostBackendError
-from .listener import Listener
-from .observe import report
+from ..errors import ListenError, VhostBackendError
+from ..fds.listener import Listener
+from .report import report
+from .threaded import VhostUserDaemon
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from .errors import ListenError
+from ..errors import ListenError
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 

@@ -27,12 +27,12 @@ from typing import Final
 
 from virtqueue import RECORD, Batch
 
-from . import eventfd
 from .backend import VhostUserBackend
 from .errors import BackendUsageError
-from .eventfd import WakeFd
-from .ratelimit import RateLimited
-from .vring_locks import Vring
+from .fds import eventfd
+from .fds.eventfd import WakeFd
+from .rate_limited_log import RateLimited
+from .vring.locks import Vring
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 

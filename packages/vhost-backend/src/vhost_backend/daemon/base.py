@@ -13,14 +13,14 @@ from typing import Final
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
 
-from .backend import VhostUserBackend
-from .control import Answer, ControlPlane, Outcome
-from .errors import BackendUsageError, Refused, is_shortage
-from .ratelimit import RateLimited
-from .vring import VringState
-from .vring_locks import Vring, VringMutex, VringRwLock
+from ..backend import VhostUserBackend
+from ..control import Answer, ControlPlane, Outcome
+from ..epoll_handler import VringEpollHandler
+from ..errors import BackendUsageError, Refused, is_shortage
+from ..rate_limited_log import RateLimited
+from ..vring.locks import Vring, VringMutex, VringRwLock
+from ..vring.state import VringState
 from .waiting import ReadAhead, WaitLog
-from .worker import VringEpollHandler
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 

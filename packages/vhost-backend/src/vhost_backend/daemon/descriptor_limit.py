@@ -8,7 +8,7 @@ import resource
 from collections.abc import Iterable
 from typing import Final
 
-from .daemon import VhostUserDaemon
+from .threaded import VhostUserDaemon
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 

@@ -29,10 +29,10 @@ from virtqueue import (
     UringUnavailable,
 )
 
-from ..device import Queue, VirtioDevice
-from ..errors import DeviceError, Refused
-from ..file_io import REFUSALS, read_at, write_at
-from ..ratelimit import RateLimited
+from ...device.base import Queue, VirtioDevice
+from ...errors import DeviceError, Refused
+from ...rate_limited_log import RateLimited
+from .file_io import REFUSALS, read_at, write_at
 from .image_lock import ImageLock, Locking
 
 log: logging.Logger = logging.getLogger("vhost_backend.blk")

@@ -35,9 +35,9 @@ from virtqueue import (
     RecordFlags,
 )
 
-from .counters import QueueCounters
-from .errors import BackendUsageError, Refused
-from .ratelimit import RateLimited
+from ..counters import QueueCounters
+from ..errors import BackendUsageError, Refused
+from ..rate_limited_log import RateLimited
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 

@@ -22,9 +22,9 @@ from typing import Final, Protocol
 from guest_memory import GuestMemory
 from virtqueue import Chain, Server
 
-from . import eventfd
-from .errors import BackendUsageError
-from .vring import VringState
+from ..errors import BackendUsageError
+from ..fds import eventfd
+from .state import VringState
 
 #: Seconds between two looks at a worker that was called back. It comes at once, unless a handler in
 #: C has just begun: then the queue can be borrowed at the next look.

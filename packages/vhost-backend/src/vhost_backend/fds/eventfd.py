@@ -31,8 +31,8 @@ import sys
 import threading
 from typing import Any, Final
 
-from . import aio_signal
-from .file_io import REFUSALS
+from ..devices.blk.file_io import REFUSALS
+from . import eventfd_signal as aio_signal
 
 # An eventfd takes a native-order u64.
 _ONE: Final = (1).to_bytes(8, sys.byteorder)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import vhost_protocol as vp
 
 from ..errors import Refused
-from ..ratelimit import RateLimited
+from ..rate_limited_log import RateLimited
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome
 

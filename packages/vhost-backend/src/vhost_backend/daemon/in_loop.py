@@ -21,16 +21,16 @@ import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
 from vhost_protocol import AsyncBackendConnection  # by name: imported before anybody connects
 
-from .async_worker import AsyncVringEpollHandler
-from .backend import VhostUserBackend
-from .checks import check_backend, check_device
-from .composition import DaemonBase, Pause, close_lent
-from .control import Answer, Outcome, Wait
-from .device import VirtioDevice, close_device, name_of
-from .device_backend import DeviceBackend
-from .errors import Refused
-from .listener import Listener, announce
-from .vring_locks import VringMutex
+from ..adapter.checks import check_backend, check_device
+from ..adapter.coroutines import AsyncVringEpollHandler
+from ..adapter.device_backend import DeviceBackend
+from ..backend import VhostUserBackend
+from ..control import Answer, Outcome, Wait
+from ..device.base import VirtioDevice, close_device, name_of
+from ..errors import Refused
+from ..fds.listener import Listener, announce
+from ..vring.locks import VringMutex
+from .base import DaemonBase, Pause, close_lent
 from .waiting import WaitLog
 
 log: logging.Logger = logging.getLogger("vhost_backend")

@@ -15,7 +15,7 @@ import mmap
 from guest_memory import GuestAddress, GuestMemory, GuestMemoryError
 from virtqueue import Chain, DeviceQueue, Need
 
-from .ratelimit import RateLimited
+from ..rate_limited_log import RateLimited
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 

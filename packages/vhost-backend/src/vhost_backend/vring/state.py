@@ -30,12 +30,12 @@ from virtqueue import (
     UsageError,
 )
 
-from . import eventfd
-from .counters import QueueCounters
-from .errors import BackendUsageError
-from .features import VirtioFeature
+from ..counters import QueueCounters
+from ..errors import BackendUsageError
+from ..fds import eventfd
+from ..features import VirtioFeature
+from ..rate_limited_log import RateLimited
 from .on_demand import OnDemand
-from .ratelimit import RateLimited
 from .wanted import Wanted
 
 log: logging.Logger = logging.getLogger("vhost_backend")

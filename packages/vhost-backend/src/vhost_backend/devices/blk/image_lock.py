@@ -21,7 +21,7 @@ import struct
 import time
 from typing import Final, Literal
 
-from ..errors import DeviceError
+from ...errors import DeviceError
 
 log: logging.Logger = logging.getLogger("vhost_backend.blk")
 

@@ -24,18 +24,18 @@ from vhost_backend import (
     VhostUserDaemon,
     VirtioDevice,
     VirtioFeature,
-    eventfd,
     report,
-    vring_locks,
 )
+from vhost_backend.adapter.ring_worker import QueueWorker
 from vhost_backend.control.dirty_log import Logging
-from vhost_backend.devices.blk import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT
+from vhost_backend.devices.blk.device import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
-from vhost_backend.listener import Listener
-from vhost_backend.queue_worker import QueueWorker
+from vhost_backend.fds import eventfd
+from vhost_backend.fds.listener import Listener
 from vhost_backend.testing import attached, expect_errors, served
-from vhost_backend.vring import VringState
+from vhost_backend.vring import locks as vring_locks
+from vhost_backend.vring.state import VringState
 from vhost_protocol import ProtocolFeatures
 from virtqueue import Batch, Chain, CHandler, available_engines
 from virtqueue.layout import QueueBlock
@@ -503,7 +503,7 @@ def test_a_queue_that_was_borrowed_is_not_borrowed_while_its_batch_is_completed(
                 with vring.get_mut() as state:
                     borrowed = vring._visit.borrowed is not None
                     if borrowed:
-                        state.finish = finish_later  # type: ignore[method-assign]
+                        state.finish = finish_later
                 device.go_on.set()
                 assert len(session.vrings[0].completions(10)) == 1
             assert inside.wait(10)

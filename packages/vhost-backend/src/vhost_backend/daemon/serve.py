@@ -14,13 +14,13 @@ from types import FrameType
 
 from guest_memory import Mapper
 
-from .checks import check_device
-from .daemon import VhostUserDaemon
-from .descriptors import raise_limit
-from .device import VirtioDevice, close_device, name_of
-from .device_backend import DeviceBackend
-from .listener import Listener, announce
-from .observe import lines
+from ..adapter.checks import check_device
+from ..adapter.device_backend import DeviceBackend
+from ..device.base import VirtioDevice, close_device, name_of
+from ..fds.listener import Listener, announce
+from .descriptor_limit import raise_limit
+from .report import lines
+from .threaded import VhostUserDaemon
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -295,7 +295,7 @@ def _metrics(where: str | None, daemons: Sequence[VhostUserDaemon]) -> Iterator[
     if where is None:
         yield
         return
-    from .metrics import MetricsServer
+    from .prometheus import MetricsServer
 
     server = MetricsServer(where, daemons)
     try:

@@ -17,11 +17,11 @@ from typing import Protocol, cast
 
 from virtqueue import Batch, CHandler, Server, UsageError
 
-from .backend import VhostUserBackend
-from .device import Queue, VirtioDevice
-from .vring import VringState
-from .vring_locks import Vring, VringMutex
-from .worker import VringEpollHandler
+from ..backend import VhostUserBackend
+from ..device.base import Queue, VirtioDevice
+from ..epoll_handler import VringEpollHandler
+from ..vring.locks import Vring, VringMutex
+from ..vring.state import VringState
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 

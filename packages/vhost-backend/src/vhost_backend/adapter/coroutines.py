@@ -12,12 +12,12 @@ from functools import partial
 
 from virtqueue import Chain
 
-from .device import Queue, Recall, Request, VirtioDevice, check_use, fail_request
+from ..device.base import Queue, Recall, Request, VirtioDevice, check_use, fail_request
+from ..epoll_handler import VringEpollHandler
+from ..features import RING_FEATURES
+from ..vring.locks import Vring
+from ..vring.state import VringState
 from .device_backend import BATCH, DeviceBackend
-from .features import RING_FEATURES
-from .vring import VringState
-from .vring_locks import Vring
-from .worker import VringEpollHandler
 
 
 class AsyncVringEpollHandler(VringEpollHandler):

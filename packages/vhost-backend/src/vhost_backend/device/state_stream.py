@@ -17,8 +17,8 @@ import zlib
 from collections.abc import Callable
 from typing import Final
 
-from .device import VirtioDevice
-from .errors import VhostBackendError
+from ..errors import VhostBackendError
+from .base import VirtioDevice
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 

@@ -23,16 +23,16 @@ from collections.abc import Callable, Sequence
 from guest_memory import Mapper, MemoryHolder
 from vhost_protocol import BackendConnection, Received  # by name: before anybody connects
 
-from .backend import VhostUserBackend
-from .checks import check_backend
-from .composition import DaemonBase, Pause, close_lent
-from .control import Answer, Wait
-from .errors import BackendUsageError, Refused, VhostBackendError, is_shortage, kept
-from .eventfd import WakeFd
-from .listener import Listener
-from .vring_locks import VringMutex, VringRwLock
+from ..adapter.checks import check_backend
+from ..backend import VhostUserBackend
+from ..control import Answer, Wait
+from ..epoll_handler import VringEpollHandler
+from ..errors import BackendUsageError, Refused, VhostBackendError, is_shortage, kept
+from ..fds.eventfd import WakeFd
+from ..fds.listener import Listener
+from ..vring.locks import VringMutex, VringRwLock
+from .base import DaemonBase, Pause, close_lent
 from .waiting import WaitLog
-from .worker import VringEpollHandler
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 

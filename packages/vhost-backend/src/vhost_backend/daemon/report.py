@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from .daemon import VhostUserDaemon
+from .threaded import VhostUserDaemon
 
 
 class QueueReport(NamedTuple):

@@ -15,17 +15,17 @@ from guest_memory import GuestMemory
 from vhost_protocol import BackendChannel, ProtocolFeatures
 from virtqueue import DONE, RECORD, Batch, CHandler, DoneFlags, UsageError
 
-from .backend import VhostUserBackendBase
+from ..backend import VhostUserBackendBase
+from ..device.base import Queue, VirtioDevice, fail_request
+from ..device.state_stream import StateTransfer
+from ..epoll_handler import VringEpollHandler
+from ..errors import BackendUsageError
+from ..features import RING_FEATURES, VirtioFeature
+from ..vring.locks import Vring
+from ..vring.state import VringState
 from .checks import check_device
-from .coroutines import is_coroutine_function
-from .device import Queue, VirtioDevice, fail_request
-from .errors import BackendUsageError
-from .features import RING_FEATURES, VirtioFeature
-from .queue_worker import QueueWorker
-from .state_transfer import StateTransfer
-from .vring import VringState
-from .vring_locks import Vring
-from .worker import VringEpollHandler
+from .coroutine_check import is_coroutine_function
+from .ring_worker import QueueWorker
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -60,7 +60,7 @@ class DeviceBackend(VhostUserBackendBase):
         """
         check_device(device)
         if is_coroutine_function(device.handle):
-            from .async_worker import AsyncDeviceBackend
+            from .coroutines import AsyncDeviceBackend
 
             return AsyncDeviceBackend(device)
         return DeviceBackend(device)
