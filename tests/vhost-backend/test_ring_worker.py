@@ -503,7 +503,7 @@ def test_a_queue_that_was_borrowed_is_not_borrowed_while_its_batch_is_completed(
                 with vring.get_mut() as state:
                     borrowed = vring._visit.borrowed is not None
                     if borrowed:
-                        state.finish = finish_later
+                        state.finish = finish_later  # type: ignore[method-assign]
                 device.go_on.set()
                 assert len(session.vrings[0].completions(10)) == 1
             assert inside.wait(10)
