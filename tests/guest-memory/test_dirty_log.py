@@ -168,7 +168,8 @@ def test_two_processes_lose_no_bit() -> None:
 
 CLEARING = """
 import ctypes, os, sys
-from guest_memory import DirtyLog, GuestAddress, syscalls
+from guest_memory import DirtyLog, GuestAddress
+from guest_memory.linux import atomics
 fd = os.memfd_create("log")
 os.ftruncate(fd, 4096)
 child = os.fork()
@@ -183,7 +184,7 @@ for n in range(3000):
         os._exit(1)
     for bit in range(first, first + 16):
         # As a front-end does when it has seen a bit: an atomic AND NOT.
-        assert syscalls._word_operation(address, 3 | 8, bit)
+        assert atomics._word_operation(address, 3 | 8, bit)
     if word.value & ours:
         os._exit(2)
 if not child:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from guest_memory_support import NAME, SEALED, mapped, memfd, open_fds, region
 
-import guest_memory.window as window_module
+import guest_memory.regions.window as window_module
 from guest_memory import (
     DirtyLog,
     GuestMemory,
@@ -28,8 +28,8 @@ from guest_memory import (
     UserAddress,
     Window,
     WindowFull,
-    syscalls,
 )
+from guest_memory.linux import syscalls
 
 MIB = 1 << 20
 

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from guest_memory_support import SEALED, memfd, region, run
 
-from guest_memory import GuestMemory, MappingFailed, Userfault, Window, WindowFull, syscalls
+from guest_memory import GuestMemory, MappingFailed, Userfault, Window, WindowFull
+from guest_memory.linux import syscalls
 
 PAGE = 4096
 MIB = 1 << 20
@@ -279,7 +280,8 @@ def test_nothing_is_unmapped_at_the_end_of_the_interpreter() -> None:
     done = run(
         """
 import builtins, ctypes, os, sys
-from guest_memory import DirtyLog, GuestMemory, SharedMapping, allocate_memfd, syscalls
+from guest_memory import DirtyLog, GuestMemory, SharedMapping, allocate_memfd
+from guest_memory.linux import syscalls
 fd = allocate_memfd(1 << 20)
 class Late:
     def __del__(self):

@@ -103,15 +103,15 @@ late = memory.with_postcopy(True)
 fails(lambda: late.read(PAGE, 5), PAGE, 5)
 """,
     "without process_vm_readv": """
-from guest_memory import syscalls
-syscalls._without_process_vm = True
+from guest_memory.linux import copies
+copies._without_process_vm = True
 assert memory.write(5 * PAGE, bytes(range(256)) * 20) == 5120
 assert memory.read(5 * PAGE, 5120) == bytes(range(256)) * 20
 fails(lambda: memory.read(PAGE - 8, 16), PAGE - 8, 16)
 """,
     "without process_vm_writev": """
-from guest_memory import syscalls
-syscalls._without_process_vm = True
+from guest_memory.linux import copies
+copies._without_process_vm = True
 fails(lambda: memory.write(PAGE - 8, bytes(16)), PAGE - 8, 16)
 """,
 }
@@ -144,7 +144,8 @@ def test_a_guard_reports_through_the_poison_word() -> None:
     result = run(
         SETUP
         + """
-from guest_memory import abi, syscalls
+from guest_memory import abi
+from guest_memory.linux import syscalls
 memory = GuestMemory.map([(region(0, 4 * PAGE), other_fd)], MmapMapper(guarded=True))
 array = memory.view(0, 4 * PAGE)
 os.ftruncate(other_fd, 0)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from guest_memory_support import SEALED, memfd, open_fds, region
 
-from guest_memory import GuestMemory, MmapMapper, PostcopyError, UsageError, Userfault, syscalls
+from guest_memory import GuestMemory, MmapMapper, PostcopyError, UsageError, Userfault
+from guest_memory.linux import syscalls
 
 PAGE = 4096
 UFFDIO_COPY = 0xC028AA03

@@ -28,13 +28,11 @@ def bed(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Bed]:
     rings = [("split", "off"), ("packed", "on")] if able(kind, PACKED) else [("split", "off")]
-    disks = [
-        Disk(
-            f"{ring}-{size}", SIZE, content=CONTENT, options={"queue-size": size, "packed": packed}
-        )
-        for ring, packed in rings
-        for size in SIZES
-    ]
+    disks = []
+    for ring, packed in rings:
+        for size in SIZES:
+            options = {"queue-size": size, "packed": packed}
+            disks.append(Disk(f"{ring}-{size}", SIZE, content=CONTENT, options=options))
     with Bed(assets, qemu, initramfs, tmp_path_factory.mktemp("bed"), kind, disks) as bed:
         yield bed
 

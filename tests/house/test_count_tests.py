@@ -37,3 +37,19 @@ def test_a_run_that_skips_everything_can_be_refused(tmp_path: Path) -> None:
     skipped = report(tmp_path / "a.xml", 4, 0, 0, 4)
     assert count("--require-passed", skipped).returncode == 1
     assert count("--require-passed", report(tmp_path / "b.xml", 4, 0, 0, 3)).returncode == 0
+
+
+def test_a_skip_for_an_unknown_reason_can_be_refused(tmp_path: Path) -> None:
+    skipped = tmp_path / "a.xml"
+    skipped.write_text(
+        '<testsuites><testsuite name="pytest" tests="2" failures="0" errors="0" skipped="1">'
+        '<testcase classname="tests.some" name="test_it"><skipped message="no clang (fuzz)"/>'
+        '</testcase><testcase classname="tests.some" name="test_too"/></testsuite></testsuites>'
+    )
+    reasons = tmp_path / "reasons"
+    reasons.write_text("# a comment: no clang\n\n^root may\n")
+    refused = count("--may-skip", reasons, "--require-passed", skipped)
+    assert refused.returncode == 1
+    assert "tests.some::test_it: no clang (fuzz)" in refused.stderr
+    reasons.write_text("^root may\n^no clang\n")
+    assert count("--may-skip", reasons, "--require-passed", skipped).returncode == 0

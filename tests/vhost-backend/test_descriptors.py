@@ -49,7 +49,7 @@ def works(session: DriverSession, index: int) -> None:
     vring = session.vrings[index]
     vring.queue.publish()
     os.eventfd_write(vring.kick_fd, 1)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not (done := vring.queue.collect()):
         assert time.monotonic() < deadline, f"vring {index} is stuck"
         time.sleep(0.001)
@@ -197,12 +197,12 @@ def test_a_kick_descriptor_that_cannot_be_waited_on_is_refused(
 
 def test_the_front_end_may_make_its_copy_blocking_again(session: DriverSession) -> None:
     """The status flags are shared: a front-end can undo what the back-end set on arrival."""
-    event = os.eventfd(0)
+    event = os.eventfd(0, os.EFD_NONBLOCK)
     session.frontend.set_vring_call(0, event)
+    with contextlib.suppress(BlockingIOError):
+        os.eventfd_read(event)  # the signal of SET_VRING_CALL, if there is one
     flags = fcntl.fcntl(event, fcntl.F_GETFL)
     fcntl.fcntl(event, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
-    with contextlib.suppress(BlockingIOError):
-        os.eventfd_read(event)  # the signal of SET_VRING_CALL
     os.eventfd_write(event, FULL)
     try:
         works(session, 0)
@@ -218,7 +218,7 @@ def test_signals_as_messages_wait_for_nobody(engine: str) -> None:
     silent = threading.Event()
 
     def ignore(message: vp.Message) -> bool:
-        silent.wait(20)
+        silent.wait()
         return True
 
     with attached(
@@ -233,14 +233,13 @@ def test_signals_as_messages_wait_for_nobody(engine: str) -> None:
         session.frontend.set_vring_call(0, None)
         session.start_ring(0, 0)
         session.frontend.set_vring_call(0, None)
-        begin = time.monotonic()
-        for _ in range(3):
-            works(session, 0)
-            works(session, 1)
-        session.stop_ring(0)
-        took = time.monotonic() - begin
-        silent.set()
-        assert took < 3
+        try:
+            for _ in range(3):
+                works(session, 0)
+                works(session, 1)
+            session.stop_ring(0)
+        finally:
+            silent.set()
 
 
 def test_many_call_descriptors_leave_nothing(session: DriverSession) -> None:

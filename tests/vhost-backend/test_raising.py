@@ -29,8 +29,9 @@ from vhost_backend import (
     VringState,
     serve_async,
 )
-from vhost_backend.devices.blk import S_IOERR, T_GET_ID
+from vhost_backend.devices.blk.device import S_IOERR, T_GET_ID
 from vhost_backend.driver.block import DRIVER_FEATURES, BlockError
+from vhost_backend.epoll_handler import MOST_FAILURES
 from vhost_backend.errors import BackendUsageError
 from vhost_backend.features import RING_FEATURES
 from vhost_backend.testing import (
@@ -40,7 +41,6 @@ from vhost_backend.testing import (
     expect_errors,
     served,
 )
-from vhost_backend.worker import MOST_FAILURES
 from virtqueue import DONE, Batch, Chain, CHandler
 
 ESCAPES = [
@@ -143,7 +143,7 @@ def test_what_a_handler_in_c_leaves_may_raise_anything(image: Path, error: BaseE
             return super().request(kind, offset, chain)
 
     with (
-        expect_errors("Disk failed a request"),
+        expect_errors("disk.img failed a request"),
         attached(Disk(image), features=DRIVER_FEATURES) as session,
     ):
         driver = BlockDriver(session)

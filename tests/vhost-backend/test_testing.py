@@ -17,7 +17,7 @@ import pytest
 import vhost_protocol as vp
 from guest_memory import GuestAddress
 from vhost_backend import BlockDevice, Queue, Request, VirtioDevice
-from vhost_backend.devices.blk import T_OUT
+from vhost_backend.devices.blk.device import T_OUT
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import (
     BLOCK,
@@ -205,7 +205,7 @@ def test_requests_in_flight_are_served_once_more_in_their_order(
                 await asyncio.sleep(60)
             request.write(data)
 
-    process = device_process(Stuck, drain_timeout=0.1)
+    process = device_process(Stuck, drain_warning=0.1)
     with process.connect(inflight=True) as session:
         vring = session.vrings[0]
         ids = []

@@ -100,6 +100,7 @@ def table_row(rule: vhost_protocol.Rule) -> str:
         return ", ".join(map(str, known))
 
     needs = [str(feature.name) for feature in rule.needs]
+    needs += [f"{feature.name} with a descriptor" for feature in rule.fds_need]
     needs += [f"{feature.name} (GPU)" for feature in rule.gpu_needs]
     if rule.virtio is not None:
         needs.append(f"VIRTIO bit {rule.virtio}")

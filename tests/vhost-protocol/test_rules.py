@@ -214,10 +214,12 @@ def test_bad_requests_are_typed_errors(
     assert rule in caught.value.rule
     assert rule in str(caught.value)
     # The state is defined: broken for good, with the first error.
-    assert back.broken is caught.value
+    assert str(back.broken) == str(caught.value)
+    assert back.broken is not None
+    assert back.broken.__traceback__ is None, "frames and what they hold are not kept"
     with pytest.raises(error) as again:
         back.next()
-    assert again.value is caught.value
+    assert str(again.value) == str(caught.value)
     with pytest.raises(error):
         back.receive(b"x", [devnull()])
 
@@ -735,6 +737,27 @@ def test_construction_checks_ranges(
     assert caught.value.rule
 
 
+def test_every_error_names_the_request_as_the_specification_does() -> None:
+    """A value that is made, a request that is refused, one that arrived, an answer: alike."""
+    payload = struct.pack("<Q", 0x300)
+    with pytest.raises(LocalProtocolError) as made:
+        SetVringKick(0x300)
+    with pytest.raises(BadPayload) as arrived:
+        feed(Responder(FRONTEND_TABLE, opened()), frame(12, payload))
+    with pytest.raises(LocalProtocolError) as refused:
+        Requester(FRONTEND_TABLE, opened()).request(SetVringKick(0))
+    with pytest.raises(LocalProtocolError) as answered:
+        ConfigReply(0, 2, b"")
+    names = [caught.value.request for caught in (made, arrived, refused, answered)]
+    assert names == ["SET_VRING_KICK"] * 3 + ["GET_CONFIG"]
+    assert str(made.value).startswith("SET_VRING_KICK.index is ")
+    assert str(ConnectionClosed("gone", request="SET_OWNER")) == "SET_OWNER: gone"
+    assert str(RequestFailed("SET_OWNER", 7)).startswith("SET_OWNER: the peer answered 0x7")
+    for table in (FRONTEND_TABLE, BACKEND_TABLE, GPU_TABLE):
+        for rule in table.rules.values():
+            assert {kind.request_name for kind in rule.messages} == {rule.name}
+
+
 def test_construction_takes_keywords_and_defaults() -> None:
     assert SetVringKick(index=1) == SetVringKick(1, False)
     assert MemoryRegion(1, size=2, user_address=3) == MemoryRegion(1, 2, 3)
@@ -746,6 +769,13 @@ def test_construction_takes_keywords_and_defaults() -> None:
         SetVringNum(1, index=2)  # type: ignore[call-arg,misc]
     with pytest.raises(TypeError, match="unknown"):
         SetVringNum(1, number=2)  # type: ignore[call-arg]
+
+
+def test_a_device_state_reply_says_whose_channel_is_used() -> None:
+    for value, passed in ((0, True), (0x100, False), (0x101, False)):
+        reply = DeviceStateReply(value)
+        assert (reply.has_fd, reply.no_fd) == (passed, not passed)
+        assert reply.error == value & 0xFF
 
 
 def test_messages_are_immutable() -> None:

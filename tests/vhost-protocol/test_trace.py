@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import os
+import selectors
 import shutil
 import signal
 import socket
@@ -32,8 +35,11 @@ from vhost_protocol import (
     SetBackendReqFd,
     VringBaseReply,
 )
-from vhost_protocol.trace.cli import Printer, Proxy, TraceError, main, read_records
-from vhost_protocol.trace.tracer import Tracer, format_text, to_json
+from vhost_protocol.trace.cli import main
+from vhost_protocol.trace.proxy import Proxy
+from vhost_protocol.trace.recording import TraceError, read_records
+from vhost_protocol.trace.show import Printer, format_text, to_json
+from vhost_protocol.trace.tracer import Tracer
 
 DATA = Path(__file__).parent / "data"
 RECORDING = DATA / "qemu-7.2-storage-daemon.jsonl"
@@ -174,7 +180,7 @@ def test_violations_are_marked_and_the_rest_goes_on() -> None:
     assert feed(False, frame(1, bytes(8), 5)) == []
     assert feed(True, frame(10, bytes(8))) == ["comes after SET_OWNER"]
     assert tracer.unanswered >= 1
-    assert feed(False, frame(2), ch="backend")[0] == "needs CONFIG negotiated"
+    assert feed(False, frame(2), ch="backend")[0] == "needs BACKEND_REQ|CONFIG negotiated"
     assert feed(False, frame(4, struct.pack("=III", 0, 1, 2), 0), ch="gpu") == []
     assert feed(True, frame(7, b"", 4), ch="gpu")[-1] == "answers nothing that was asked"
     assert feed(True, frame(26, bytes(1072)))[0].startswith("must be one of")
@@ -317,6 +323,63 @@ def test_the_proxy_survives_nonsense(tmp_path: Path, fds: list[int]) -> None:
                         assert got == data
     notes = [json.loads(line).get("note") for line in out.getvalue().splitlines()]
     assert any(note and "cannot connect" in note for note in notes)
+
+
+class _Reluctant(socket.socket):
+    """A listener of a process that may not open more, twice."""
+
+    refusals = 2
+
+    def accept(self) -> Any:
+        if self.refusals:
+            self.refusals -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
+@pytest.mark.usefixtures("no_fd_leak")
+def test_running_short_ends_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor to accept with, no room to record in, no pair for the back-end's channel."""
+    front_path, back_path = str(tmp_path / "front"), str(tmp_path / "back")
+    out = io.StringIO()
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
+        listener.bind(back_path)
+        listener.listen()
+        full = open("/dev/full", "w")  # noqa: SIM115 (closing it has to fail)
+        proxy = Proxy(front_path, back_path, Printer(out, as_json=False), full)
+        proxy._selector.unregister(proxy._listener)
+        proxy._listener = _Reluctant(fileno=proxy._listener.detach())
+        proxy._selector.register(proxy._listener, selectors.EVENT_READ)
+        stack.enter_context(tracing(proxy, once=False))
+        front = stack.enter_context(Frontend.connect(front_path, timeout=10))
+        accepted, _ = listener.accept()
+        back = stack.enter_context(BackendConnection(accepted, timeout=10))
+        ours, theirs = socket.socketpair()
+        stack.enter_context(ours)
+        monkeypatch.setattr(socket, "socketpair", no_pair)
+        front.session.protocol_features = ProtocolFeatures.BACKEND_REQ
+        back.session.protocol_features = ProtocolFeatures.BACKEND_REQ
+        with theirs:
+            front.set_backend_req_fd(theirs)
+        received = back.receive()
+        assert received is not None
+        with received:
+            fd = received.take_fd()
+            assert fd is not None
+            with fd:
+                os.write(fd.fileno(), b"untraced")
+        assert ours.recv(8) == b"untraced"
+        with pytest.raises(OSError, match="No space"):
+            full.close()
+    text = out.getvalue()
+    assert text.count("a front-end has to wait: Too many open files") == 1
+    assert "the recording ends before this message: No space left" in text
+    assert "the backend channel is not traced: Too many open files" in text
+    assert not proxy.recorded
+
+
+def no_pair() -> Any:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def send_all(sock: socket.socket, data: bytes, fds: list[int]) -> None:

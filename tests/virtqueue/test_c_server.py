@@ -444,7 +444,7 @@ def test_few_requests_at_once_while_none_has_to_wait(
         rig.next = begin
         return counters.batches - before
 
-    # A page that the kernel has just then in its hands makes a read wait, and the count begins anew.
+    # A read that has to wait after all, as on a busy machine, makes the count begin anew.
     all_at_once, few = 1, count // 8
     assert [batches() for _ in range(256 // count)] == [all_at_once] * (256 // count)
     assert few in (batches() for _ in range(1000))

@@ -310,7 +310,7 @@ def test_a_chain_without_a_table_is_no_longer_than_the_ring(make_rig: Any, packe
 
 @pytest.mark.parametrize("call", ["take", "cycle"])
 def test_a_limit_holds_for_what_comes_while_the_driver_is_asked_for_kicks(
-    make_rig: Any, packed: bool, call: str
+    make_rig: Any, packed: bool, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig: Rig = make_rig(size=16, packed=packed)
     arm = rig.device._engine.arm
@@ -319,12 +319,12 @@ def test_a_limit_holds_for_what_comes_while_the_driver_is_asked_for_kicks(
         rig.offer_many(5)
         return arm()
 
-    rig.device._engine.arm = late
+    monkeypatch.setattr(rig.device._engine, "arm", late)
     batch = getattr(rig.device, call)(2)
     assert len(batch) == 2
     assert batch.more
     # It was for that call alone.
-    rig.device._engine.arm = arm
+    monkeypatch.undo()
     assert len(rig.device.take()) == 3
 
 

@@ -135,7 +135,8 @@ static int64_t sync_file(int fd)
 static int64_t write_durably(int fd, const struct iovec *vectors, int count, off_t offset)
 {
     int64_t done = with_flags(CALL_PWRITEV2, fd, vectors, count, offset, BULK_DSYNC);
-    if (done >= 0 || (errno != ENOSYS && errno != EOPNOTSUPP && errno != EPERM))
+    if (done >= 0 ||
+        (errno != ENOSYS && errno != EOPNOTSUPP && errno != EPERM && errno != EACCES))
         return done;
     done = offset == -1 ? writev(fd, vectors, count) : write_at(fd, vectors, count, offset);
     const int64_t failed = done > 0 ? sync_file(fd) : 0;

@@ -87,6 +87,7 @@ struct engine {
 
     /* In-flight region (inflight.c). */
     void *inflight;         /* NULL until recovered */
+    uint32_t inflight_entries; /* of the region; one that was made for a larger ring has more */
     uint64_t counter;       /* of the next chain */
     uint16_t *entries;      /* [queue_size] packed: by buffer id, the chain's first entry */
     uint16_t *resubmit;     /* heads (packed: first entries) to be taken again, oldest first */

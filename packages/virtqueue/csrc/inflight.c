@@ -112,6 +112,16 @@ static int list_resubmissions(struct engine *engine, struct found *found, uint32
     return 0;
 }
 
+/* The entries of a region in use; 0 when it is too small for the ring, or contradicts itself. */
+static uint32_t used_entries(const struct vq_queue *queue, uint16_t version, uint32_t entries,
+                             size_t header, size_t entry)
+{
+    if (version != VERSION || entries < queue->queue_size ||
+        queue->inflight_size < header + entry * (uint64_t)entries)
+        return 0;
+    return entries;
+}
+
 /* ---- split ---- */
 
 void split_inflight_take(struct engine *engine, uint16_t head)
@@ -161,7 +171,9 @@ int split_inflight_recover(struct engine *engine, uint16_t used)
         engine->inflight = region;
         return 0;
     }
-    if (version != VERSION || LOAD(region->desc_num) != size)
+    const uint32_t entries = used_entries(queue, version, LOAD(region->desc_num), sizeof(*region),
+                                          sizeof(region->states[0]));
+    if (!entries)
         return broken(engine, VQ_REASON_INFLIGHT, version);
     const uint16_t before = LOAD(region->used_idx);
     const uint32_t last_batch = (uint16_t)(used - before);
@@ -177,6 +189,9 @@ int split_inflight_recover(struct engine *engine, uint16_t used)
     }
     STORE(region->used_idx, used);
 
+    for (uint32_t i = size; i < entries; i++)
+        if (LOAD(region->states[i].inflight))
+            return broken(engine, VQ_REASON_INFLIGHT, i);
     struct found *found = malloc((size_t)size * sizeof(*found));
     if (!found)
         return VQ_NO_MEMORY;
@@ -215,9 +230,9 @@ int packed_inflight_take(struct engine *engine, const struct descriptor *chain, 
                          uint16_t *entry)
 {
     struct packed_region *region = engine->inflight;
-    const uint32_t size = engine->queue->queue_size;
+    const uint32_t entries = engine->inflight_entries;
     const uint16_t head = LOAD(region->old_free_head);
-    if (head >= size)
+    if (head >= entries)
         return VQ_BROKEN;
     struct packed_state *state = &region->states[head];
     STORE(state->num, 0);
@@ -226,7 +241,7 @@ int packed_inflight_take(struct engine *engine, const struct descriptor *chain, 
     STORE(state->inflight, 1);
     uint16_t index = head;
     for (uint32_t i = 0; i < count; i++) {
-        if (index >= size)
+        if (index >= entries)
             return VQ_BROKEN;
         struct packed_state *each = &region->states[index];
         if (i + 1 == count)
@@ -249,7 +264,7 @@ static void link_free(struct engine *engine, uint16_t entry, uint16_t front)
 {
     struct packed_region *region = engine->inflight;
     const uint16_t last = LOAD(region->states[entry].last);
-    if (last < engine->queue->queue_size)
+    if (last < engine->inflight_entries)
         STORE(region->states[last].next, front);
     STORE(region->free_head, entry);
 }
@@ -299,9 +314,9 @@ static bool save_chain(struct engine *engine, uint16_t entry, uint8_t *seen, uin
     const uint32_t count = LOAD(region->states[entry].num);
     uint16_t index = entry, last = entry;
     for (uint32_t i = 0; i < count; i++) {
-        if (index >= size || seen[index])
+        if (index >= engine->inflight_entries || seen[index] || *end >= size)
             return false;
-        seen[index] = 1; /* so there are at most `size` in all */
+        seen[index] = 1;
         const struct packed_state *state = &region->states[index];
         engine->saved[(*end)++] = (struct descriptor){
             .address = LOAD(state->addr),
@@ -320,14 +335,14 @@ static int recover_chains(struct engine *engine, struct found *found, uint8_t *s
 {
     struct vq_queue *queue = engine->queue;
     struct packed_region *region = engine->inflight;
-    const uint32_t size = queue->queue_size;
-    for (uint16_t index = LOAD(region->free_head); index < size && !seen[index];) {
+    const uint32_t size = queue->queue_size, entries = engine->inflight_entries;
+    for (uint16_t index = LOAD(region->free_head); index < entries && !seen[index];) {
         seen[index] = 1;
         STORE(region->states[index].inflight, 0);
         index = LOAD(region->states[index].next);
     }
     uint32_t count = 0, end = 0;
-    for (uint32_t i = 0; i < size; i++)
+    for (uint32_t i = 0; i < entries; i++)
         if (LOAD(region->states[i].inflight))
             found[count++] = (struct found){LOAD(region->states[i].counter), (uint16_t)i};
     int failed = list_resubmissions(engine, found, count);
@@ -371,11 +386,15 @@ int packed_inflight_recover(struct engine *engine)
                                });
         STORE(region->version, VERSION); /* last: a death before leaves it uninitialised */
         engine->inflight = region;
+        engine->inflight_entries = size;
         return 0;
     }
     struct packed_position position = load_position(region);
-    if (version != VERSION || LOAD(region->desc_num) != size)
+    const uint32_t entries = used_entries(queue, version, LOAD(region->desc_num), sizeof(*region),
+                                          sizeof(region->states[0]));
+    if (!entries)
         return broken(engine, VQ_REASON_INFLIGHT, version);
+    engine->inflight_entries = entries;
     if (position.used >= size || position.old_used >= size)
         return broken(engine, VQ_REASON_INFLIGHT, position.used);
     position.wrap &= 1;
@@ -397,8 +416,8 @@ int packed_inflight_recover(struct engine *engine)
     engine->inflight = region;
     engine->saved = malloc((size_t)size * sizeof(*engine->saved));
     engine->saved_at = malloc(((size_t)size + 1) * sizeof(*engine->saved_at));
-    struct found *found = malloc((size_t)size * sizeof(*found));
-    uint8_t *seen = calloc(size, 1);
+    struct found *found = malloc((size_t)entries * sizeof(*found));
+    uint8_t *seen = calloc(entries, 1);
     int result = VQ_NO_MEMORY;
     if (engine->saved && engine->saved_at && found && seen)
         result = recover_chains(engine, found, seen, position);

@@ -144,22 +144,22 @@ def provide_qemu(name: str = SYSTEM) -> Qemu:
     return found
 
 
-def provide_program(name: str, package: str, *, fetch: bool = True) -> str:
-    """The path of a program of this machine; its Debian package is installed when it is missing.
+def provide_program(name: str, *packages: str, fetch: bool = True) -> str:
+    """The path of a program of this machine; its Debian packages are installed when it is missing.
 
     Raises Missing with the reason, also when it is missing and `fetch` is false.
     """
     path = tool(name)
     if path is None:
         if not fetch:
-            raise Missing(f"{name} is not installed (Debian: {package})")
+            raise Missing(f"{name} is not installed (Debian: {' '.join(packages)})")
         _check_fetching()
         with _locked():
             _apt("update")
-            _install([package])
+            _install(list(packages))
         path = tool(name)
     if path is None:
-        raise Missing(f"{package} has no {name}")
+        raise Missing(f"{' '.join(packages)}: no {name} in there")
     return path
 
 

@@ -24,16 +24,16 @@ from .errors import (
     Unguarded,
     UsageError,
 )
-from .holder import MemoryHolder
 from .iotlb import Iotlb, IotlbEntry
-from .mapping import Mapper, Mapping, WindowMapper, WindowMapping
-from .memory import GuestMemory
-from .mmap_mapper import MmapMapper, MmapMapping
-from .region import MAX_MEM_SLOTS, Region
-from .shared import SharedMapping, allocate_memfd
-from .translation import Segment
+from .regions.mapping import Mapper, Mapping, WindowMapper, WindowMapping
+from .regions.mmap_mapper import MmapMapper, MmapMapping
+from .regions.region import MAX_MEM_SLOTS, Region
+from .regions.shared import SharedMapping, allocate_memfd
+from .regions.window import Window, WindowFull
+from .snapshot.holder import MemoryHolder
+from .snapshot.memory import GuestMemory
+from .snapshot.translation import Segment
 from .userfault import Userfault
-from .window import Window, WindowFull
 
 __all__ = [
     "MAX_MEM_SLOTS",

@@ -9,12 +9,12 @@ import ctypes
 import threading
 from typing import Protocol
 
-from . import syscalls
 from .abi import ABI_VERSION, LOG_MAGIC, GmLog
 from .addresses import GuestAddress, fits
 from .errors import OutOfBounds, Poisoned, UsageError
-from .region import Region
-from .shared import SharedMapping
+from .linux import atomics
+from .regions.region import Region
+from .regions.shared import SharedMapping
 
 PAGE_SHIFT = 12
 
@@ -143,7 +143,7 @@ class DirtyLog:
                 word, first = divmod(bit, 32)
                 count = min(end - bit, 32 - first)
                 mask = ((1 << count) - 1) << first
-                if not syscalls.atomic_or(base + 4 * word, mask):
+                if not atomics.atomic_or(base + 4 * word, mask):
                     self._mapping.poison()
                     raise Poisoned(address, length)
                 bit += count

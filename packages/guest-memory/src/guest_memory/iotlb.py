@@ -200,7 +200,7 @@ class Iotlb:
         self._frozen = None
 
     def _cut(self, iova: int, size: int) -> None:
-        """Remove a range; what is left of an entry counts as new."""
+        """Remove a range; the rest of an entry counts as new."""
         if not size:
             return
         end = iova + size

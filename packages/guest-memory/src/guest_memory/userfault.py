@@ -4,7 +4,7 @@ After the switch-over of a postcopy migration some pages are still on the source
 registers its mappings with a userfaultfd and hands that to the front-end, which then sees every
 access to a missing page, fetches it and puts it in place; the access waits meanwhile.
 
-Whoever holds the descriptor decides what this process reads from the registered memory, and may
+The holder of the descriptor decides what this process reads from the registered memory, and can
 register more. A front-end owns the guest's memory anyway, but postcopy should be offered only to
 front-ends that are trusted with this process.
 """
@@ -14,10 +14,10 @@ import errno
 import os
 import threading
 
-from . import syscalls
-from .entry import Entry
 from .errors import PostcopyError, UsageError
-from .memory import GuestMemory
+from .linux import syscalls
+from .regions.entry import Entry
+from .snapshot.memory import GuestMemory
 
 # The ioctls of linux/userfaultfd.h, computed there from the sizes of their structures.
 _API = 0xC018AA3F
@@ -132,7 +132,7 @@ class Userfault:
             self._ranges += fresh
 
     def close(self) -> None:
-        """End postcopy: nobody waits any more, and missing pages read as zeroes.
+        """End postcopy: no access waits any more, and missing pages read as zeroes.
 
         The front-end may still hold its copy of the descriptor, so everything is unregistered
         before ours is closed. Harmless when repeated.

@@ -75,3 +75,17 @@ def is_shortage(error: BaseException) -> bool:
             return True
         found = found.__cause__
     return False
+
+
+def kept(error: BaseException) -> BaseException:
+    """`error`, to be raised later: its traceback stays, but what its frames referred to goes.
+
+    That could be a guest's memory, for as long as the error is kept.
+    """
+    from traceback import clear_frames
+
+    link: BaseException | None = error
+    while link is not None:
+        clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    return error

@@ -33,6 +33,18 @@ from .fds import (
     HasFileno,
     OwnedFd,
 )
+from .messages.backend_requests import (
+    BackendConfigChange,
+    BackendIotlbMsg,
+    BackendSharedObjectAdd,
+    BackendSharedObjectLookup,
+    BackendSharedObjectRemove,
+    BackendShmemMap,
+    BackendShmemUnmap,
+    BackendVringCall,
+    BackendVringErr,
+    BackendVringHostNotifier,
+)
 from .messages.constants import (
     BASELINE_REGIONS,
     GPU_CURSOR_EDGE,
@@ -121,16 +133,6 @@ from .messages.replies import (
 from .messages.requests import (
     AddMemReg,
     AddMemRegAck,
-    BackendConfigChange,
-    BackendIotlbMsg,
-    BackendSharedObjectAdd,
-    BackendSharedObjectLookup,
-    BackendSharedObjectRemove,
-    BackendShmemMap,
-    BackendShmemUnmap,
-    BackendVringCall,
-    BackendVringErr,
-    BackendVringHostNotifier,
     CheckDeviceState,
     CloseCryptoSession,
     CreateCryptoSession,
@@ -196,18 +198,20 @@ from .rules.core import (
     Requester,
     Responder,
 )
-from .rules.rules import (
-    BACKEND_TABLE,
-    FRONTEND_TABLE,
-    GPU_TABLE,
+from .rules.rule import (
     Answer,
     Fds,
     Rule,
-    Table,
+    Violation,
 )
 from .rules.session import (
     Session,
-    Violation,
+)
+from .rules.table import (
+    BACKEND_TABLE,
+    FRONTEND_TABLE,
+    GPU_TABLE,
+    Table,
 )
 
 if _TYPE_CHECKING:

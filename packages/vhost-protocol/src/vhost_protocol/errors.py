@@ -8,6 +8,8 @@ The rest are neither's fault: the peer left, was too slow, or said no.
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class ProtocolError(Exception):
     """Base of every exception raised on purpose by this package.
@@ -47,6 +49,13 @@ class RuleError(ProtocolError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.field, self.value, self.rule, self.request)
+
+    def bare(self) -> Self:
+        """The same facts without the traceback: what may be kept.
+
+        An error that was raised holds every frame it went through, and all that those refer to.
+        """
+        return type(self)(self.field, self.value, self.rule, request=self.request)
 
 
 class LocalProtocolError(RuleError):
@@ -148,7 +157,7 @@ class OutOfResources(ProtocolError):
 
 
 class DescriptorsLost(OutOfResources):
-    """The kernel dropped passed descriptors, because this process may not open any more.
+    """The kernel dropped passed descriptors: this process has reached its limit.
 
     Raised for a truncated ``SCM_RIGHTS`` message, which cannot be acted on.  What was received of
     it has been closed.

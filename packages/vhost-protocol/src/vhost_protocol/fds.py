@@ -21,7 +21,7 @@ FdLike = int | HasFileno
 
 
 class OwnedFd:
-    """A file descriptor that is closed by whoever holds this object.
+    """A file descriptor with one owner: the holder of this object closes it.
 
     Use it as a context manager, ``close()`` it, or take the number away with ``detach()``.  One
     that is forgotten is closed when it is collected, with a ResourceWarning.

@@ -1,7 +1,7 @@
 """What can go wrong, by whose fault, with the facts as attributes.
 
-Everything derives from `XenError`, which is a `guest_memory.GuestMemoryError`: whoever handles the
-errors of guest memory handles these. A wrong region is also an `InvalidRegion` and a refused
+Everything derives from `XenError`, which is a `guest_memory.GuestMemoryError`: code that handles
+the errors of guest memory handles these. A wrong region is also an `InvalidRegion` and a refused
 mapping a `MappingFailed`.
 
 - The front-end's or the guest's fault: `XenRegionError` and the classes below it, `XenMapError` and

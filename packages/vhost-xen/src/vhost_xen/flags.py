@@ -63,7 +63,7 @@ def check_region(region: Region) -> XenFlags:
     if not flags:
         return flags
     # The hypervisor's interface holds 16 bits, of which the upper numbers name no single guest
-    # (DOMID_SELF, DOMID_XEN, ...); a number cut off would name somebody else's domain.
+    # (DOMID_SELF, DOMID_XEN, ...); a number cut off would name another domain.
     if not 0 <= region.domid < DOMID_FIRST_RESERVED:
         raise XenDomainError(address, size, region.domid)
     if address % XEN_PAGE_SIZE:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, Final, NamedTuple, Protocol
 
-from . import access
+from . import access, first_use
 from .batch import Batch, Chain
 from .config import RingConfig, ring_parts
 from .counters import Counters
@@ -61,6 +61,19 @@ class RingState(NamedTuple):
     signalled_valid: int
 
 
+class _Unresolved(NamedTuple):
+    """Why the ring was not found in memory: facts, as an error would keep the memory mapped.
+
+    The errors that raise them again go through frames that hold the snapshot.
+    """
+
+    reason: Reason | None
+    """None: memory is missing, ``access`` to ``length`` bytes at ``address``."""
+    address: int
+    length: int = 0
+    access: int = 0
+
+
 class _Arrays:
     """Zeroed arrays that a queue shares with its engine, in pages of which untouched ones cost
     nothing: a chain can be long, and few are.
@@ -86,11 +99,13 @@ class DeviceQueue:
 
     ``base`` is what SET_VRING_BASE brought: for a split ring the next available index, for a
     packed one bits 0 to 14 the next available slot, 15 its wrap counter, 16 to 30 and 31 the
-    same for used; None for a ring that was never used.  ``engine`` is "c", "python" or None for
+    same for used (all of them 0, as DPDK sends them: the same position); None for a ring that was
+    never used.  ``engine`` is "c", "python" or None for
     what VIRTQUEUE_ENGINE says, else the best there is.  ``batch`` is the most chains that a take
     returns.  ``inflight`` is this queue's part of the in-flight region: chains that a back-end
     before us took and did not complete are taken first, and the region decides the position
-    instead of ``base``.  ``log`` is the dirty log.  ``state`` restores a saved position.
+    instead of ``base``, unless nothing is in flight and the ring was set up anew.  ``log`` is the
+    dirty log.  ``state`` restores a saved position.
     ``counters`` are added to by what the queue does.
 
     Raises `UsageError` for settings that cannot be, `EngineUnavailable`.  A ring outside of
@@ -168,8 +183,9 @@ class DeviceQueue:
         self._staged_view = arrays.views[3]
         self._engine = make_engine(engine, block, memory)
         self._closed = False
-        self._recovered = inflight is None
-        self._unresolved: Missing | Broken | None = None
+        self._started = False
+        self._fresh = state is None
+        self._unresolved: _Unresolved | None = None
         self._attach()
 
     # Set-up.
@@ -187,6 +203,8 @@ class DeviceQueue:
             ) = state
         elif self._config.packed:
             base = 0x8000_8000 if base is None else base
+            if not base >> 16:
+                base |= base << 16
             block.next_avail, block.avail_wrap = base & 0x7FFF, base >> 15 & 1
             block.next_used, block.used_wrap = base >> 16 & 0x7FFF, base >> 31 & 1
         else:
@@ -216,9 +234,11 @@ class DeviceQueue:
             hosts = [part.host for part in placed]
             if any(host % 4 for host in hosts[::2]) or hosts[1] % 2 or hosts[0] % 16:
                 raise Broken(Reason.RING_MEMORY, hosts[0])
-        except (Missing, Broken) as error:
-            # A ring that was mapped stays so: completions still go where the driver looks.
-            self._unresolved = error
+        # A ring that was mapped stays so: completions still go where the driver looks.
+        except Missing as error:
+            self._unresolved = _Unresolved(None, error.address, error.length, error.access)
+        except Broken as error:
+            self._unresolved = _Unresolved(error.reason, error.detail)
         else:
             block.descriptors, block.driver, block.device = hosts
             # What was mapped for the old place stays so until the engine knows the new one.
@@ -231,18 +251,40 @@ class DeviceQueue:
             # The used ring itself says where the device before us stopped.
             try:
                 index = access.words16(table, block.device + 2, 1, config.big_endian)[0]
+                offered = access.words16(table, block.driver + 2, 1, config.big_endian)[0]
             except Broken as error:
-                self._unresolved = error
+                self._unresolved = _Unresolved(error.reason, error.detail)
             else:
                 block.next_used = block.signalled_used = index
                 self._used_known = True
+                # DPDK's virtio-user goes on in its ring though it tells a dead device's successor
+                # base 0: a base that is further behind than the ring is long cannot be meant.
+                size = config.size
+                if (offered - block.next_avail) & 0xFFFF > size >= (offered - index) & 0xFFFF:
+                    block.next_avail = index
         self._engine.set_memory(self._memory)
         # What the engine calls may depend on whether memory can make a thread wait.
         self._take = self._engine.take
         self._cycle = self._engine.cycle
         self._check(self._engine.attach())
-        if not self._recovered and block.descriptors:
-            self._recovered = True
+        if not self._started and block.descriptors:
+            self._started = True
+            self._start()
+
+    def _start(self) -> None:
+        """The ring was found: whether it has a past, and what that left in flight."""
+        block, packed, region = self._block, self._config.packed, self._inflight
+        self._fresh = self._fresh and first_use.at_reset(block, packed)
+        if region is not None and first_use.in_use(region):
+            if self._fresh:
+                first_use.forget(block, region, packed)
+            self._fresh = False
+        elif self._fresh:
+            self._fresh = first_use.never_used(block, packed)
+        if self._fresh:
+            # There was nothing to tell the driver of that it may not have been told.
+            block.signalled_valid = 1
+        if region is not None:
             self._engine.recover()
 
     def _place_log(self, table: Table) -> None:
@@ -345,16 +387,16 @@ class DeviceQueue:
         return self._begin(count) if limit is None else self._begin_limited(count, limit)
 
     def _prepare(self, limit: int | None) -> None:
-        error = self._unresolved
-        if error is not None and not self._block.stopped and not self._block.reason:
+        known = self._unresolved
+        if known is not None and not self._block.stopped and not self._block.reason:
             self._attach()
-            error = self._unresolved
-            if isinstance(error, Missing):
-                raise Need(error.address, error.length, error.access)
-            if error is not None:
-                truncated = error.reason is Reason.TRUNCATED
+            known = self._unresolved
+            if known is not None:
+                if known.reason is None:
+                    raise Need(known.address, known.length, known.access)
+                truncated = known.reason is Reason.TRUNCATED
                 reason = Reason.TRUNCATED if truncated else Reason.RING_MEMORY
-                raise QueueBroken(reason, error.detail)
+                raise QueueBroken(reason, known.address)
         if limit is not None:
             if limit < 0:
                 raise UsageError(f"a take of {limit} chains")
@@ -615,6 +657,12 @@ class DeviceQueue:
         self._batch._left = left
 
     @property
+    def fresh(self) -> bool:
+        """Whether the ring began without a past: nothing was completed in it before this queue, of
+        which its driver may not have been told.  False as long as the ring is not in memory."""
+        return self._fresh and self._started
+
+    @property
     def resolved(self) -> bool:
         """Whether the ring was found in memory; a take looks again, or says what is wrong."""
         return self._unresolved is None
@@ -783,6 +831,24 @@ class DeviceQueue:
     def in_flight(self) -> int:
         """Chains taken and not completed."""
         return self._block.in_flight
+
+    def working(self) -> list[tuple[int, bytes]]:
+        """Head and first 16 device-readable bytes of chains in flight, for a log.
+
+        Those of the batch in hand and those kept as `Chain`; others are not remembered here.
+        """
+        block, batch = self._block, self._batch
+        if self._closed:
+            return []
+        done = DONE.iter_unpack(batch._done_views[block.count])
+        records = RECORD.iter_unpack(batch._record_views[block.count])
+        found = {
+            entry[0]: record[0]
+            for entry, record in zip(done, records, strict=True)
+            if not entry[2] & _KEEP
+        }
+        found.update((head, chain.header) for head, chain in self._chains.items())
+        return list(found.items())
 
     @property
     def resubmitted(self) -> int:

@@ -46,9 +46,9 @@ class DriverQueue:
 
     ``config`` and ``memory`` are those of the device's side: ring addresses are front-end user
     addresses, or IOVAs with ``iommu``.  ``tables`` is the guest address (or IOVA) of room for
-    indirect tables, ``table_length`` descriptors for each of the ring's: see `tables_size`.  A table
-    may be longer than the ring, as Linux's drivers make them and devices take them, although the
-    specification has it otherwise.  Starts on a ring of zeroes.
+    indirect tables, ``table_length`` descriptors for each of the ring's: see `tables_size`.
+    A table may be longer than the ring, as Linux's drivers make them and devices take them,
+    although the specification has it otherwise.  Starts on a ring of zeroes.
 
     Not thread-safe.  Raises `UsageError` for a ring that is not in memory.
     """

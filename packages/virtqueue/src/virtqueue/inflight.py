@@ -233,27 +233,37 @@ def unguarded_poison(block: QueueBlock) -> Any:
     return region_poison(block) if unguarded else None
 
 
-def _check_size(size: int, available: int, packed: bool) -> None:
+def _room(size: int, available: int, packed: bool) -> int:
+    """Entries that the region has room for: the ring's at least."""
     header, entry = (PACKED_HEADER, PACKED_ENTRY) if packed else (SPLIT_HEADER, SPLIT_ENTRY)
     if available < header + entry * size:
         raise Broken(Reason.INFLIGHT, available)
+    return (available - header) // entry
+
+
+def _used_entries(region: Any, size: int, room: int) -> int:
+    """Entries of a region in use; it may have been made for a larger ring."""
+    entries: int = region.desc_num
+    if region.version != VERSION or not size <= entries <= room:
+        raise Broken(Reason.INFLIGHT, region.version)
+    return entries
 
 
 class SplitInflight:
     """The region of a split ring."""
 
     def __init__(self, address: int, available: int, size: int, unguarded: Any = None) -> None:
-        _check_size(size, available, packed=False)
+        self._room = room = _room(size, available, packed=False)
         self._size = size
         self._region: Any
         self._states: Any
         if unguarded is None:
             self._region = SplitRegion.from_address(address)
-            self._states = (SplitState * size).from_address(address + SPLIT_HEADER)
+            self._states = (SplitState * room).from_address(address + SPLIT_HEADER)
         else:
             self._region = KernelStructure(SplitRegion, KernelMemory(address, unguarded))
             states = KernelMemory(address + SPLIT_HEADER, unguarded)
-            self._states = KernelStructures(SplitState, states, size)
+            self._states = KernelStructures(SplitState, states, room)
         self._counter = 0
 
     def recover(self, used_idx: int) -> tuple[bool, list[int]]:
@@ -265,8 +275,7 @@ class SplitInflight:
             order()
             region.version = VERSION  # last: a death before leaves an uninitialised region
             return False, []
-        if region.version != VERSION or region.desc_num != self._size:
-            raise Broken(Reason.INFLIGHT, region.version)
+        entries = _used_entries(region, self._size, self._room)
         last_batch = (used_idx - region.used_idx) & 0xFFFF
         if last_batch > self._size:
             raise Broken(Reason.INFLIGHT, region.used_idx)
@@ -279,8 +288,10 @@ class SplitInflight:
             head = self._states[head].next
         order()
         region.used_idx = used_idx
-        found = [(state.counter, head) for head, state in enumerate(self._states) if state.inflight]
-        found.sort()
+        marked = [head for head in range(entries) if self._states[head].inflight]
+        if marked and marked[-1] >= self._size:
+            raise Broken(Reason.INFLIGHT, marked[-1])
+        found = sorted((self._states[head].counter, head) for head in marked)
         self._counter = found[-1][0] + 1 if found else 0
         return True, [head for _, head in found]
 
@@ -322,8 +333,10 @@ class PackedInflight:
     """The region of a packed ring."""
 
     def __init__(self, address: int, available: int, size: int, unguarded: Any = None) -> None:
-        _check_size(size, available, packed=True)
+        self._room = room = _room(size, available, packed=True)
         self._size = size
+        self._entries = size
+        """Entries that the free list goes through."""
         self._region: Any
         self._states: Any
         # used_idx, old_used_idx, used_wrap_counter, old_used_wrap_counter and padding in one.
@@ -331,12 +344,12 @@ class PackedInflight:
         offset: int = PackedRegion.used_idx.offset  # type: ignore[attr-defined]
         if unguarded is None:
             self._region = PackedRegion.from_address(address)
-            self._states = (PackedState * size).from_address(address + PACKED_HEADER)
+            self._states = (PackedState * room).from_address(address + PACKED_HEADER)
             self._position = (ctypes.c_uint64 * 1).from_address(address + offset)
         else:
             self._region = KernelStructure(PackedRegion, KernelMemory(address, unguarded))
             states = KernelMemory(address + PACKED_HEADER, unguarded)
-            self._states = KernelStructures(PackedState, states, size)
+            self._states = KernelStructures(PackedState, states, room)
             self._position = KernelPosition(KernelMemory(address + offset, unguarded))
         self._counter = 0
 
@@ -359,9 +372,9 @@ class PackedInflight:
         """
         region, states, size = self._region, self._states, self._size
         if region.version == 0:
-            for index, state in enumerate(states):
-                state.inflight = 0
-                state.next = index + 1
+            for index in range(size):
+                states[index].inflight = 0
+                states[index].next = index + 1
             region.desc_num = size
             region.free_head = 0
             region.old_free_head = 0
@@ -369,8 +382,7 @@ class PackedInflight:
             order()
             region.version = VERSION
             return None, []
-        if region.version != VERSION or region.desc_num != size:
-            raise Broken(Reason.INFLIGHT, region.version)
+        entries_count = self._entries = _used_entries(region, size, self._room)
         if max(region.used_idx, region.old_used_idx) >= size:
             raise Broken(Reason.INFLIGHT, region.used_idx)
         new = (region.used_idx, region.used_wrap_counter & 1)
@@ -388,12 +400,14 @@ class PackedInflight:
         self._store_position(*old, *old)
         free: set[int] = set()
         index = region.free_head
-        while index < size and index not in free:
+        while index < entries_count and index not in free:
             free.add(index)
             states[index].inflight = 0
             index = states[index].next
         heads = sorted(
-            (state.counter, index) for index, state in enumerate(states) if state.inflight
+            (states[index].counter, index)
+            for index in range(entries_count)
+            if states[index].inflight
         )
         self._counter = heads[-1][0] + 1 if heads else 0
         chains: list[tuple[int, list[Descriptor]]] = []
@@ -403,7 +417,7 @@ class PackedInflight:
             index = head
             count = states[head].num
             for _ in range(count):
-                if index >= size or index in seen:
+                if index >= entries_count or index in seen:
                     raise Broken(Reason.INFLIGHT, index)
                 seen.add(index)
                 state = states[index]
@@ -431,7 +445,7 @@ class PackedInflight:
         """
         region, states = self._region, self._states
         head: int = region.old_free_head
-        if head >= self._size:
+        if head >= self._entries:
             raise Broken(Reason.INFLIGHT, head)
         state = states[head]
         state.num = 0
@@ -441,7 +455,7 @@ class PackedInflight:
         state.inflight = 1
         index = head
         for number, (address, length, identity, flags) in enumerate(descriptors, 1):
-            if index >= self._size:
+            if index >= self._entries:
                 raise Broken(Reason.INFLIGHT, index)
             entry = states[index]
             if number == len(descriptors):

@@ -9,7 +9,8 @@ An engine keeps a private record of each taken chain until it is completed: the 
 provisions it uses and its entry of the in-flight region.  Completion works from that record
 alone, because the batch's arrays are overwritten by the next take and memory may have been
 replaced in between.  The private pieces of all chains are bounded; a chain for which there is no
-room waits (`More.STALLED`), and always fits once nothing is in flight, as a chain's length is bounded.
+room waits (`More.STALLED`), and always fits once nothing is in flight, as a chain's length is
+bounded.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Counts:
 
 
 class EchoNet(VhostUserBackendBase):
-    """Takes a receive buffer only when there is a frame for it, so nothing is held back at a stop."""
+    """Takes a receive buffer only when there is a frame for it: a stop finds nothing held back."""
 
     def __init__(self) -> None:
         self.counts = Counts()

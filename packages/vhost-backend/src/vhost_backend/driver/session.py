@@ -23,8 +23,8 @@ from guest_memory import (
 )
 from virtqueue import DriverQueue, RingConfig, ring_layout
 
-from .. import eventfd
 from ..errors import VhostBackendError
+from ..fds import eventfd
 from ..features import VirtioFeature
 from .channel import ChannelServer
 
@@ -421,6 +421,11 @@ class DriverSession:
         size = self.memory.regions[0].size
         if place is None or os.fstat(memory_fd).st_size < size:
             raise SessionError(f"the copy of the memory has fewer than {size} bytes")
+        try:
+            # A refused MAP_FIXED may leave a hole in the memory's place: the kernel is asked first.
+            mmap.mmap(memory_fd, size).close()
+        except (OSError, ValueError) as error:
+            raise SessionError(f"the copy cannot be mapped: {error}") from None
         mapped = _libc.mmap(
             place,
             size,

@@ -11,12 +11,12 @@ from typing import Any
 
 import vhost_protocol as vp
 
+from ..adapter.device_backend import DeviceBackend
 from ..backend import VhostUserBackend
-from ..daemon import VhostUserDaemon
-from ..device import VirtioDevice
-from ..device_backend import DeviceBackend
+from ..daemon.threaded import VhostUserDaemon
+from ..device.base import VirtioDevice
 from ..driver import DriverSession
-from ..listener import Listener
+from ..fds.listener import Listener
 from .logged import no_errors
 
 

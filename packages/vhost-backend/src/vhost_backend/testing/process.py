@@ -20,10 +20,10 @@ import vhost_protocol as vp
 from virtqueue import SigbusGuard
 
 from ..backend import VhostUserBackend
-from ..daemon import VhostUserDaemon
-from ..device import VirtioDevice
+from ..daemon.threaded import VhostUserDaemon
+from ..device.base import VirtioDevice
 from ..driver import DriverSession, SessionError
-from ..listener import Listener
+from ..fds.listener import Listener
 from .harness import as_backend
 from .logged import ChildErrors, no_errors
 
@@ -42,7 +42,7 @@ class DeviceProcess:
         make: makes the device (or back-end); takes no arguments.
         engine: the ring engine, "c" or "python".
         timeout: seconds that an answer may take.
-        options: `VhostUserDaemon`'s, such as `drain_timeout`.
+        options: `VhostUserDaemon`'s, such as `busy_poll`.
     """
 
     def __init__(

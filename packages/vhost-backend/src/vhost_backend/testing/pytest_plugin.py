@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import pytest
 
 from ..backend import VhostUserBackend
-from ..device import VirtioDevice
+from ..device.base import VirtioDevice
 from ..driver import DriverSession
 from .harness import attached
 from .logged import raise_pending

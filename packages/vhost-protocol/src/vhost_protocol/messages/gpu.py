@@ -1,8 +1,8 @@
 """Messages of the vhost-user-gpu protocol (docs/interop/vhost-user-gpu.rst).
 
 They travel on the socket of GPU_SET_SOCKET; the back-end asks, the front-end answers.  The header
-has no version.  What is taken from virtio-gpu (display information, EDID) is little-endian in any
-case; the rest is in native order.
+has no version.  Parts of virtio-gpu (display information, EDID) are little-endian in any case; the
+rest is in native order.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .constants import (
     GPU_MAX_SCANOUTS,
     MAX_GPU_PAYLOAD_SIZE,
     GpuProtocolFeatures,
+    GpuRequest,
 )
 from .message import BIG, LITTLE, Converters, Message, Reply, Request, Wire
 from .replies import Ack, EmptyReply
@@ -31,7 +32,7 @@ _EDID = Struct(f"<II{GPU_MAX_EDID}s")
 _UPDATE = {o: Struct(f"{o}5I") for o in (LITTLE, BIG)}
 
 
-class GpuFeaturesReply(Reply, layout="Q"):
+class GpuFeaturesReply(Reply, code=GpuRequest.GET_PROTOCOL_FEATURES, layout="Q"):
     """Answer to GPU GET_PROTOCOL_FEATURES."""
 
     features: GpuProtocolFeatures
@@ -39,11 +40,13 @@ class GpuFeaturesReply(Reply, layout="Q"):
     _convert: ClassVar[Converters] = {"features": GpuProtocolFeatures}
 
 
-class GpuGetProtocolFeatures(Request[GpuFeaturesReply], layout=""):
+class GpuGetProtocolFeatures(
+    Request[GpuFeaturesReply], code=GpuRequest.GET_PROTOCOL_FEATURES, layout=""
+):
     """Ask for the protocol features the front-end offers."""
 
 
-class GpuSetProtocolFeatures(Request[Ack], layout="Q"):
+class GpuSetProtocolFeatures(Request[Ack], code=GpuRequest.SET_PROTOCOL_FEATURES, layout="Q"):
     """Set the negotiated protocol features."""
 
     features: GpuProtocolFeatures
@@ -62,7 +65,7 @@ class GpuDisplay(Message, layout="IIIIII"):
     flags: int = 0
 
 
-class GpuDisplayInfoReply(Reply):
+class GpuDisplayInfoReply(Reply, code=GpuRequest.GET_DISPLAY_INFO):
     """Answer to GET_DISPLAY_INFO: up to 16 displays (virtio-gpu's ``resp_display_info``)."""
 
     displays: tuple[GpuDisplay, ...]
@@ -90,11 +93,11 @@ class GpuDisplayInfoReply(Reply):
         return (_HEADER.pack(self.type, 0, 0, 0) + b"".join(parts)).ljust(self._sizes[0], b"\0")
 
 
-class GpuGetDisplayInfo(Request[GpuDisplayInfoReply], layout=""):
+class GpuGetDisplayInfo(Request[GpuDisplayInfoReply], code=GpuRequest.GET_DISPLAY_INFO, layout=""):
     """Ask for the preferred display configuration."""
 
 
-class GpuCursorPos(Request[Ack], layout="III"):
+class GpuCursorPos(Request[Ack], code=GpuRequest.CURSOR_POS, layout="III"):
     """Show the cursor at a position, in pixels."""
 
     scanout_id: int
@@ -102,7 +105,7 @@ class GpuCursorPos(Request[Ack], layout="III"):
     y: int
 
 
-class GpuCursorPosHide(Request[Ack], layout="III"):
+class GpuCursorPosHide(Request[Ack], code=GpuRequest.CURSOR_POS_HIDE, layout="III"):
     """Hide the cursor."""
 
     scanout_id: int
@@ -110,7 +113,7 @@ class GpuCursorPosHide(Request[Ack], layout="III"):
     y: int
 
 
-class GpuCursorUpdate(Request[Ack], layout=f"IIIII{_CURSOR_BYTES}s"):
+class GpuCursorUpdate(Request[Ack], code=GpuRequest.CURSOR_UPDATE, layout=f"IIIII{_CURSOR_BYTES}s"):
     """Set the cursor's shape: 64 x 64 pixels of 4 bytes (a8r8g8b8), and its hot spot."""
 
     scanout_id: int
@@ -121,7 +124,7 @@ class GpuCursorUpdate(Request[Ack], layout=f"IIIII{_CURSOR_BYTES}s"):
     cursor: bytes
 
 
-class GpuScanout(Request[Ack], layout="III"):
+class GpuScanout(Request[Ack], code=GpuRequest.SCANOUT, layout="III"):
     """Set a scanout's size in pixels; 0 x 0 disables it."""
 
     scanout_id: int
@@ -129,7 +132,7 @@ class GpuScanout(Request[Ack], layout="III"):
     height: int
 
 
-class GpuUpdate(Request[Ack], layout="IIIII"):
+class GpuUpdate(Request[Ack], code=GpuRequest.UPDATE, layout="IIIII"):
     """Replace a rectangle of a scanout; ``data`` has 4 bytes a pixel (x8r8g8b8)."""
 
     scanout_id: int
@@ -156,7 +159,7 @@ class GpuUpdate(Request[Ack], layout="IIIII"):
         return _UPDATE[wire.order].pack(*head) + self.data
 
 
-class GpuDmabufScanout(Request[Ack], layout="IIIIIIIIIi"):
+class GpuDmabufScanout(Request[Ack], code=GpuRequest.DMABUF_SCANOUT, layout="IIIIIIIIIi"):
     """Set a scanout to a dma-buf (one descriptor), or disable it (0 x 0, no descriptor)."""
 
     scanout_id: int
@@ -171,7 +174,7 @@ class GpuDmabufScanout(Request[Ack], layout="IIIIIIIIIi"):
     fourcc: int
 
 
-class GpuDmabufUpdate(Request[EmptyReply], layout="IIIII"):
+class GpuDmabufUpdate(Request[EmptyReply], code=GpuRequest.DMABUF_UPDATE, layout="IIIII"):
     """Present a rectangle of a dma-buf scanout; answered when it has been shown."""
 
     scanout_id: int
@@ -181,7 +184,7 @@ class GpuDmabufUpdate(Request[EmptyReply], layout="IIIII"):
     height: int
 
 
-class GpuEdidReply(Reply):
+class GpuEdidReply(Reply, code=GpuRequest.GET_EDID):
     """Answer to GET_EDID: up to 1024 bytes (virtio-gpu's ``resp_edid``)."""
 
     edid: bytes
@@ -206,13 +209,13 @@ class GpuEdidReply(Reply):
         return _HEADER.pack(self.type, 0, 0, 0) + _EDID.pack(len(self.edid), 0, self.edid)
 
 
-class GpuGetEdid(Request[GpuEdidReply], layout="I"):
+class GpuGetEdid(Request[GpuEdidReply], code=GpuRequest.GET_EDID, layout="I"):
     """Ask for the EDID of a scanout."""
 
     scanout_id: int
 
 
-class GpuDmabufScanout2(Request[Ack], layout="IIIIIIIIIiQ"):
+class GpuDmabufScanout2(Request[Ack], code=GpuRequest.DMABUF_SCANOUT2, layout="IIIIIIIIIiQ"):
     """DMABUF_SCANOUT with the dma-buf's format modifier."""
 
     scanout_id: int

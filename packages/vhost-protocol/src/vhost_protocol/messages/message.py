@@ -1,10 +1,10 @@
 """What every message value is made of: an immutable slotted object with a wire layout.
 
-A message class lists its fields as annotations and gives its layout as a ``struct`` string without
-byte order (``x`` is padding: zero when sent, ignored when received, because C front-ends send what
-lies there).  The metaclass turns that into slots, a constructor that checks every range, equality,
-a hash and a ``repr``.  It stands in for ``dataclasses``, whose import and code generation for some
-ninety classes would cost three times the whole package's import.
+A message class names its request, lists its fields as annotations and gives its layout as a
+``struct`` string without byte order (``x`` is padding: zero when sent, ignored when received,
+because C front-ends send what lies there).  The metaclass turns that into slots, a constructor that
+checks every range, equality, a hash and a ``repr``.  It stands in for ``dataclasses``, whose import
+and code generation for some ninety classes would cost three times the whole package's import.
 
 Constructors raise ``LocalProtocolError``.  The codec calls the same checks for what it receives and
 turns what they raise into ``BadPayload``: one rule, two culprits.
@@ -13,7 +13,7 @@ turns what they raise into ``BadPayload``: one rule, two culprits.
 import re
 import sys
 from collections.abc import Callable, Iterator
-from enum import Enum
+from enum import Enum, IntEnum
 from struct import Struct
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, dataclass_transform
 
@@ -64,9 +64,14 @@ class MessageType(type):
         namespace: dict[str, Any],
         *,
         layout: str | None = None,
+        code: IntEnum | None = None,
         **kwargs: Any,
     ) -> "MessageType":
-        own = [f for f in namespace.get("__annotations__", ()) if not f.startswith("_")]
+        own = [
+            field
+            for field, kind in namespace.get("__annotations__", {}).items()
+            if not field.startswith("_") and "ClassVar" not in str(kind)
+        ]
         fields: tuple[str, ...] = ()
         defaults: dict[str, Any] = {}
         for base in bases:
@@ -81,6 +86,8 @@ class MessageType(type):
         namespace["__match_args__"] = fields
         namespace["_fields"] = fields
         namespace["_defaults"] = defaults
+        namespace["_code"] = code
+        namespace["request_name"] = name if code is None else code.name
         cls = super().__new__(mcls, name, bases, namespace, **kwargs)
         if not abstract:
             cls._setters = tuple([cls.__dict__[f].__set__ for f in fields])
@@ -113,6 +120,10 @@ class Message(metaclass=MessageType):
 
     _abstract = True
 
+    #: The request this is, or answers, if it is one alone.
+    _code: ClassVar[IntEnum | None]
+    #: The specification's name of the request that this is or answers; else the class's.
+    request_name: ClassVar[str]
     _fields: ClassVar[tuple[str, ...]]
     _defaults: ClassVar[dict[str, Any]]
     _setters: ClassVar[tuple[Callable[[Any, Any], None], ...]]
@@ -132,7 +143,7 @@ class Message(metaclass=MessageType):
         for (name, low, high), value in self._limited(args):
             if not low <= value <= high:
                 raise LocalProtocolError(
-                    name, value, f"must be {low} to {high:#x}", request=type(self).__name__
+                    name, value, f"must be {low} to {high:#x}", request=self.request_name
                 )
         self._store(args)
 
@@ -181,7 +192,7 @@ class Message(metaclass=MessageType):
 
     @classmethod
     def _wrong(cls, field: str, value: object, rule: str) -> LocalProtocolError:
-        return LocalProtocolError(field, value, rule, request=cls.__name__)
+        return LocalProtocolError(field, value, rule, request=cls.request_name)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable: cannot set {name!r}")

@@ -9,6 +9,7 @@ from .constants import (
     MAX_CONFIG_SIZE,
     MAX_SHMEM_REGIONS,
     NO_FD,
+    FrontendRequest,
     ProtocolFeatures,
 )
 from .message import BIG, LITTLE, Converters, Message, Reply, Wire
@@ -43,13 +44,13 @@ class EmptyReply(Reply, layout=""):
     """A reply without payload, where the descriptor is the answer (or none is)."""
 
 
-class FeaturesReply(Reply, layout="Q"):
+class FeaturesReply(Reply, code=FrontendRequest.GET_FEATURES, layout="Q"):
     """Answer to GET_FEATURES: the VIRTIO feature bits that are offered."""
 
     features: int
 
 
-class ProtocolFeaturesReply(Reply, layout="Q"):
+class ProtocolFeaturesReply(Reply, code=FrontendRequest.GET_PROTOCOL_FEATURES, layout="Q"):
     """Answer to GET_PROTOCOL_FEATURES.  Bits we do not know are kept: newer peers have them."""
 
     features: ProtocolFeatures
@@ -57,7 +58,7 @@ class ProtocolFeaturesReply(Reply, layout="Q"):
     _convert: ClassVar[Converters] = {"features": known_protocol_features}
 
 
-class VringBaseReply(Reply, layout="II"):
+class VringBaseReply(Reply, code=FrontendRequest.GET_VRING_BASE, layout="II"):
     """Answer to GET_VRING_BASE and GET_VRING_BASE_SKIP_DRAIN.
 
     ``base``: next available index of a split ring (bits 0-15); of a packed ring, available index
@@ -68,19 +69,19 @@ class VringBaseReply(Reply, layout="II"):
     base: int
 
 
-class QueueNumReply(Reply, layout="Q"):
+class QueueNumReply(Reply, code=FrontendRequest.GET_QUEUE_NUM, layout="Q"):
     """Answer to GET_QUEUE_NUM: how many queues there can be."""
 
     num: int
 
 
-class MaxMemSlotsReply(Reply, layout="Q"):
+class MaxMemSlotsReply(Reply, code=FrontendRequest.GET_MAX_MEM_SLOTS, layout="Q"):
     """Answer to GET_MAX_MEM_SLOTS."""
 
     slots: int
 
 
-class StatusReply(Reply, layout="Q"):
+class StatusReply(Reply, code=FrontendRequest.GET_STATUS, layout="Q"):
     """Answer to GET_STATUS: the VIRTIO device status byte."""
 
     status: int
@@ -90,7 +91,7 @@ class StatusReply(Reply, layout="Q"):
             raise self._wrong("status", self.status, "the device status has 8 bits")
 
 
-class ConfigReply(Reply):
+class ConfigReply(Reply, code=FrontendRequest.GET_CONFIG):
     """Answer to GET_CONFIG.  No data means that the back-end could not read it."""
 
     offset: int
@@ -116,7 +117,7 @@ class ConfigReply(Reply):
         return encode_config(self.offset, self.flags, self.data, wire) if self.data else b""
 
 
-class InflightReply(Reply, layout="QQHH4x"):
+class InflightReply(Reply, code=FrontendRequest.GET_INFLIGHT_FD, layout="QQHH4x"):
     """Answer to GET_INFLIGHT_FD: the area and its fd.  A size of 0 means that there is none."""
 
     mmap_size: int
@@ -131,7 +132,7 @@ class InflightReply(Reply, layout="QQHH4x"):
         return cls._build(cls._structs[wire.order].unpack(payload.ljust(24, b"\0")))
 
 
-class CryptoSessionReply(Reply):
+class CryptoSessionReply(Reply, code=FrontendRequest.CREATE_CRYPTO_SESSION):
     """Answer to CREATE_CRYPTO_SESSION: the request with ``session_id`` filled in (negative: no)."""
 
     op_code: int
@@ -151,7 +152,7 @@ class CryptoSessionReply(Reply):
         return encode_crypto(self.op_code, self.session, self.session_id, wire)
 
 
-class DeviceStateReply(Reply, layout="Q"):
+class DeviceStateReply(Reply, code=FrontendRequest.SET_DEVICE_STATE_FD, layout="Q"):
     """Answer to SET_DEVICE_STATE_FD.
 
     ``value``: bits 0-7 are an error code, bit 8 (NO_FD) says that no descriptor comes along and the
@@ -172,15 +173,20 @@ class DeviceStateReply(Reply, layout="Q"):
         return self.value & 0xFF
 
     @property
+    def no_fd(self) -> bool:
+        """Whether the channel that the front-end passed is used."""
+        return bool(self.value & NO_FD)
+
+    @property
     def has_fd(self) -> bool:
         """Whether the back-end passes a channel of its own."""
-        return not self.value & NO_FD
+        return not self.no_fd
 
 
 _SHMEM = {o: Struct(f"{o}I4x{MAX_SHMEM_REGIONS}Q") for o in (LITTLE, BIG)}
 
 
-class ShmemConfigReply(Reply):
+class ShmemConfigReply(Reply, code=FrontendRequest.GET_SHMEM_CONFIG):
     """Answer to GET_SHMEM_CONFIG: the size of each shared memory region, by its id.
 
     ``sizes`` has as many entries as the highest id in use needs; 0 is an unused id.
@@ -215,7 +221,7 @@ class ShmemConfigReply(Reply):
         return _SHMEM[wire.order].pack(used, *padded)
 
 
-class MemTableReply(Reply):
+class MemTableReply(Reply, code=FrontendRequest.SET_MEM_TABLE):
     """Answer to SET_MEM_TABLE in postcopy: the regions, with where the back-end has mapped them
     in ``user_address``."""
 
@@ -232,7 +238,7 @@ class MemTableReply(Reply):
         return encode_regions(self.regions, wire)
 
 
-class MemRegReply(Reply):
+class MemRegReply(Reply, code=FrontendRequest.ADD_MEM_REG):
     """Answer to ADD_MEM_REG in postcopy: the region, with where the back-end has mapped it in
     ``user_address``."""
 
@@ -248,7 +254,7 @@ class MemRegReply(Reply):
         return encode_region(self.region, wire)
 
 
-class SharedObjectReply(Reply, layout=""):
+class SharedObjectReply(Reply, code=FrontendRequest.GET_SHARED_OBJECT, layout=""):
     """Answer to GET_SHARED_OBJECT: a dma-buf descriptor, or none when there is no such object.
 
     libvhost-user sends the request's payload back; it is ignored.

@@ -1,11 +1,10 @@
-"""Requests of the front-end and of the back-end, each a class with the specification's name.
+"""Requests of the front-end, each a class with the specification's name.
 
 A descriptor that a message brings is never part of the value: it travels beside it.
 """
 
 from __future__ import annotations
 
-from struct import Struct
 from typing import TYPE_CHECKING, ClassVar
 
 from .constants import (
@@ -13,17 +12,14 @@ from .constants import (
     MAX_TABLE_REGIONS,
     NO_FD,
     ConfigFlags,
-    IotlbAccess,
+    FrontendRequest,
     IotlbType,
     MigrationPhase,
     ProtocolFeatures,
-    ShmemMapFlags,
     TransferDirection,
     VringFlags,
 )
 from .message import (
-    BIG,
-    LITTLE,
     Converters,
     Message,
     ReplyT,
@@ -51,6 +47,7 @@ from .replies import (
     StatusReply,
     VringBaseReply,
 )
+from .shapes import Iotlb, RingOnly, SharedObject
 from .values import (
     CRYPTO_SIZE,
     AsymmetricSession,
@@ -72,39 +69,28 @@ from .values import (
 )
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
-_AREA = {o: Struct(f"{o}QQQ") for o in (LITTLE, BIG)}
+    pass
 
 
-class _RingOnly(Request[ReplyT], layout="II"):
-    """A ring index and a number that is reserved."""
-
-    _abstract = True
-
-    index: int
-    num: int = 0
-
-
-class GetFeatures(Request[FeaturesReply], layout=""):
+class GetFeatures(Request[FeaturesReply], code=FrontendRequest.GET_FEATURES, layout=""):
     """Ask for the VIRTIO features the back-end offers."""
 
 
-class SetFeatures(Request[Ack], layout="Q"):
+class SetFeatures(Request[Ack], code=FrontendRequest.SET_FEATURES, layout="Q"):
     """Set the negotiated VIRTIO feature bits."""
 
     features: int
 
 
-class SetOwner(Request[Ack], layout=""):
+class SetOwner(Request[Ack], code=FrontendRequest.SET_OWNER, layout=""):
     """Start a session: the sender owns the device."""
 
 
-class ResetOwner(Request[Ack], layout=""):
+class ResetOwner(Request[Ack], code=FrontendRequest.RESET_OWNER, layout=""):
     """Deprecated; back-ends ignore it or disable all rings."""
 
 
-class SetMemTable(Request[MemTableReply]):
+class SetMemTable(Request[MemTableReply], code=FrontendRequest.SET_MEM_TABLE):
     """Replace the memory table; one descriptor for each region, in the same order.
 
     Answered with the mapped addresses in postcopy, otherwise with an Ack if one is asked for.
@@ -140,23 +126,22 @@ class _BasesTaken(Request[Ack], layout="Q"):
         return cls._build(cls._structs[wire.order].unpack(payload.ljust(8, b"\0")))
 
 
-class MemTableAck(_BasesTaken):
+class MemTableAck(_BasesTaken, code=FrontendRequest.SET_MEM_TABLE):
     """Postcopy: the front-end has taken the addresses of SET_MEM_TABLE's answer; faults may come.
 
     The specification calls this an empty SET_MEM_TABLE; QEMU sends a u64, 0 for success.
     """
 
 
-class AddMemRegAck(_BasesTaken):
-    """Postcopy with memory slots, as QEMU does it: the addresses of the ADD_MEM_REG answers have
-    been taken.  It has ADD_MEM_REG's code, and no descriptor: it is not a new region."""
+class AddMemRegAck(_BasesTaken, code=FrontendRequest.ADD_MEM_REG):
+    """Postcopy with memory slots, as QEMU does it: the ADD_MEM_REG answers have been taken."""
 
 
-class RemMemRegAck(_BasesTaken):
+class RemMemRegAck(_BasesTaken, code=FrontendRequest.REM_MEM_REG):
     """The same as AddMemRegAck, when regions were only removed."""
 
 
-class SetLogBase(Request[Ack], layout="QQ"):
+class SetLogBase(Request[Ack], code=FrontendRequest.SET_LOG_BASE, layout="QQ"):
     """Set the dirty log: size of the area and offset in the descriptor, in bytes."""
 
     mmap_size: int
@@ -167,24 +152,24 @@ class SetLogBase(Request[Ack], layout="QQ"):
             raise self._wrong("mmap_offset", self.mmap_offset, "the area ends beyond 64 bits")
 
 
-class SetLogBaseAddress(Request[Ack], layout="Q"):
+class SetLogBaseAddress(Request[Ack], code=FrontendRequest.SET_LOG_BASE, layout="Q"):
     """SET_LOG_BASE without LOG_SHMFD in the specification's form: only an address."""
 
     address: int
 
 
-class SetLogFd(Request[Ack], layout=""):
+class SetLogFd(Request[Ack], code=FrontendRequest.SET_LOG_FD, layout=""):
     """Set the descriptor that is signalled when the log is written."""
 
 
-class SetVringNum(Request[Ack], layout="II"):
+class SetVringNum(Request[Ack], code=FrontendRequest.SET_VRING_NUM, layout="II"):
     """Set the size of a ring, in descriptors."""
 
     index: int
     num: int
 
 
-class SetVringAddr(Request[Ack], layout="IIQQQQ"):
+class SetVringAddr(Request[Ack], code=FrontendRequest.SET_VRING_ADDR, layout="IIQQQQ"):
     """Set where a ring lies: user addresses, or IOVAs with VIRTIO_F_IOMMU_PLATFORM, or guest
     addresses with GPA_ADDRESSES.  ``log`` is the guest address logged for the used ring."""
 
@@ -198,18 +183,20 @@ class SetVringAddr(Request[Ack], layout="IIQQQQ"):
     _convert: ClassVar[Converters] = {"flags": known_bits(VringFlags, 1)}
 
 
-class SetVringBase(Request[Ack], layout="II"):
+class SetVringBase(Request[Ack], code=FrontendRequest.SET_VRING_BASE, layout="II"):
     """Set where a ring starts; ``base`` as in VringBaseReply."""
 
     index: int
     base: int
 
 
-class GetVringBase(_RingOnly[VringBaseReply]):
+class GetVringBase(RingOnly[VringBaseReply], code=FrontendRequest.GET_VRING_BASE):
     """Stop a ring once its requests are done and ask where it stands.  ``num`` is reserved."""
 
 
-class GetVringBaseSkipDrain(_RingOnly[VringBaseReply]):
+class GetVringBaseSkipDrain(
+    RingOnly[VringBaseReply], code=FrontendRequest.GET_VRING_BASE_SKIP_DRAIN
+):
     """Stop a ring at once; unfinished requests stay in the in-flight area."""
 
 
@@ -239,23 +226,25 @@ class _VringFile(Request[Ack]):
         return Ack._structs[wire.order].pack(self.index | (NO_FD if self.no_fd else 0))
 
 
-class SetVringKick(_VringFile):
+class SetVringKick(_VringFile, code=FrontendRequest.SET_VRING_KICK):
     """Start a ring and set the descriptor that the driver kicks; ``no_fd``: poll instead."""
 
 
-class SetVringCall(_VringFile):
+class SetVringCall(_VringFile, code=FrontendRequest.SET_VRING_CALL):
     """Set the descriptor that the back-end signals for used buffers; ``no_fd``: none."""
 
 
-class SetVringErr(_VringFile):
+class SetVringErr(_VringFile, code=FrontendRequest.SET_VRING_ERR):
     """Set the descriptor that the back-end signals for errors; ``no_fd``: none."""
 
 
-class GetProtocolFeatures(Request[ProtocolFeaturesReply], layout=""):
+class GetProtocolFeatures(
+    Request[ProtocolFeaturesReply], code=FrontendRequest.GET_PROTOCOL_FEATURES, layout=""
+):
     """Ask for the protocol features the back-end offers."""
 
 
-class SetProtocolFeatures(Request[Ack], layout="Q"):
+class SetProtocolFeatures(Request[Ack], code=FrontendRequest.SET_PROTOCOL_FEATURES, layout="Q"):
     """Set the negotiated protocol features."""
 
     features: ProtocolFeatures
@@ -263,11 +252,11 @@ class SetProtocolFeatures(Request[Ack], layout="Q"):
     _convert: ClassVar[Converters] = {"features": known_protocol_features}
 
 
-class GetQueueNum(Request[QueueNumReply], layout=""):
+class GetQueueNum(Request[QueueNumReply], code=FrontendRequest.GET_QUEUE_NUM, layout=""):
     """Ask how many queues the back-end can have."""
 
 
-class SetVringEnable(Request[Ack], layout="II"):
+class SetVringEnable(Request[Ack], code=FrontendRequest.SET_VRING_ENABLE, layout="II"):
     """Enable or disable a ring."""
 
     index: int
@@ -276,44 +265,23 @@ class SetVringEnable(Request[Ack], layout="II"):
     _convert: ClassVar[Converters] = {"enable": to_bool}
 
 
-class SendRarp(Request[Ack], layout="6s2x"):
+class SendRarp(Request[Ack], code=FrontendRequest.SEND_RARP, layout="6s2x"):
     """Announce a migrated guest's MAC address (6 bytes) on the network."""
 
     mac: bytes
 
 
-class NetSetMtu(Request[Ack], layout="Q"):
+class NetSetMtu(Request[Ack], code=FrontendRequest.NET_SET_MTU, layout="Q"):
     """Tell the host's MTU, in bytes."""
 
     mtu: int
 
 
-class SetBackendReqFd(Request[Ack], layout=""):
+class SetBackendReqFd(Request[Ack], code=FrontendRequest.SET_BACKEND_REQ_FD, layout=""):
     """Pass the socket for requests of the back-end."""
 
 
-class _Iotlb(Request[Ack], layout="QQQBB6x"):
-    # ``struct vhost_iotlb_msg``: 26 bytes of fields, 32 with the end padding, which may hold
-    # anything.
-    _abstract = True
-
-    iova: int
-    size: int
-    user_address: int
-    access: IotlbAccess
-    type: IotlbType
-
-    _convert: ClassVar[Converters] = {
-        "access": known_bits(IotlbAccess, 3),
-        "type": member(IotlbType),
-    }
-
-    def _check(self) -> None:
-        if self.iova + self.size > 1 << 64:
-            raise self._wrong("iova", self.iova, "the range ends beyond 64 bits")
-
-
-class IotlbMsg(_Iotlb):
+class IotlbMsg(Iotlb, code=FrontendRequest.IOTLB_MSG):
     """Update or invalidate entries of the device IOTLB; addresses and sizes in bytes.
 
     The access of an invalidation means nothing.
@@ -327,7 +295,7 @@ class IotlbMsg(_Iotlb):
         return cls._build((*where, access, kind))
 
 
-class SetVringEndian(Request[Ack], layout="II"):
+class SetVringEndian(Request[Ack], code=FrontendRequest.SET_VRING_ENDIAN, layout="II"):
     """Set the byte order of a ring of a legacy device."""
 
     index: int
@@ -336,7 +304,7 @@ class SetVringEndian(Request[Ack], layout="II"):
     _convert: ClassVar[Converters] = {"big_endian": to_bool}
 
 
-class GetConfig(Request[ConfigReply]):
+class GetConfig(Request[ConfigReply], code=FrontendRequest.GET_CONFIG):
     """Read ``size`` bytes at ``offset`` of the configuration space."""
 
     offset: int
@@ -360,7 +328,7 @@ class GetConfig(Request[ConfigReply]):
         return encode_config(self.offset, self.flags, bytes(self.size), wire)
 
 
-class SetConfig(Request[Ack]):
+class SetConfig(Request[Ack], code=FrontendRequest.SET_CONFIG):
     """Write to the configuration space."""
 
     offset: int
@@ -382,7 +350,7 @@ class SetConfig(Request[Ack]):
         return encode_config(self.offset, self.flags, self.data, wire)
 
 
-class CreateCryptoSession(Request[CryptoSessionReply]):
+class CreateCryptoSession(Request[CryptoSessionReply], code=FrontendRequest.CREATE_CRYPTO_SESSION):
     """Create a crypto session (the layout of QEMU 8.1 and newer).
 
     The operation decides between symmetric and asymmetric parameters.
@@ -405,26 +373,26 @@ class CreateCryptoSession(Request[CryptoSessionReply]):
         return encode_crypto(self.op_code, self.session, self.session_id, wire)
 
 
-class CloseCryptoSession(Request[Ack], layout="Q"):
+class CloseCryptoSession(Request[Ack], code=FrontendRequest.CLOSE_CRYPTO_SESSION, layout="Q"):
     """Close a crypto session."""
 
     session_id: int
 
 
-class PostcopyAdvise(Request[EmptyReply], layout=""):
+class PostcopyAdvise(Request[EmptyReply], code=FrontendRequest.POSTCOPY_ADVISE, layout=""):
     """A postcopy migration may come; answered with a userfaultfd."""
 
 
-class PostcopyListen(Request[Ack], layout=""):
+class PostcopyListen(Request[Ack], code=FrontendRequest.POSTCOPY_LISTEN, layout=""):
     """Postcopy starts: register the memory with the userfaultfd."""
 
 
-class PostcopyEnd(Request[Ack], layout=""):
+class PostcopyEnd(Request[Ack], code=FrontendRequest.POSTCOPY_END, layout=""):
     """Postcopy is done: close the userfaultfd."""
 
 
 class _Inflight(Request[ReplyT], layout="QQHH4x"):
-    # The specification shows 20 bytes; the C structure everybody sends has 24.
+    # The specification shows 20 bytes; QEMU, DPDK and rust-vmm send a C structure of 24.
     _abstract = True
 
     mmap_size: int
@@ -439,30 +407,30 @@ class _Inflight(Request[ReplyT], layout="QQHH4x"):
         return cls._build(cls._structs[wire.order].unpack(payload.ljust(24, b"\0")))
 
 
-class GetInflightFd(_Inflight[InflightReply]):
+class GetInflightFd(_Inflight[InflightReply], code=FrontendRequest.GET_INFLIGHT_FD):
     """Ask for an area to track in-flight requests in.
 
     Front-ends leave ``mmap_size`` and ``mmap_offset`` 0.
     """
 
 
-class SetInflightFd(_Inflight[Ack]):
+class SetInflightFd(_Inflight[Ack], code=FrontendRequest.SET_INFLIGHT_FD):
     """Give an area of an earlier connection back; sizes and offsets in bytes."""
 
 
-class GpuSetSocket(Request[Ack], layout=""):
+class GpuSetSocket(Request[Ack], code=FrontendRequest.GPU_SET_SOCKET, layout=""):
     """Pass the socket of the GPU protocol."""
 
 
-class ResetDevice(Request[Ack], layout=""):
+class ResetDevice(Request[Ack], code=FrontendRequest.RESET_DEVICE, layout=""):
     """Disable all rings and reset the device."""
 
 
-class VringKick(_RingOnly[Ack]):
+class VringKick(RingOnly[Ack], code=FrontendRequest.VRING_KICK):
     """In-band kick of a ring.  ``num`` is reserved."""
 
 
-class GetMaxMemSlots(Request[MaxMemSlotsReply], layout=""):
+class GetMaxMemSlots(Request[MaxMemSlotsReply], code=FrontendRequest.GET_MAX_MEM_SLOTS, layout=""):
     """Ask how many memory regions the back-end can have."""
 
 
@@ -481,18 +449,18 @@ class _OneRegion(Request[ReplyT]):
         return encode_region(self.region, wire)
 
 
-class AddMemReg(_OneRegion[MemRegReply]):
+class AddMemReg(_OneRegion[MemRegReply], code=FrontendRequest.ADD_MEM_REG):
     """Add a region to the memory table; one descriptor."""
 
 
-class RemMemReg(_OneRegion[Ack]):
+class RemMemReg(_OneRegion[Ack], code=FrontendRequest.REM_MEM_REG):
     """Remove the region of this guest address, user address and size.
 
     Some front-ends pass a descriptor; it has no meaning and must be closed.
     """
 
 
-class SetStatus(Request[Ack], layout="Q"):
+class SetStatus(Request[Ack], code=FrontendRequest.SET_STATUS, layout="Q"):
     """Set the VIRTIO device status byte."""
 
     status: int
@@ -502,34 +470,17 @@ class SetStatus(Request[Ack], layout="Q"):
             raise self._wrong("status", self.status, "the device status has 8 bits")
 
 
-class GetStatus(Request[StatusReply], layout=""):
+class GetStatus(Request[StatusReply], code=FrontendRequest.GET_STATUS, layout=""):
     """Ask for the VIRTIO device status byte."""
 
 
-class _SharedObject(Request[ReplyT]):
-    # The UUID's bytes travel in the order in which a UUID is written, in either byte order.
-    _abstract = True
-
-    uuid: UUID
-
-    _sizes = (16,)
-
-    @classmethod
-    def _decode(cls, payload: bytes, wire: Wire) -> Message:
-        # Imported here: it costs a third of this package's import and few devices share objects.
-        from uuid import UUID
-
-        return cls._build((UUID(bytes=payload),))
-
-    def _encode(self, wire: Wire) -> bytes:
-        return self.uuid.bytes
-
-
-class GetSharedObject(_SharedObject[SharedObjectReply]):
+class GetSharedObject(SharedObject[SharedObjectReply], code=FrontendRequest.GET_SHARED_OBJECT):
     """Ask for the dma-buf of a shared object."""
 
 
-class SetDeviceStateFd(Request[DeviceStateReply], layout="II"):
+class SetDeviceStateFd(
+    Request[DeviceStateReply], code=FrontendRequest.SET_DEVICE_STATE_FD, layout="II"
+):
     """Pass a channel for the device's state in migration."""
 
     direction: TransferDirection
@@ -541,95 +492,9 @@ class SetDeviceStateFd(Request[DeviceStateReply], layout="II"):
     }
 
 
-class CheckDeviceState(Request[Ack], layout=""):
+class CheckDeviceState(Request[Ack], code=FrontendRequest.CHECK_DEVICE_STATE, layout=""):
     """Ask whether the state was transferred completely."""
 
 
-class GetShmemConfig(Request[ShmemConfigReply], layout=""):
+class GetShmemConfig(Request[ShmemConfigReply], code=FrontendRequest.GET_SHMEM_CONFIG, layout=""):
     """Ask for the sizes of the device's shared memory regions."""
-
-
-class BackendConfigChange(Request[Ack], layout=""):
-    """The configuration space has changed."""
-
-
-class BackendVringHostNotifier(Request[Ack]):
-    """Set (with a descriptor) or remove (``no_fd``) a ring's host notifier.
-
-    ``size`` and ``offset`` are bytes, of the area in the descriptor.
-    """
-
-    index: int
-    size: int
-    offset: int
-    no_fd: bool = False
-
-    _sizes = (24,)
-    _convert: ClassVar[Converters] = {"no_fd": bool}
-
-    def _check(self) -> None:
-        if not 0 <= self.index <= 0xFF:
-            raise self._wrong("index", self.index, "must fit 8 bits")
-        for name in ("size", "offset"):
-            if not 0 <= getattr(self, name) < 1 << 64:
-                raise self._wrong(name, getattr(self, name), "must fit 64 bits")
-
-    @classmethod
-    def _decode(cls, payload: bytes, wire: Wire) -> Message:
-        value, size, offset = _AREA[wire.order].unpack(payload)
-        if value > 0x1FF:
-            raise cls._wrong("u64", value, "bits 9 to 63 are reserved")
-        return cls._build((value & 0xFF, size, offset, value & NO_FD))
-
-    def _encode(self, wire: Wire) -> bytes:
-        value = self.index | (NO_FD if self.no_fd else 0)
-        return _AREA[wire.order].pack(value, self.size, self.offset)
-
-
-class BackendVringCall(_RingOnly[Ack]):
-    """In-band notification: buffers of the ring were used.  ``num`` is reserved."""
-
-
-class BackendVringErr(_RingOnly[Ack]):
-    """In-band notification: an error on the ring.  ``num`` is reserved."""
-
-
-class BackendSharedObjectAdd(_SharedObject[Ack]):
-    """Announce a shared object."""
-
-
-class BackendSharedObjectRemove(_SharedObject[Ack]):
-    """Withdraw a shared object."""
-
-
-class BackendSharedObjectLookup(_SharedObject[Ack]):
-    """Ask for another device's shared object; answered with its dma-buf and 0, or an error."""
-
-
-class _ShmemArea(Request[Ack], layout="B7xQQQQ"):
-    _abstract = True
-
-    shmid: int
-    fd_offset: int
-    shm_offset: int
-    length: int
-    flags: ShmemMapFlags = ShmemMapFlags.READ_ONLY
-
-    _convert: ClassVar[Converters] = {"flags": known_bits(ShmemMapFlags, 1)}
-
-    def _check(self) -> None:
-        for name in ("fd_offset", "shm_offset"):
-            if getattr(self, name) + self.length > 1 << 64:
-                raise self._wrong(name, getattr(self, name), "the area ends beyond 64 bits")
-
-
-class BackendShmemMap(_ShmemArea):
-    """Map a descriptor into a shared memory region of the device (offsets and length in bytes)."""
-
-
-class BackendShmemUnmap(_ShmemArea):
-    """Unmap what a SHMEM_MAP mapped; ``fd_offset`` has no meaning."""
-
-
-class BackendIotlbMsg(_Iotlb):
-    """Report an IOTLB miss or an access failure."""

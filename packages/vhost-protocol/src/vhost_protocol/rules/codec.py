@@ -14,7 +14,8 @@ from ..errors import (
 )
 from ..messages.constants import HEADER_SIZE, VERSION, HeaderFlags
 from ..messages.message import BIG, LITTLE, Message, Wire
-from .rules import Rule, Table
+from .rule import Rule
+from .table import Table
 
 _HEADER = {o: Struct(f"{o}III") for o in (LITTLE, BIG)}
 _REPLY = int(HeaderFlags.REPLY)
@@ -206,7 +207,7 @@ class Framer:
             try:
                 self._head = header, find_rule(self._table, header, reply=self._replies)
             except RemoteProtocolError as error:
-                self._error = error
+                self._error = error.bare()
         if self._head is not None:
             need += self._head[0].size
         self._missing = need - have if need > have else 0
@@ -218,7 +219,7 @@ class Framer:
             RemoteProtocolError: the header is wrong; the stream is unusable from here on.
         """
         if self._error is not None:
-            raise self._error
+            raise self._error.bare()
         if self._head is None or self._missing:
             return None
         header, rule = self._head

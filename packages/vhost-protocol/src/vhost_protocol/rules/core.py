@@ -32,8 +32,9 @@ from .codec import (
     decode_payload,
     encode_message,
 )
-from .rules import Rule, Table
-from .session import Session, Violation
+from .rule import Rule, Violation
+from .session import Session
+from .table import Table
 
 MessageT = TypeVar("MessageT", bound=Message, covariant=True)
 
@@ -63,7 +64,7 @@ class _WithFds:
         return fds
 
     def close(self) -> None:
-        """Close the descriptors nobody took."""
+        """Close the descriptors that were not taken."""
         close_all(self.fds)
 
     def __exit__(
@@ -212,10 +213,10 @@ class _Core:
 
     def _check_usable(self) -> None:
         if self._broken is not None:
-            raise self._broken
+            raise self._broken.bare()
 
     def _fail(self, error: RemoteProtocolError) -> None:
-        self._broken = error
+        self._broken = error.bare()
         self.close()
 
     def close(self) -> None:
@@ -341,8 +342,7 @@ class Requester(_Core):
 
     def name_of(self, message: Message) -> str:
         """Return the specification's name of a request."""
-        rule = self.table.by_message.get(type(message))
-        return type(message).__name__ if rule is None else rule.name
+        return message.request_name
 
     def request(
         self,
@@ -380,7 +380,7 @@ class Requester(_Core):
             self.table, rule, message, session.wire, reply=False, need_reply=need_reply
         )
         session.request_sent(message)
-        # Asked after the change, like the peer does: SET_PROTOCOL_FEATURES decides on its own Ack.
+        # Ask after the change, as the peer does: SET_PROTOCOL_FEATURES decides on its own Ack.
         answers = session.answer_to(rule, message, need_reply)
         if answers:
             self._pending.append(_Pending(rule, message, answers))

@@ -1,4 +1,4 @@
-"""System calls on one socket: exact pieces in, descriptors with them, errors by whose they are.
+"""System calls on one socket: pieces of messages, their descriptors, and errors sorted.
 
 Calls pass MSG_DONTWAIT; the transports wait themselves.  So a socket may be blocking or not, its
 file status flags (shared with other processes when it was inherited) stay as they are, and a
@@ -20,7 +20,7 @@ from ..messages.constants import MAX_FDS
 
 _INT_SIZE = array.array("i").itemsize
 # Space for as many descriptors as the kernel can pass, and for the credentials a socket may be set
-# to deliver: truncation then means that this process may not open any more.
+# to deliver: truncation then means that this process has reached its limit of descriptors.
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * _INT_SIZE) + socket.CMSG_SPACE(64)
 # Plain numbers: `socket` has flags, which take a microsecond to combine, for each message anew.
 _CLOEXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
@@ -36,7 +36,7 @@ _OURS = frozenset(
 
 
 def whose(error: OSError, partial: int = 0) -> Exception:
-    """Return what to raise for an error of a socket: by whose it is.
+    """Sort an error of a socket by the side that caused it.
 
     Args:
         error: what a system call on a connected socket failed with.
@@ -83,7 +83,7 @@ def try_receive(sock: socket.socket, size: int, *, wait: bool = False) -> tuple[
         for fd in fds:
             os.close(fd)
         raise DescriptorsLost(
-            "the kernel dropped descriptors of a message: this process may not open more",
+            "the kernel dropped descriptors of a message: this process has reached its limit",
             errno.EMFILE,
         )
     return data, fds

@@ -8,14 +8,15 @@ where they would end the connection it writes down what is wrong and goes on.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import RemoteProtocolError, RuleError
-from ..messages.constants import HEADER_SIZE, VERSION
-from ..messages.message import Message, Reply, show
+from ..messages.constants import HEADER_SIZE
+from ..messages.message import Message, Reply
 from ..rules.codec import Header, choose, decode_header, decode_payload, find_rule
-from ..rules.rules import BACKEND_TABLE, FRONTEND_TABLE, GPU_TABLE, Rule, Table
-from ..rules.session import Session, Violation
+from ..rules.rule import Rule, Violation
+from ..rules.session import Session
+from ..rules.table import BACKEND_TABLE, FRONTEND_TABLE, GPU_TABLE, Table
 
 #: The sockets of a connection, by name, and which end asks on them.
 CHANNELS: dict[str, Table] = {
@@ -34,7 +35,7 @@ class Event(NamedTuple):
         time: seconds since the start of the trace.
         connection: counts the connections of a trace from 1.
         channel: ``"main"``, ``"backend"`` or ``"gpu"``.
-        from_frontend: who sent it.
+        from_frontend: whether the front-end sent it.
         header: its header.
         request: name of its request code, or None for one that is not known.
         is_reply: whether it is an answer.
@@ -96,7 +97,7 @@ class Tracer:
         Args:
             time: seconds since the start of the trace.
             channel: a key of ``CHANNELS``.
-            from_frontend: who sent it.
+            from_frontend: whether the front-end sent it.
             data: header and payload.
             fds: a word for each descriptor that came along.
         """
@@ -205,76 +206,3 @@ class Tracer:
 
 def _violation(error: RuleError) -> Violation:
     return Violation(error.field, error.value, error.rule)
-
-
-def format_text(event: Event) -> str:
-    """Write an event as one line, and a further line for each violation."""
-    arrow = "fe -> be" if event.from_frontend else "fe <- be"
-    channel = "" if event.channel == "main" else f" [{event.channel}]"
-    name = event.request or f"request {event.header.code}"
-    parts = [f"{event.time:10.6f} c{event.connection} #{event.number:<4} {arrow}{channel} {name}"]
-    if event.is_reply:
-        parts.append("reply")
-    if event.message is None:
-        parts.append(f"({event.header.size} bytes, not understood: {event.payload[:32].hex()})")
-    else:
-        fields = event.message._fields
-        parts += [f"{field}={event.message._show(field)}" for field in fields]
-    if event.fds:
-        parts.append(f"fds=[{', '.join(event.fds)}]")
-    if event.header.need_reply:
-        parts.append("need-reply")
-    if event.answers is not None and event.latency is not None:
-        parts.append(f"(answers #{event.answers} after {event.latency * 1000:.3f} ms)")
-    lines = [" ".join(parts)]
-    for broken in event.violations:
-        mark = "~~" if broken.tolerated else "!!"
-        lines.append(f"           {mark} {broken.field} is {show(broken.value)}: {broken.rule}")
-    return "\n".join(lines)
-
-
-def to_json(event: Event) -> dict[str, Any]:
-    """Return an event as plain values for ``json``; keys never hold secrets."""
-    message = event.message
-    return {
-        "number": event.number,
-        "time": round(event.time, 6),
-        "connection": event.connection,
-        "channel": event.channel,
-        "from": "front-end" if event.from_frontend else "back-end",
-        "code": event.header.code,
-        "request": event.request,
-        "reply": event.is_reply,
-        "version": event.header.flags & VERSION,
-        "need_reply": event.header.need_reply,
-        "size": event.header.size,
-        "message": None if message is None else type(message).__name__,
-        "fields": None if message is None else _plain(message),
-        "payload": event.payload[:256].hex() if message is None else None,
-        "fds": list(event.fds),
-        "answers": event.answers,
-        "latency": None if event.latency is None else round(event.latency, 6),
-        "violations": [
-            {
-                "field": v.field,
-                "value": v.value if isinstance(v.value, (int, str)) else show(v.value),
-                "rule": v.rule,
-                "tolerated": v.tolerated,
-            }
-            for v in event.violations
-        ],
-    }
-
-
-def _plain(value: object, *, field: str = "", secret: frozenset[str] = frozenset()) -> Any:
-    if isinstance(value, Message):
-        return {f: _plain(getattr(value, f), field=f, secret=value._secret) for f in value._fields}
-    if field in secret and isinstance(value, bytes):
-        return f"<{len(value)} secret bytes>"
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, bool):
-        return value
-    return int(value) if isinstance(value, int) else str(value)

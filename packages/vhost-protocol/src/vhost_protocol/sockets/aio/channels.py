@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from ...errors import RequestFailed
 from ...fds import FdLike, OwnedFd
+from ...messages import backend_requests as b
 from ...messages import gpu as g
-from ...messages import requests as r
 from ...messages.constants import GpuProtocolFeatures, IotlbAccess, IotlbType, ShmemMapFlags
 from ...messages.replies import Ack
 from ...rules.core import Received
-from ...rules.rules import BACKEND_TABLE, GPU_TABLE
 from ...rules.session import Session
+from ...rules.table import BACKEND_TABLE, GPU_TABLE
 from ..raw import socket_from
 from .endpoint import AsyncAnsweringEndpoint, AsyncRequestingEndpoint
 
@@ -68,41 +68,41 @@ class AsyncBackendChannel(AsyncRequestingEndpoint):
     async def _iotlb(
         self, iova: int, access: IotlbAccess, kind: IotlbType, need_reply: bool | None
     ) -> None:
-        message = r.BackendIotlbMsg(iova, 0, 0, access, kind)
+        message = b.BackendIotlbMsg(iova, 0, 0, access, kind)
         answer = await self.request(message, need_reply=need_reply)
         if answer is not None and isinstance(answer.message, Ack) and answer.message.value:
             raise RequestFailed("IOTLB_MSG", answer.message.value)
 
     async def config_change(self) -> None:
         """Tell that the configuration space has changed."""
-        await self.call(r.BackendConfigChange())
+        await self.call(b.BackendConfigChange())
 
     async def vring_host_notifier(
         self, index: int, size: int = 0, offset: int = 0, fd: FdLike | None = None
     ) -> None:
         """Set a ring's host notifier (bytes in ``fd``), or remove it when ``fd`` is None."""
-        message = r.BackendVringHostNotifier(index, size, offset, fd is None)
+        message = b.BackendVringHostNotifier(index, size, offset, fd is None)
         await self.call(message, [] if fd is None else [fd])
 
     async def vring_call(self, index: int) -> None:
         """Tell in-band that buffers were used."""
-        await self.call(r.BackendVringCall(index))
+        await self.call(b.BackendVringCall(index))
 
     async def vring_err(self, index: int) -> None:
         """Tell in-band that a ring has an error."""
-        await self.call(r.BackendVringErr(index))
+        await self.call(b.BackendVringErr(index))
 
     async def shared_object_add(self, uuid: UUID) -> None:
         """Announce a shared object."""
-        await self.call(r.BackendSharedObjectAdd(uuid))
+        await self.call(b.BackendSharedObjectAdd(uuid))
 
     async def shared_object_remove(self, uuid: UUID) -> None:
         """Withdraw a shared object."""
-        await self.call(r.BackendSharedObjectRemove(uuid))
+        await self.call(b.BackendSharedObjectRemove(uuid))
 
     async def shared_object_lookup(self, uuid: UUID) -> OwnedFd | None:
         """Return the dma-buf of another device's shared object, or None when there is none."""
-        answer = await self.ask_fds(r.BackendSharedObjectLookup(uuid))
+        answer = await self.ask_fds(b.BackendSharedObjectLookup(uuid))
         return answer.take_fd()
 
     async def shmem_map(
@@ -115,11 +115,11 @@ class AsyncBackendChannel(AsyncRequestingEndpoint):
         flags: ShmemMapFlags = ShmemMapFlags.READ_ONLY,
     ) -> None:
         """Map part of ``fd`` into a shared memory region (offsets and length in bytes)."""
-        await self.call(r.BackendShmemMap(shmid, fd_offset, shm_offset, length, flags), [fd])
+        await self.call(b.BackendShmemMap(shmid, fd_offset, shm_offset, length, flags), [fd])
 
     async def shmem_unmap(self, shmid: int, shm_offset: int, length: int) -> None:
         """Unmap part of a shared memory region (bytes)."""
-        await self.call(r.BackendShmemUnmap(shmid, 0, shm_offset, length))
+        await self.call(b.BackendShmemUnmap(shmid, 0, shm_offset, length))
 
 
 class AsyncFrontendChannel(AsyncAnsweringEndpoint):

@@ -12,8 +12,8 @@ from ...fds import FdLike, fd_number
 from ...messages.message import Reply, Request
 from ...messages.replies import Ack
 from ...rules.core import Answered, Outgoing, Received, Requester, Responder
-from ...rules.rules import Table
 from ...rules.session import Session
+from ...rules.table import Table
 from ..raw import Deadline
 from .transport import AsyncLock, AsyncTransport, exchange_ended
 
@@ -55,7 +55,7 @@ class _AsyncEndpoint:
         self._transport.shutdown()
 
     def close(self) -> None:
-        """Close the socket and every descriptor that nobody took.  Can be called again."""
+        """Close the socket and every descriptor that was not taken.  Can be called again."""
         self._closed = True
         self._transport.close()
 
@@ -133,7 +133,7 @@ class AsyncRequestingEndpoint(_AsyncEndpoint):
             except BaseException as error:
                 if isinstance(error, ProtocolError) and error.request is None:
                     error.request = self._core.name_of(message)
-                # Whatever it was, the stream may stand inside a message.
+                # The stream may stand inside a message.
                 self.close()
                 raise
 
@@ -198,7 +198,7 @@ class AsyncRequestingEndpoint(_AsyncEndpoint):
             await self._transport.send(Outgoing(data, numbers), Deadline(self.timeout))
 
     def close(self) -> None:
-        """Close the socket and every descriptor that nobody took.  Can be called again.
+        """Close the socket and every descriptor that was not taken.  Can be called again.
 
         An exchange of another thread ends first, with ConnectionClosed.
         """
@@ -319,6 +319,6 @@ class AsyncAnsweringEndpoint(_AsyncEndpoint):
             raise
 
     def close(self) -> None:
-        """Close the socket and every descriptor that nobody took.  Can be called again."""
+        """Close the socket and every descriptor that was not taken.  Can be called again."""
         super().close()
         self._core.close()

@@ -23,8 +23,8 @@ from ...messages.message import Reply, Request
 from ...messages.replies import Ack, ConfigReply, InflightReply, MemRegReply, MemTableReply
 from ...messages.values import AsymmetricSession, SymmetricSession
 from ...rules.core import Answered
-from ...rules.rules import FRONTEND_TABLE
 from ...rules.session import Session
+from ...rules.table import FRONTEND_TABLE
 from ..regions import RegionLike, as_region
 from .channels import AsyncFrontendChannel, AsyncGpuFrontendChannel
 from .endpoint import AsyncRequestingEndpoint

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import socket
 
-from ...rules.rules import FRONTEND_TABLE
 from ...rules.session import Session
+from ...rules.table import FRONTEND_TABLE
 from .endpoint import AnsweringEndpoint
 
 

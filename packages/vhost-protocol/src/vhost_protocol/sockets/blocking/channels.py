@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from ...errors import RequestFailed
 from ...fds import FdLike, OwnedFd
+from ...messages import backend_requests as b
 from ...messages import gpu as g
-from ...messages import requests as r
 from ...messages.constants import GpuProtocolFeatures, IotlbAccess, IotlbType, ShmemMapFlags
 from ...messages.replies import Ack
 from ...rules.core import Received
-from ...rules.rules import BACKEND_TABLE, GPU_TABLE
 from ...rules.session import Session
+from ...rules.table import BACKEND_TABLE, GPU_TABLE
 from ..raw import socket_from
 from .endpoint import AnsweringEndpoint, RequestingEndpoint
 
@@ -67,41 +67,41 @@ class BackendChannel(RequestingEndpoint):
     def _iotlb(
         self, iova: int, access: IotlbAccess, kind: IotlbType, need_reply: bool | None
     ) -> None:
-        message = r.BackendIotlbMsg(iova, 0, 0, access, kind)
+        message = b.BackendIotlbMsg(iova, 0, 0, access, kind)
         answer = self.request(message, need_reply=need_reply)
         if answer is not None and isinstance(answer.message, Ack) and answer.message.value:
             raise RequestFailed("IOTLB_MSG", answer.message.value)
 
     def config_change(self) -> None:
         """Tell that the configuration space has changed."""
-        self.call(r.BackendConfigChange())
+        self.call(b.BackendConfigChange())
 
     def vring_host_notifier(
         self, index: int, size: int = 0, offset: int = 0, fd: FdLike | None = None
     ) -> None:
         """Set a ring's host notifier (bytes in ``fd``), or remove it when ``fd`` is None."""
-        message = r.BackendVringHostNotifier(index, size, offset, fd is None)
+        message = b.BackendVringHostNotifier(index, size, offset, fd is None)
         self.call(message, [] if fd is None else [fd])
 
     def vring_call(self, index: int) -> None:
         """Tell in-band that buffers were used."""
-        self.call(r.BackendVringCall(index))
+        self.call(b.BackendVringCall(index))
 
     def vring_err(self, index: int) -> None:
         """Tell in-band that a ring has an error."""
-        self.call(r.BackendVringErr(index))
+        self.call(b.BackendVringErr(index))
 
     def shared_object_add(self, uuid: UUID) -> None:
         """Announce a shared object."""
-        self.call(r.BackendSharedObjectAdd(uuid))
+        self.call(b.BackendSharedObjectAdd(uuid))
 
     def shared_object_remove(self, uuid: UUID) -> None:
         """Withdraw a shared object."""
-        self.call(r.BackendSharedObjectRemove(uuid))
+        self.call(b.BackendSharedObjectRemove(uuid))
 
     def shared_object_lookup(self, uuid: UUID) -> OwnedFd | None:
         """Return the dma-buf of another device's shared object, or None when there is none."""
-        answer = self.ask_fds(r.BackendSharedObjectLookup(uuid))
+        answer = self.ask_fds(b.BackendSharedObjectLookup(uuid))
         return answer.take_fd()
 
     def shmem_map(
@@ -114,11 +114,11 @@ class BackendChannel(RequestingEndpoint):
         flags: ShmemMapFlags = ShmemMapFlags.READ_ONLY,
     ) -> None:
         """Map part of ``fd`` into a shared memory region (offsets and length in bytes)."""
-        self.call(r.BackendShmemMap(shmid, fd_offset, shm_offset, length, flags), [fd])
+        self.call(b.BackendShmemMap(shmid, fd_offset, shm_offset, length, flags), [fd])
 
     def shmem_unmap(self, shmid: int, shm_offset: int, length: int) -> None:
         """Unmap part of a shared memory region (bytes)."""
-        self.call(r.BackendShmemUnmap(shmid, 0, shm_offset, length))
+        self.call(b.BackendShmemUnmap(shmid, 0, shm_offset, length))
 
 
 class FrontendChannel(AnsweringEndpoint):

@@ -13,8 +13,8 @@ from ...fds import FdLike, fd_number
 from ...messages.message import Reply, Request
 from ...messages.replies import Ack
 from ...rules.core import Answered, Outgoing, Received, Requester, Responder
-from ...rules.rules import Table
 from ...rules.session import Session
+from ...rules.table import Table
 from ..raw import Deadline
 from .transport import Lock, Transport, exchange_ended
 
@@ -56,7 +56,7 @@ class _Endpoint:
         self._transport.shutdown()
 
     def close(self) -> None:
-        """Close the socket and every descriptor that nobody took.  Can be called again."""
+        """Close the socket and every descriptor that was not taken.  Can be called again."""
         self._closed = True
         self._transport.close()
 
@@ -134,7 +134,7 @@ class RequestingEndpoint(_Endpoint):
             except BaseException as error:
                 if isinstance(error, ProtocolError) and error.request is None:
                     error.request = self._core.name_of(message)
-                # Whatever it was, the stream may stand inside a message.
+                # The stream may stand inside a message.
                 self.close()
                 raise
 
@@ -197,7 +197,7 @@ class RequestingEndpoint(_Endpoint):
             self._transport.send(Outgoing(data, numbers), Deadline(self.timeout))
 
     def close(self) -> None:
-        """Close the socket and every descriptor that nobody took.  Can be called again.
+        """Close the socket and every descriptor that was not taken.  Can be called again.
 
         An exchange of another thread ends first, with ConnectionClosed.
         """
@@ -318,6 +318,6 @@ class AnsweringEndpoint(_Endpoint):
             raise
 
     def close(self) -> None:
-        """Close the socket and every descriptor that nobody took.  Can be called again."""
+        """Close the socket and every descriptor that was not taken.  Can be called again."""
         super().close()
         self._core.close()

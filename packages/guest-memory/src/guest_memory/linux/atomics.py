@@ -1,0 +1,81 @@
+"""Atomic operations without C: a futex call changes words with the machine's instructions."""
+
+import ctypes
+import errno
+
+from ..errors import MappingFailed
+from . import syscalls
+from .copies import try_copy
+
+_FUTEX_WAKE_OP_PRIVATE = 5 | 128
+_OP_ADD = 1
+_OP_OR = 2
+_OP_XOR = 4
+_OP_SHIFT = 8  # the operand is 1 << argument
+_idle = ctypes.c_uint32()  # no thread ever waits on it
+_IDLE_ADDRESS = ctypes.addressof(_idle)
+
+
+def _word_operation(address: int, operation: int, operand: int) -> bool:
+    """Change an aligned 32-bit word atomically; False when its page is missing.
+
+    FUTEX_WAKE_OP changes the word at its second address with the machine's atomic instruction
+    before it wakes the threads that wait there, which are none. Operands have 12 signed bits, or
+    are a power of two given by its exponent.
+    """
+    while True:
+        code = operation << 28 | (operand & 0xFFF) << 12
+        woken: int = syscalls.syscall(
+            syscalls.FUTEX, _IDLE_ADDRESS, _FUTEX_WAKE_OP_PRIVATE, 0, 0, address, code
+        )
+        if woken >= 0:
+            return True
+        error = ctypes.get_errno()
+        if error == errno.EFAULT:
+            return False
+        if error not in (errno.EAGAIN, errno.EINTR):
+            raise MappingFailed(error, "futex")
+
+
+def atomic_or(address: int, mask: int) -> bool:
+    """OR ``mask`` into the aligned 32-bit word at ``address``, each bit atomically, low bits first.
+
+    Returns False when the page is missing.
+    """
+    if mask & 0xFFFFF800 == 0xFFFFF800:  # an operand whose sign fills the upper bits
+        return _word_operation(address, _OP_OR, (mask & 0x7FF) - 0x800)
+    low = mask & 0x7FF
+    if low and not _word_operation(address, _OP_OR, low):
+        return False
+    mask &= ~0x7FF
+    while mask:
+        bit = mask & -mask
+        if not _word_operation(address, _OP_OR | _OP_SHIFT, bit.bit_length() - 1):
+            return False
+        mask ^= bit
+    return True
+
+
+def store_halfword(address: int, value: int) -> bool:
+    """Store 16 bits so that a reader never sees a torn value of a ring index; False on a fault.
+
+    The kernel's copies of two bytes may be two stores of one. The upper half of a word (``idx`` of
+    a split ring) is moved by additions instead, whose carry drops out of the word: a reader sees
+    the old value, the new one or one between them, all of which are true of a ring whose entries
+    were written before. The lower half cannot be added to without a carry, so its bits are flipped:
+    nothing that counts lives there.
+    """
+    word = address & ~3
+    current = ctypes.c_uint32()
+    if not try_copy(word, ctypes.addressof(current), 4, False):
+        return False
+    if address & 2:
+        delta, operation, shift = (value - (current.value >> 16)) & 0xFFFF, _OP_ADD, 16
+    else:
+        delta, operation, shift = (value ^ current.value) & 0xFFFF, _OP_XOR, 0
+    while delta:
+        bit = delta & -delta
+        if not _word_operation(word, operation | _OP_SHIFT, bit.bit_length() - 1 + shift):
+            return False
+        delta ^= bit
+    return True
