@@ -5,6 +5,8 @@ import mmap
 import os
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -488,6 +490,39 @@ def test_errors_in_a_devices_process_fail_the_test() -> None:
         assert len(errors) == 2
 
 
-def test_the_fixture_fails_the_test(attach: Attach) -> None:
-    with expect_errors("send 7 bytes"):
-        exchange(attach(Wrong()), b"12345678")
+def test_the_fixtures_fail_the_test_itself(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        """
+import pytest
+from vhost_backend import VirtioDevice
+from vhost_backend.testing import expect_errors
+pytest_plugins = ["vhost_backend.testing.pytest_plugin"]
+
+class Wrong(VirtioDevice):
+    device_id = 42
+    def handle(self, queue, request):
+        pytest.fail("the driver should send 7 bytes")
+
+class Late(VirtioDevice):
+    device_id = 42
+    def handle(self, queue, request): pass
+    def stopped(self): raise ValueError("too late")
+
+def use(session):
+    session.vrings[0].submit([(session.allocate(8), 8)], [])
+    session.vrings[0].kick()
+    session.vrings[0].completions(timeout=20)
+
+def test_wrong(attach): use(attach(Wrong()))
+def test_late(attach): use(attach(Late()))
+def test_expected(attach):
+    with expect_errors("7 bytes"): use(attach(Wrong()))
+"""
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    # What is logged when the device is taken down is an error of the test's end.
+    assert "1 failed, 2 passed, 1 error" in result.stdout, result.stdout
+    assert "DeviceErrors" in result.stdout
+    assert "the driver should send 7 bytes" in result.stdout
+    assert "too late" in result.stdout

@@ -40,6 +40,11 @@ class _Watch:
         self.pattern = pattern
         self.errors: list[str] = []
 
+    def take(self) -> list[str]:
+        """The errors so far, which are forgotten here."""
+        errors, self.errors = self.errors, []
+        return errors
+
 
 class _Handler(logging.Handler):
     """Gives each error to the one watch that it is for: who expects it goes first."""
@@ -141,6 +146,16 @@ def no_errors() -> Iterator[None]:
             raise
     if watch.errors:
         raise DeviceErrors(watch.errors)
+
+
+def raise_pending() -> None:
+    """Raise `DeviceErrors` for what was logged and not expected so far; it is not raised again."""
+    with _handler.changing:
+        errors = [
+            text for watch in _handler.watches if watch.pattern is None for text in watch.take()
+        ]
+    if errors:
+        raise DeviceErrors(errors)
 
 
 @contextlib.contextmanager

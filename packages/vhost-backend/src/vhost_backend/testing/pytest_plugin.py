@@ -13,7 +13,7 @@ fixtures in the top conftest.py:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
 import pytest
@@ -22,6 +22,7 @@ from ..backend import VhostUserBackend
 from ..device.base import VirtioDevice
 from ..driver import DriverSession
 from .harness import attached
+from .logged import raise_pending
 from .process import DeviceProcess
 
 
@@ -39,6 +40,13 @@ class StartProcess(Protocol):
         self, make: Callable[[], VirtioDevice | VhostUserBackend], **options: Any
     ) -> DeviceProcess:
         """Start a process; `options` are those of `vhost_backend.testing.DeviceProcess`."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Fail the test itself, where its device has logged an error before it ended."""
+    yield
+    raise_pending()
 
 
 @pytest.fixture
