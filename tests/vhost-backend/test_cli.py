@@ -40,7 +40,12 @@ def run(
 @contextmanager
 def daemon(*arguments: str, fds: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [*COMMAND, "blk", *arguments], stderr=subprocess.PIPE, text=True, pass_fds=fds
+        [*COMMAND, "blk", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=fds,
+        # Tests may run under nohup.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     try:
         assert process.stderr is not None

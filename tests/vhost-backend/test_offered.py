@@ -58,6 +58,7 @@ def test_for_an_unprivileged_user_too(image: Path) -> None:
 def as_nobody(image: str) -> None:
     """Print whether postcopy is offered, and whether it works."""
     fd = os.open(image, os.O_RDWR)
+    offered(Path(image))  # imports what it takes, also from folders that are root's alone
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
