@@ -39,7 +39,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from virtqueue import SEGMENT, Operation, TransferFlags
-from virtqueue.c_engine import Library
+from virtqueue.c_library import Library
 from virtqueue.transfer import TransferItem
 
 SIZE = 256 << 20

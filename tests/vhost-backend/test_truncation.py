@@ -8,10 +8,11 @@ import pytest
 
 # An installation without the C engine's library, which also holds the SIGBUS guard.
 HIDE = """
-import virtqueue.c_engine, virtqueue.guard
+import virtqueue.c_engine, virtqueue.c_library, virtqueue.guard
 def hidden():
     raise ImportError("hidden")
-virtqueue.c_engine.library = virtqueue.guard.library = hidden
+for module in (virtqueue.c_engine, virtqueue.c_library, virtqueue.guard):
+    module.library = hidden
 """
 
 SCRIPT = """

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from virtqueue import layout, table
-from virtqueue.c_engine import library
+from virtqueue.c_library import library
 from virtqueue.counters import Counters
 from virtqueue.file_handler import FileBlock
 from virtqueue.server import ServerBlock

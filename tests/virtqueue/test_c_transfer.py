@@ -16,7 +16,7 @@ import pytest
 from transfer_rig import BUILD, EVERYTHING, Pieces, build
 
 from virtqueue import RECORD, STREAM, Operation, Transfer, TransferFlags, UsageError, transfer
-from virtqueue.c_engine import Library
+from virtqueue.c_library import Library
 
 Make = Callable[[int], Transfer]
 

@@ -8,9 +8,9 @@ from virtqueue import (
     EngineUnavailable,
     UsageError,
     available_engines,
-    c_engine,
     default_engine,
 )
+from virtqueue import c_engine, c_library
 
 
 @pytest.fixture
@@ -18,7 +18,8 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise ImportError("there is none")
 
-    monkeypatch.setattr(c_engine, "library", missing)
+    for module in (c_engine, c_library):
+        monkeypatch.setattr(module, "library", missing)
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:

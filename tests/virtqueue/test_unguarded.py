@@ -197,10 +197,11 @@ def test_a_copy_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, pipe: bool
 # Truncation.
 
 HIDE = """
-import virtqueue.c_engine, virtqueue.guard
+import virtqueue.c_engine, virtqueue.c_library, virtqueue.guard
 def hidden():
     raise ImportError("hidden")
-virtqueue.c_engine.library = virtqueue.guard.library = hidden
+for module in (virtqueue.c_engine, virtqueue.c_library, virtqueue.guard):
+    module.library = hidden
 """
 
 SCRIPT = """

@@ -38,7 +38,7 @@ def make_engine(name: str | None, block: QueueBlock, memory: Memory) -> Engine:
         except (ImportError, EngineUnavailable) as error:
             if wanted == "c":
                 raise _unavailable(error) from error
-    from .python_engine import create
+    from .python_create import create
 
     return create(block, memory)
 
@@ -46,7 +46,7 @@ def make_engine(name: str | None, block: QueueBlock, memory: Memory) -> Engine:
 def available_engines() -> tuple[EngineName, ...]:
     """The engines that can be used here, the best first."""
     try:
-        from .c_engine import library
+        from .c_library import library
 
         library()
     except (ImportError, EngineUnavailable):
@@ -63,7 +63,7 @@ def default_engine() -> EngineName:
     wanted = wanted_engine(None)
     if wanted == "c":
         try:
-            from .c_engine import library
+            from .c_library import library
 
             library()
         except (ImportError, EngineUnavailable) as error:

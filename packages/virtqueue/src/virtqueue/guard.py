@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-from .c_engine import library
+from .c_library import library
 from .errors import EngineUnavailable, UsageError
 from .layout import Result
 from .table import Memory

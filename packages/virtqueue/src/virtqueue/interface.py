@@ -102,13 +102,3 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the records of all chains in flight and the engine's memory."""
-
-
-class EngineFactory(Protocol):
-    """How an engine module makes one: ``create(block)``, raising `EngineUnavailable`.
-
-    ``memory`` is the snapshot of ``block.table``, for the Python engine to keep alive.
-    """
-
-    def __call__(self, block: QueueBlock, memory: Memory) -> Engine:
-        """Check magic, ABI and sizes; allocate the private state."""

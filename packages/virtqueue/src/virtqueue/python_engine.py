@@ -706,13 +706,3 @@ def _add_pins(table: int, count: int) -> None:
 
 def _buffer(address: int, length: int) -> memoryview:
     return memoryview((ctypes.c_uint8 * length).from_address(address)).cast("B")
-
-
-def create(block: QueueBlock, memory: Memory) -> RingEngine:
-    """An engine for the ring that the block describes."""
-    from .packed_engine import PackedEngine
-    from .split_engine import SplitEngine
-
-    kind: Callable[[QueueBlock, Memory], RingEngine]
-    kind = PackedEngine if Features.PACKED in Features(block.features) else SplitEngine
-    return kind(block, memory)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final
 
 from .batch import Batch
-from .c_engine import library
+from .c_library import library
 from .c_handler import CHandler
 from .device_queue import DeviceQueue
 from .errors import EngineUnavailable, UsageError

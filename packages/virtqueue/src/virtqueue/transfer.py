@@ -10,7 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
-from .c_engine import library
+from .c_library import library
 from .errors import EngineUnavailable, UringUnavailable, UsageError
 from .layout import SEGMENT_SIZE
 
