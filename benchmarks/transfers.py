@@ -40,7 +40,7 @@ from pathlib import Path
 
 from virtqueue import SEGMENT, Operation, TransferFlags
 from virtqueue.c_library import Library
-from virtqueue.transfer import TransferItem
+from virtqueue.native.transfer import TransferItem
 
 SIZE = 256 << 20
 BUILD = Path(__file__).parents[1] / "packages" / "virtqueue" / "hatch_build.py"

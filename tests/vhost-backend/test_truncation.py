@@ -8,10 +8,10 @@ import pytest
 
 # An installation without the C engine's library, which also holds the SIGBUS guard.
 HIDE = """
-import virtqueue.c_engine, virtqueue.c_library, virtqueue.guard
+import virtqueue.engine.c, virtqueue.c_library, virtqueue.memory.sigbus_guard
 def hidden():
     raise ImportError("hidden")
-for module in (virtqueue.c_engine, virtqueue.c_library, virtqueue.guard):
+for module in (virtqueue.engine.c, virtqueue.c_library, virtqueue.memory.sigbus_guard):
     module.library = hidden
 """
 

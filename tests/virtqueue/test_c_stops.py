@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from guest_memory import GuestMemory
-from virtqueue import InflightRegion, c_engine, c_library, inflight_size
+from virtqueue import InflightRegion, c_library, inflight_size
+from virtqueue.engine import c as c_engine
 
 BUILD = Path(__file__).parents[2] / "packages" / "virtqueue" / "hatch_build.py"
 

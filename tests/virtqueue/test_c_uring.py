@@ -25,9 +25,9 @@ from virtqueue import (
     TransferFlags,
     UringUnavailable,
     UsageError,
-    transfer,
 )
 from virtqueue.c_library import Library
+from virtqueue.native import transfer
 
 needs_ring = pytest.mark.skipif(
     not Transfer.uring_available(), reason="the kernel gives no io_uring"

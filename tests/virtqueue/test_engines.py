@@ -8,9 +8,10 @@ from virtqueue import (
     EngineUnavailable,
     UsageError,
     available_engines,
+    c_library,
     default_engine,
 )
-from virtqueue import c_engine, c_library
+from virtqueue.engine import c as c_engine
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The ring engine in Python: the readable statement of the specification, and the oracle.
 
 `RingEngine` is what both formats share: walking a chain into pieces, the record of each taken
-chain, completion, logging.  `split_engine` and `packed_engine` add where chains are found and
+chain, completion, logging.  `split` and `packed` add where chains are found and
 how used ones are returned.
 
 Every value read from a ring is copied once into a Python integer and checked after that.
@@ -13,15 +13,12 @@ import ctypes
 import struct
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Final
 
-from . import access, barrier
-from .counters import Counters
-from .dirty import Log
-from .errors import UsageError
-from .inflight import region_poison
-from .layout import (
+from ...counters import Counters
+from ...errors import UsageError
+from ...layout import (
     ABI,
     CHAIN_LIMIT,
     DONE,
@@ -43,8 +40,11 @@ from .layout import (
     Result,
     SegmentFlags,
 )
-from .placement import PAGE
-from .table import PINS_OFFSET, READ, WRITE, Broken, Memory, Missing, Piece, Table
+from ...memory import access, barrier
+from ...memory.placement import PAGE
+from ...memory.table import PINS_OFFSET, READ, WRITE, Broken, Memory, Missing, Piece, Table
+from ..inflight import region_poison
+from .dirty_log import Log
 
 NEXT: Final = 1
 WRITABLE: Final = 2

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .layout import Features, QueueBlock
-from .packed_engine import PackedEngine
-from .python_engine import RingEngine
-from .split_engine import SplitEngine
-from .table import Memory
+from ...layout import Features, QueueBlock
+from ...memory.table import Memory
+from .packed import PackedEngine
+from .ring import RingEngine
+from .split import SplitEngine
 
 
 def create(block: QueueBlock, memory: Memory) -> RingEngine:

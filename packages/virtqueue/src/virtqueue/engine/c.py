@@ -6,10 +6,10 @@ import ctypes
 from collections.abc import Callable
 from functools import partial
 
-from .c_library import library
-from .errors import EngineUnavailable
-from .layout import QueueBlock
-from .table import Memory
+from ..c_library import library
+from ..errors import EngineUnavailable
+from ..layout import QueueBlock
+from ..memory.table import Memory
 
 Call = Callable[[], int]
 

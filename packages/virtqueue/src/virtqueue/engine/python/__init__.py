@@ -1,0 +1,1 @@
+"""The engine in Python, the readable statement of the specification."""

@@ -1,0 +1,4 @@
+"""Queues as their two sides use them: a device's with its batches, a driver's.
+
+A queue drives an engine; how a ring is laid out belongs there.
+"""
