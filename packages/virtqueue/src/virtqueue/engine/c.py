@@ -76,3 +76,8 @@ def create(block: QueueBlock, memory: Memory, *, release_gil: bool = False) -> C
     behind FUSE, or mapped from Xen.
     """
     return CEngine(block, release_gil)
+
+
+def check() -> None:
+    """Raise ImportError, with the reason, where there is no library to serve with."""
+    library()

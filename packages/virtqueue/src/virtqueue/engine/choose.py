@@ -46,9 +46,9 @@ def make_engine(name: str | None, block: QueueBlock, memory: Memory) -> Engine:
 def available_engines() -> tuple[EngineName, ...]:
     """The engines that can be used here, the best first."""
     try:
-        from ..c_library import library
+        from .c import check
 
-        library()
+        check()
     except (ImportError, EngineUnavailable):
         return ("python",)
     return ("c", "python")
@@ -63,9 +63,9 @@ def default_engine() -> EngineName:
     wanted = wanted_engine(None)
     if wanted == "c":
         try:
-            from ..c_library import library
+            from .c import check
 
-            library()
+            check()
         except (ImportError, EngineUnavailable) as error:
             raise _unavailable(error) from error
     return wanted or available_engines()[0]
