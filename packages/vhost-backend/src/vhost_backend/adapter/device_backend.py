@@ -24,7 +24,6 @@ from ..features import RING_FEATURES, VirtioFeature
 from ..vring.locks import Vring
 from ..vring.state import VringState
 from .checks import check_device
-from .coroutine_check import is_coroutine_function
 from .ring_worker import QueueWorker
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -58,12 +57,9 @@ class DeviceBackend(VhostUserBackendBase):
 
         Raises `BackendUsageError` for a device that cannot work.
         """
-        check_device(device)
-        if is_coroutine_function(device.handle):
-            from .coroutines import AsyncDeviceBackend
+        from . import backend_for
 
-            return AsyncDeviceBackend(device)
-        return DeviceBackend(device)
+        return backend_for(device)
 
     def __init__(self, device: VirtioDevice) -> None:
         check_device(device)
