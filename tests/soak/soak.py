@@ -352,7 +352,8 @@ def check(measured: list[tuple[float, Usage]]) -> None:
         raise Grown(f"mappings: {[usage.mappings for usage in warm]}")
     if last.resident_kib > first.resident_kib + MOST_GROWTH_KIB:
         raise Grown(f"KiB: {[usage.resident_kib for usage in warm]}")
-    if last.threads > min(usage.threads for usage in warm):
+    # One thread comes and goes that says how many messages were left out.
+    if last.threads > min(usage.threads for usage in warm) + 1:
         raise Grown(f"threads: {[usage.threads for usage in warm]}")
 
 

@@ -54,7 +54,7 @@ def test_what_grows_is_noticed() -> None:
         usage._replace(descriptors=11),
         usage._replace(mappings=120),
         usage._replace(resident_kib=20_000),
-        usage._replace(threads=5),
+        usage._replace(threads=6),
     ):
         with pytest.raises(module.Grown):
             module.check([*steady, (10.0, more)])

@@ -4,8 +4,59 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
+
+
+class _Alarm:
+    """One thread that flushes every limiter whose period has ended; it ends when none waits.
+
+    A thread for each limiter would let a guest with many queues make as many threads.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._due: dict[RateLimited, float] = {}
+        self._running = False
+
+    def set(self, limited: RateLimited, when: float) -> None:
+        """Flush `limited` at `when` (time.monotonic). Without a thread the next message does."""
+        with self._condition:
+            self._due[limited] = when
+            if self._running:
+                self._condition.notify()
+                return
+            thread = threading.Thread(target=self._run, name="left-out messages", daemon=True)
+            with contextlib.suppress(RuntimeError):  # there can be no more threads
+                thread.start()
+                self._running = True
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                now = time.monotonic()
+                ready = [limited for limited, when in self._due.items() if when <= now]
+                for limited in ready:
+                    del self._due[limited]
+                if not ready:
+                    if not self._due:
+                        self._running = False
+                        return
+                    self._condition.wait(min(self._due.values()) - now)
+            for limited in ready:
+                limited.flush()
+
+
+_alarm = _Alarm()
+
+
+def _forked() -> None:
+    global _alarm
+    _alarm = _Alarm()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 class RateLimited:
@@ -14,7 +65,7 @@ class RateLimited:
     How many were left out is said when the period ends, or at `flush`. From any thread.
     """
 
-    __slots__ = ("_burst", "_left", "_lock", "_log", "_period", "_suppressed", "_timer", "_until")
+    __slots__ = ("_burst", "_left", "_lock", "_log", "_period", "_suppressed", "_until")
 
     def __init__(self, log: logging.Logger, burst: int = 5, period: float = 30.0) -> None:
         self._log = log
@@ -24,7 +75,6 @@ class RateLimited:
         self._left = burst
         self._until = 0.0
         self._suppressed = 0
-        self._timer: threading.Timer | None = None
 
     def warning(self, message: str, *args: object) -> None:
         """Log at WARNING unless this period's share is used up."""
@@ -38,10 +88,7 @@ class RateLimited:
         """Say how many messages were left out, if any; the next ones are passed on again."""
         with self._lock:
             left_out, self._suppressed = self._suppressed, 0
-            timer, self._timer = self._timer, None
             self._until = 0.0
-        if timer is not None:
-            timer.cancel()
         if left_out:
             self._log.warning("%d similar messages were left out", left_out)
 
@@ -60,14 +107,8 @@ class RateLimited:
                 self._left -= 1
             else:
                 self._suppressed += 1
-                if self._timer is None:
-                    self._begin_timer(self._until - now)
+            first, until = self._suppressed == 1, self._until
         if passes:
             self._log.log(level, message, *args, exc_info=exc_info)
-
-    def _begin_timer(self, seconds: float) -> None:
-        timer = self._timer = threading.Timer(seconds, self.flush)
-        timer.daemon = True
-        # Where there can be no thread, the next message says it.
-        with contextlib.suppress(RuntimeError):
-            timer.start()
+        elif first:
+            _alarm.set(self, until)
