@@ -39,8 +39,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from virtqueue import SEGMENT, Operation, TransferFlags
-from virtqueue.c_engine import Library
-from virtqueue.transfer import TransferItem
+from virtqueue.c_library import Library
+from virtqueue.native.transfer import TransferItem
 
 SIZE = 256 << 20
 BUILD = Path(__file__).parents[1] / "packages" / "virtqueue" / "hatch_build.py"

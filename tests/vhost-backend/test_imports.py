@@ -28,9 +28,9 @@ UNWANTED = {
     *("platform", "prometheus_client", "random", "rich", "shutil", "ssl", "subprocess"),
     *("tempfile", "urllib.parse", "uuid", "wsgiref"),
     *("vhost_backend.async_daemon", "vhost_backend.driver", "vhost_backend.metrics"),
-    *("vhost_protocol.sockets.aio", "vhost_protocol.trace", "virtqueue.driver_queue"),
+    *("vhost_protocol.sockets.aio", "vhost_protocol.trace", "virtqueue.queue.driver"),
     *("vhost_protocol.sockets.blocking.frontend",),
-    *("virtqueue.python_engine", "vhost_xen"),
+    *("virtqueue.engine.python.ring", "vhost_xen"),
 }
 #: What cannot be done without, and so whatever this Python's standard library imports for it.
 STANDARD = (
@@ -84,7 +84,10 @@ def test_an_idle_daemon_holds_nothing_that_it_does_not_use(tmp_path: Path, image
     later = imported(errors.read_text().partition("vhost-backend: serving")[2])
     if "c" not in available_engines():
         # The Python engine comes with the first ring.
-        later -= {"virtqueue.dirty", *(name for name in later if name.endswith("_engine"))}
+        later -= {
+            "virtqueue.engine.python.dirty_log",
+            *(name for name in later if name.endswith("_engine")),
+        }
     assert later & {"inspect", *of_ours(later)} == set()
 
 

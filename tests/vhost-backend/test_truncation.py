@@ -8,10 +8,10 @@ import pytest
 
 # An installation without the C engine's library, which also holds the SIGBUS guard.
 HIDE = """
-import virtqueue.c_engine, virtqueue.guard
+import virtqueue.c_library, virtqueue.memory.sigbus_guard
 def hidden():
     raise ImportError("hidden")
-virtqueue.c_engine.library = virtqueue.guard.library = hidden
+virtqueue.c_library.library = virtqueue.memory.sigbus_guard.library = hidden
 """
 
 SCRIPT = """

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 atheris: Any = import_module("atheris")
 
 with atheris.instrument_imports(include=["virtqueue"]):
-    import virtqueue.packed_engine
-    import virtqueue.split_engine  # noqa: F401
+    import virtqueue.engine.python.packed
+    import virtqueue.engine.python.split  # noqa: F401
 
 import test_differential as differential  # noqa: E402
 

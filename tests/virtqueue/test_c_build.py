@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from virtqueue import c_engine
+from virtqueue import c_library
 
 PACKAGE = Path(__file__).parents[2] / "packages" / "virtqueue"
 BUILD = PACKAGE / "hatch_build.py"
@@ -99,19 +99,19 @@ def test_a_library_from_other_sources_is_noticed(
     library = package / "src" / "virtqueue" / "_engine" / "libvirtqueue.so"
     library.parent.mkdir(parents=True)
     build(package, library)
-    monkeypatch.setattr(c_engine, "__file__", str(library.parents[1] / "c_engine.py"))
-    monkeypatch.setattr(c_engine, "LIBRARY_PATH", str(library))
-    c_engine.Library(library)
+    monkeypatch.setattr(c_library, "__file__", str(library.parents[1] / "c_library.py"))
+    monkeypatch.setattr(c_library, "LIBRARY_PATH", str(library))
+    c_library.Library(library)
     with (package / "csrc" / "split.c").open("a") as file:
         file.write("/* changed */\n")
-    with pytest.warns(c_engine.StaleEngine, match="hatch run build-engine"):
-        c_engine.Library(library)
+    with pytest.warns(c_library.StaleEngine, match="hatch run build-engine"):
+        c_library.Library(library)
 
 
 def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     path = tmp_path / "libvirtqueue.so"
     with pytest.raises(ImportError, match="does not exist"):
-        c_engine.Library(path)
+        c_library.Library(path)
     path.write_bytes(b"not a library")
     with pytest.raises(ImportError, match="cannot be loaded"):
-        c_engine.Library(path)
+        c_library.Library(path)

@@ -14,7 +14,7 @@ import ctypes, os, signal, sys
 sys.path.insert(0, {folder!r})
 from guest_memory import GuestMemory, MmapMapper, Region
 from virtqueue import QueueBroken, Reason
-from virtqueue.guard import SigbusGuard
+from virtqueue.memory.sigbus_guard import SigbusGuard
 from virtqueue_rig import GUEST, USER, Rig
 
 def lossy(**settings):

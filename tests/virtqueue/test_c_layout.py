@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from virtqueue import layout, table
-from virtqueue.c_engine import library
+from virtqueue import layout
+from virtqueue.c_library import library
 from virtqueue.counters import Counters
-from virtqueue.file_handler import FileBlock
-from virtqueue.server import ServerBlock
-from virtqueue.transfer import Operation, TransferFlags, TransferItem
+from virtqueue.memory import table
+from virtqueue.native.file_handler import FileBlock
+from virtqueue.native.server import ServerBlock
+from virtqueue.native.transfer import Operation, TransferFlags, TransferItem
 
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "gm_region": table.MemoryRegion,

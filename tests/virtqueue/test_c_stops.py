@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from guest_memory import GuestMemory
-from virtqueue import InflightRegion, c_engine, inflight_size
+from virtqueue import InflightRegion, c_library, inflight_size
 
 BUILD = Path(__file__).parents[2] / "packages" / "virtqueue" / "hatch_build.py"
 
@@ -36,11 +36,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def stopping(tmp_path_factory: pytest.TempPathFactory) -> c_engine.Library:
+def stopping(tmp_path_factory: pytest.TempPathFactory) -> c_library.Library:
     path = tmp_path_factory.mktemp("engine") / "libvirtqueue.so"
     arguments = ["--output", str(path), "--flag=-DVQ_TEST_STOP"]
     subprocess.run([sys.executable, BUILD, *arguments], check=True, capture_output=True)
-    return c_engine.Library(path)
+    return c_library.Library(path)
 
 
 @pytest.fixture
@@ -53,12 +53,12 @@ STRIDE = 1 if os.environ.get("VIRTQUEUE_LONG_TESTS") else 7
 """Every store takes a minute; a different seventh of them for each parameter set is the rule."""
 
 
-def serve(rig: Any, library: c_engine.Library, stop_at: int) -> None:
+def serve(rig: Any, library: c_library.Library, stop_at: int) -> None:
     """In a process of its own: take all, complete out of order; dies at a store, or ends.
 
     Some takes are undone in between.
     """
-    c_engine.library = lambda: library  # type: ignore[assignment]
+    c_library.library = lambda: library  # type: ignore[assignment]
     ctypes.c_uint32.in_dll(library.held, "vq_test_stop_at").value = stop_at
     # A mapping of its own, as another process has.
     rig.memory = GuestMemory.map([(rig.memory.regions[0], rig.fd)])
@@ -79,7 +79,7 @@ def serve(rig: Any, library: c_engine.Library, stop_at: int) -> None:
         device.publish()
 
 
-def in_child(rig: Any, library: c_engine.Library, stop_at: int) -> bool:
+def in_child(rig: Any, library: c_library.Library, stop_at: int) -> bool:
     """Whether it died of the stop."""
     pid = os.fork()
     if not pid:
@@ -96,7 +96,7 @@ def in_child(rig: Any, library: c_engine.Library, stop_at: int) -> bool:
 @pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
 @pytest.mark.parametrize("in_order", [False, True])
 def test_death_after_every_store(
-    make_rig: Any, stopping: c_engine.Library, packed: bool, in_order: bool
+    make_rig: Any, stopping: c_library.Library, packed: bool, in_order: bool
 ) -> None:
     stop_at, died = (2 * packed + 3 * in_order) % STRIDE + 1 - STRIDE, True
     while died:

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from transfer_rig import BUILD, EVERYTHING, Pieces, build
 
-from virtqueue import RECORD, STREAM, Operation, Transfer, TransferFlags, UsageError, transfer
-from virtqueue.c_engine import Library
+from virtqueue import RECORD, STREAM, Operation, Transfer, TransferFlags, UsageError
+from virtqueue.c_library import Library
+from virtqueue.native import transfer
 
 Make = Callable[[int], Transfer]
 

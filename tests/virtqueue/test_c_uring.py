@@ -25,9 +25,9 @@ from virtqueue import (
     TransferFlags,
     UringUnavailable,
     UsageError,
-    transfer,
 )
-from virtqueue.c_engine import Library
+from virtqueue.c_library import Library
+from virtqueue.native import transfer
 
 needs_ring = pytest.mark.skipif(
     not Transfer.uring_available(), reason="the kernel gives no io_uring"
@@ -402,7 +402,7 @@ def test_a_child_after_fork_gets_a_ring_of_its_own(
         tmp_path,
         f"""
 from test_c_uring import Faults, Round, transfer
-from virtqueue.c_engine import Library
+from virtqueue.c_library import Library
 library = Library(__import__("pathlib").Path({str(faulty_library.path)!r}))
 transfer.library = lambda: library
 faults = Faults(library)

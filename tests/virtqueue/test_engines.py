@@ -8,7 +8,7 @@ from virtqueue import (
     EngineUnavailable,
     UsageError,
     available_engines,
-    c_engine,
+    c_library,
     default_engine,
 )
 
@@ -18,7 +18,7 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise ImportError("there is none")
 
-    monkeypatch.setattr(c_engine, "library", missing)
+    monkeypatch.setattr(c_library, "library", missing)
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:

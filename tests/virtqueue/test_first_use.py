@@ -10,7 +10,7 @@ from virtqueue_rig import GUEST, Rig
 
 from guest_memory import GuestMemory
 from virtqueue import DONE, InflightRegion, QueueBroken, Reason, inflight_size
-from virtqueue.inflight import PackedState, SplitState
+from virtqueue.engine.inflight import PackedState, SplitState
 
 
 def serve(rig: Rig, count: int = 1) -> bool:

@@ -14,7 +14,7 @@ from virtqueue_rig import GUEST, USER, Rig
 
 from guest_memory import GuestAddress, GuestMemory, Region, UserAddress, allocate_memfd
 from virtqueue import QueueBroken, Reason
-from virtqueue.table import MemoryRegion, MemoryTable
+from virtqueue.memory.table import MemoryRegion, MemoryTable
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 AVAIL, USED = 1 << 7, 1 << 15

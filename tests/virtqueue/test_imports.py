@@ -17,7 +17,7 @@ def test_importing_brings_no_openssl_and_nothing_of_the_driver() -> None:
         "import virtqueue\n"
         "virtqueue.available_engines()\n"
         "print(sorted({'_hashlib', 'hashlib', 'inspect', 'pathlib', 'platform', 'ssl',"
-        " 'virtqueue.driver_queue', 'virtqueue.python_engine', 'virtqueue.waiting'}"
+        " 'virtqueue.queue.driver', 'virtqueue.engine.python.ring', 'virtqueue.waiting'}"
         " & (sys.modules.keys() - before)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

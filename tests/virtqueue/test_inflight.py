@@ -19,10 +19,9 @@ from virtqueue import (
     QueueBroken,
     Reason,
     UsageError,
-    access,
     inflight_size,
 )
-from virtqueue.inflight import (
+from virtqueue.engine.inflight import (
     PackedInflight,
     PackedRegion,
     PackedState,
@@ -30,6 +29,7 @@ from virtqueue.inflight import (
     SplitRegion,
     SplitState,
 )
+from virtqueue.memory import access
 
 
 def test_the_layouts_are_those_of_the_specification() -> None:
@@ -269,8 +269,8 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> Stores:
         return lambda *a, **named: WatchedArray(function(*a, **named), watch)
 
     # The engines only: a driver that is under test would die too.
-    for name in ("split_engine", "packed_engine"):
-        module = sys.modules[f"virtqueue.{name}"]
+    for name in ("split", "packed"):
+        module = sys.modules[f"virtqueue.engine.python.{name}"]
         patched = SimpleNamespace(**vars(access))
         patched.words16, patched.words32 = wrap(access.words16), wrap(access.words32)
         monkeypatch.setattr(module, "access", patched)

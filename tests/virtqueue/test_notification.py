@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from virtqueue_rig import Rig
 
-from virtqueue.split_engine import needs_event
+from virtqueue.engine.python.split import needs_event
 
 
 def serve(rig: Rig, count: int = 1) -> bool:

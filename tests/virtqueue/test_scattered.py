@@ -34,8 +34,8 @@ from virtqueue import (
     RingConfig,
     ring_layout,
 )
-from virtqueue import joined as joined_module
-from virtqueue.table import Broken, Piece
+from virtqueue.memory import joined as joined_module
+from virtqueue.memory.table import Broken, Piece
 
 PAGE = 4096
 PAGES = 256

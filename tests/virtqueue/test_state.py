@@ -24,7 +24,7 @@ from guest_memory import (
     allocate_memfd,
 )
 from virtqueue import DONE, DoneFlags, Need, QueueBroken, Reason, UsageError
-from virtqueue.table import MemoryRegion, MemoryTable, Table
+from virtqueue.memory.table import MemoryRegion, MemoryTable, Table
 
 
 def serve(rig: Rig, device: Any = None, count: int = 1) -> None:

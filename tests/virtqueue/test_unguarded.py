@@ -25,10 +25,9 @@ from virtqueue import (
     QueueBroken,
     Reason,
     UsageError,
-    access,
-    barrier,
     inflight_size,
 )
+from virtqueue.memory import access, barrier
 
 SIZE = 1 << 20
 
@@ -197,10 +196,10 @@ def test_a_copy_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, pipe: bool
 # Truncation.
 
 HIDE = """
-import virtqueue.c_engine, virtqueue.guard
+import virtqueue.c_library, virtqueue.memory.sigbus_guard
 def hidden():
     raise ImportError("hidden")
-virtqueue.c_engine.library = virtqueue.guard.library = hidden
+virtqueue.c_library.library = virtqueue.memory.sigbus_guard.library = hidden
 """
 
 SCRIPT = """

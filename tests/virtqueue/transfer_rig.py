@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from virtqueue import SEGMENT, SegmentFlags
-from virtqueue.c_engine import Library
+from virtqueue.c_library import Library
 
 BUILD = Path(__file__).parents[2] / "packages" / "virtqueue" / "hatch_build.py"
 FAULTS = Path(__file__).parent / "c" / "uring_faults.c"

@@ -9,12 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from ._version import __version__
-from .batch import DONE_FIELDS, RECORD_FIELDS, Batch, Chain, Segment
-from .c_handler import CHandler
 from .config import RingConfig, RingLayout, ring_layout
 from .counters import Counters
-from .device_queue import DeviceQueue, DirtyLog, RingState
-from .engines import available_engines, default_engine
+from .engine.choose import available_engines, default_engine
+from .engine.inflight import InflightRegion, inflight_size
 from .errors import (
     ChainCompleted,
     EngineUnavailable,
@@ -24,25 +22,27 @@ from .errors import (
     UsageError,
     VirtqueueError,
 )
-from .file_handler import FileAction, FileHandler
-from .guard import SigbusGuard
-from .inflight import InflightRegion, inflight_size
 from .layout import DONE, RECORD, SEGMENT, DoneFlags, Reason, RecordFlags, SegmentFlags
-from .server import Server
-from .table import Memory
+from .memory.sigbus_guard import SigbusGuard
+from .memory.table import Memory
+from .native.file_handler import FileAction, FileHandler
+from .native.handler import CHandler
+from .native.server import Server
+from .queue.batch import DONE_FIELDS, RECORD_FIELDS, Batch, Chain, Segment
+from .queue.device import DeviceQueue, DirtyLog, RingState
 
 if _TYPE_CHECKING:
-    from .driver_queue import DriverQueue
-    from .transfer import STREAM, Operation, Transfer, TransferFlags
+    from .native.transfer import STREAM, Operation, Transfer, TransferFlags
+    from .queue.driver import DriverQueue
 
 # What a device that only takes and completes does without: most of all the driver's side, which
 # brings the Python engine along.
 _LAZY = {
-    "DriverQueue": "driver_queue",
-    "Operation": "transfer",
-    "STREAM": "transfer",
-    "Transfer": "transfer",
-    "TransferFlags": "transfer",
+    "DriverQueue": "queue.driver",
+    "Operation": "native.transfer",
+    "STREAM": "native.transfer",
+    "Transfer": "native.transfer",
+    "TransferFlags": "native.transfer",
 }
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Final, Literal
 
-from .errors import EngineUnavailable, UsageError
+from ..errors import EngineUnavailable, UsageError
+from ..layout import QueueBlock
+from ..memory.table import Memory
 from .interface import Engine
-from .layout import QueueBlock
-from .table import Memory
 
 EngineName = Literal["c", "python"]
 
@@ -32,13 +32,13 @@ def make_engine(name: str | None, block: QueueBlock, memory: Memory) -> Engine:
     wanted = wanted_engine(name)
     if wanted != "python":
         try:
-            from .c_engine import create as create_c
+            from .c import create as create_c
 
             return create_c(block, memory)
         except (ImportError, EngineUnavailable) as error:
             if wanted == "c":
                 raise _unavailable(error) from error
-    from .python_engine import create
+    from .python.create import create
 
     return create(block, memory)
 
@@ -46,7 +46,7 @@ def make_engine(name: str | None, block: QueueBlock, memory: Memory) -> Engine:
 def available_engines() -> tuple[EngineName, ...]:
     """The engines that can be used here, the best first."""
     try:
-        from .c_engine import library
+        from ..c_library import library
 
         library()
     except (ImportError, EngineUnavailable):
@@ -63,7 +63,7 @@ def default_engine() -> EngineName:
     wanted = wanted_engine(None)
     if wanted == "c":
         try:
-            from .c_engine import library
+            from ..c_library import library
 
             library()
         except (ImportError, EngineUnavailable) as error:

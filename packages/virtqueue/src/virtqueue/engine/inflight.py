@@ -20,11 +20,11 @@ import ctypes
 from sys import byteorder
 from typing import Any, Final
 
-from .access import KernelMemory
-from .barrier import order
-from .errors import UsageError
-from .layout import QueueBlock, QueueFlags, Reason
-from .table import Broken
+from ..errors import UsageError
+from ..layout import QueueBlock, QueueFlags, Reason
+from ..memory.access import KernelMemory
+from ..memory.barrier import order
+from ..memory.table import Broken
 
 VERSION: Final = 1
 Descriptor = tuple[int, int, int, int]

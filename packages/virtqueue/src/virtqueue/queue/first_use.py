@@ -11,8 +11,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Final
 
-from . import access
-from .inflight import (
+from ..engine.inflight import (
     PACKED_ENTRY,
     PACKED_HEADER,
     SPLIT_ENTRY,
@@ -21,7 +20,8 @@ from .inflight import (
     PackedRegion,
     SplitRegion,
 )
-from .layout import QueueBlock
+from ..layout import QueueBlock
+from ..memory import access
 
 # In the lower byte of a packed descriptor's flags, and (USED) in the upper one.
 _NEXT: Final = 1

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, Final, NamedTuple
 
-from . import access, barrier
-from .inflight import PackedInflight, unguarded_poison
-from .layout import QueueBlock, Reason
-from .python_engine import INDIRECT, NEXT, WRITABLE, Descriptor, RingEngine, Taken
-from .split_engine import needs_event
-from .table import Broken, Memory
+from ...layout import QueueBlock, Reason
+from ...memory import access, barrier
+from ...memory.table import Broken, Memory
+from ..inflight import PackedInflight, unguarded_poison
+from .ring import INDIRECT, NEXT, WRITABLE, Descriptor, RingEngine, Taken
+from .split import needs_event
 
 AVAIL: Final = 1 << 7
 USED: Final = 1 << 15

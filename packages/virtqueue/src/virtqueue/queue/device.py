@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, Final, NamedTuple, Protocol
 
-from . import access, first_use
-from .batch import Batch, Chain
-from .config import RingConfig, ring_parts
-from .counters import Counters
-from .engines import make_engine
-from .errors import ChainCompleted, Need, QueueBroken, UsageError
-from .inflight import InflightRegion
-from .layout import (
+from ..config import RingConfig, ring_parts
+from ..counters import Counters
+from ..engine.choose import make_engine
+from ..engine.inflight import InflightRegion
+from ..errors import ChainCompleted, Need, QueueBroken, UsageError
+from ..layout import (
     ABI,
     CHAIN_LIMIT,
     DONE,
@@ -28,8 +26,11 @@ from .layout import (
     Reason,
     Result,
 )
-from .placement import PAGE, Placement, log_pages
-from .table import READ, WRITE, Broken, Memory, Missing, Piece, Table
+from ..memory import access
+from ..memory.placement import PAGE, Placement, log_pages
+from ..memory.table import READ, WRITE, Broken, Memory, Missing, Piece, Table
+from . import first_use
+from .batch import Batch, Chain
 
 PROVISIONS: Final = 1024
 """Pieces mapped on demand that a queue can use at a time."""

@@ -9,8 +9,8 @@ from bisect import bisect_right
 from typing import Any, Final, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
-from .errors import UsageError
-from .layout import Reason
+from ..errors import UsageError
+from ..layout import Reason
 
 TABLE_MAGIC: Final = 0x4D454D47
 LOG_MAGIC: Final = 0x474F4C47

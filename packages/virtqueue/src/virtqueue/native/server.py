@@ -7,11 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from .batch import Batch
-from .c_engine import library
-from .c_handler import CHandler
-from .device_queue import DeviceQueue
-from .errors import EngineUnavailable, UsageError
+from ..c_library import library
+from ..errors import EngineUnavailable, UsageError
+from ..queue.batch import Batch
+from ..queue.device import DeviceQueue
+from .handler import CHandler
 
 
 class ServerBlock(ctypes.Structure):

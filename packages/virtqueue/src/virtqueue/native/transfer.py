@@ -10,9 +10,9 @@ from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
-from .c_engine import library
-from .errors import EngineUnavailable, UringUnavailable, UsageError
-from .layout import SEGMENT_SIZE
+from ..c_library import library
+from ..errors import EngineUnavailable, UringUnavailable, UsageError
+from ..layout import SEGMENT_SIZE
 
 STREAM: Final = 0xFFFF_FFFF_FFFF_FFFF
 """An offset: the file's own position, as sockets and pipes want it."""

@@ -31,8 +31,8 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final
 
+from ..layout import Reason
 from . import barrier
-from .layout import Reason
 from .table import Broken, Piece, Table
 
 _TRIES: Final = 64

@@ -4,9 +4,8 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-from .access import Shadow
-from .errors import ChainCompleted
-from .layout import (
+from ..errors import ChainCompleted
+from ..layout import (
     DONE,
     DONE_SIZE,
     RECORD,
@@ -19,7 +18,8 @@ from .layout import (
     RecordFlags,
     SegmentFlags,
 )
-from .table import Memory, MemoryTable, Table
+from ..memory.access import Shadow
+from ..memory.table import Memory, MemoryTable, Table
 
 # Any, because numpy.dtype takes no dict but one of a type that only numpy has.
 RECORD_FIELDS: Final[Any] = {

@@ -13,15 +13,12 @@ import ctypes
 import struct
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Final
 
-from . import access, barrier
-from .counters import Counters
-from .dirty import Log
-from .errors import UsageError
-from .inflight import region_poison
-from .layout import (
+from ...counters import Counters
+from ...errors import UsageError
+from ...layout import (
     ABI,
     CHAIN_LIMIT,
     DONE,
@@ -43,8 +40,11 @@ from .layout import (
     Result,
     SegmentFlags,
 )
-from .placement import PAGE
-from .table import PINS_OFFSET, READ, WRITE, Broken, Memory, Missing, Piece, Table
+from ...memory import access, barrier
+from ...memory.placement import PAGE
+from ...memory.table import PINS_OFFSET, READ, WRITE, Broken, Memory, Missing, Piece, Table
+from ..inflight import region_poison
+from .dirty_log import Log
 
 NEXT: Final = 1
 WRITABLE: Final = 2
@@ -706,13 +706,3 @@ def _add_pins(table: int, count: int) -> None:
 
 def _buffer(address: int, length: int) -> memoryview:
     return memoryview((ctypes.c_uint8 * length).from_address(address)).cast("B")
-
-
-def create(block: QueueBlock, memory: Memory) -> RingEngine:
-    """An engine for the ring that the block describes."""
-    from .packed_engine import PackedEngine
-    from .split_engine import SplitEngine
-
-    kind: Callable[[QueueBlock, Memory], RingEngine]
-    kind = PackedEngine if Features.PACKED in Features(block.features) else SplitEngine
-    return kind(block, memory)

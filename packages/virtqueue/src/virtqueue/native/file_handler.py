@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from enum import IntEnum
 from typing import Final
 
-from .c_engine import library
-from .c_handler import CHandler
-from .errors import EngineUnavailable, UsageError
+from ..c_library import library
+from ..errors import EngineUnavailable, UsageError
+from .handler import CHandler
 from .transfer import MAX_ENTRIES, TransferItem, open_ring
 
 TYPES: Final = 16

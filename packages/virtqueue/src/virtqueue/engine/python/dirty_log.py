@@ -6,10 +6,10 @@ import ctypes
 import errno
 from typing import Any
 
-from .barrier import atomic_or_bit, full_barrier
-from .errors import UsageError
-from .layout import Reason
-from .table import LOG_MAGIC, MEMORY_ABI, Broken, MemoryLog
+from ...errors import UsageError
+from ...layout import Reason
+from ...memory.barrier import atomic_or_bit, full_barrier
+from ...memory.table import LOG_MAGIC, MEMORY_ABI, Broken, MemoryLog
 
 
 class Log:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Final
 
+from ..layout import Reason
 from . import access
-from .guard import SigbusGuard
-from .layout import Reason
+from .sigbus_guard import SigbusGuard
 from .table import Broken, Piece
 
 _PAGE: Final = os.sysconf("SC_PAGESIZE")

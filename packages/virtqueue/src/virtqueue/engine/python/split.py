@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, Final
 
-from . import access, barrier
-from .inflight import SplitInflight, unguarded_poison
-from .layout import QueueBlock, Reason
-from .python_engine import INDIRECT, NEXT, WRITABLE, RingEngine, Taken
-from .table import Broken, Memory
+from ...layout import QueueBlock, Reason
+from ...memory import access, barrier
+from ...memory.table import Broken, Memory
+from ..inflight import SplitInflight, unguarded_poison
+from .ring import INDIRECT, NEXT, WRITABLE, RingEngine, Taken
 
 NO_INTERRUPT: Final = 1
 NO_NOTIFY: Final = 1

@@ -18,8 +18,8 @@ from __future__ import annotations
 import ctypes
 from typing import Protocol
 
-from .layout import QueueBlock
-from .table import Memory
+from ..layout import QueueBlock
+from ..memory.table import Memory
 
 
 class Engine(Protocol):

@@ -10,11 +10,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from . import access, barrier
-from .config import RingConfig, ring_parts
-from .errors import QueueBroken, UsageError
-from .layout import CHAIN_LIMIT, MAX_CHAIN_LENGTH, Reason
-from .packed_engine import (
+from ..config import RingConfig, ring_parts
+from ..engine.python.packed import (
     AVAIL,
     EVENT_DESCRIPTOR,
     EVENT_DISABLE,
@@ -23,10 +20,13 @@ from .packed_engine import (
     available_flags,
     used_flags,
 )
-from .placement import Placement
-from .python_engine import INDIRECT, NEXT, WRITABLE
-from .split_engine import NO_INTERRUPT, NO_NOTIFY, needs_event
-from .table import READ, WRITE, Broken, Memory, Missing, Table
+from ..engine.python.ring import INDIRECT, NEXT, WRITABLE
+from ..engine.python.split import NO_INTERRUPT, NO_NOTIFY, needs_event
+from ..errors import QueueBroken, UsageError
+from ..layout import CHAIN_LIMIT, MAX_CHAIN_LENGTH, Reason
+from ..memory import access, barrier
+from ..memory.placement import Placement
+from ..memory.table import READ, WRITE, Broken, Memory, Missing, Table
 
 Buffer = tuple[int, int]
 """(guest address or IOVA, bytes)."""

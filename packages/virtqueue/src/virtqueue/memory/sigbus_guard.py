@@ -13,9 +13,9 @@ from __future__ import annotations
 import ctypes
 import os
 
-from .c_engine import library
-from .errors import EngineUnavailable, UsageError
-from .layout import Result
+from ..c_library import library
+from ..errors import EngineUnavailable, UsageError
+from ..layout import Result
 from .table import Memory
 
 
