@@ -12,7 +12,10 @@ from __future__ import annotations
 import struct
 import sys
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError:
+    sys.exit("this example needs numpy: pip install numpy")
 
 from vhost_backend import Queue, VirtioDevice, serve
 from virtqueue import DONE_FIELDS, Batch, RecordFlags
@@ -79,5 +82,7 @@ def try_it() -> None:
 if __name__ == "__main__":
     if len(sys.argv) == 2:
         serve(Distances(), sys.argv[1])
-    else:
+    elif len(sys.argv) == 1:
         try_it()
+    else:
+        sys.exit("usage: python examples/numpy_batch.py [SOCKET]")

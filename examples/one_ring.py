@@ -1,6 +1,6 @@
 """Memory and a ring without vhost-user: guest-memory and virtqueue alone, between two processes.
 
-    python examples/one_ring.py WORD [WORD ...]
+    python examples/one_ring.py [WORD ...]
 
 The parent is the driver: it puts each word into the ring and waits. The child is the device: it
 has mapped the same memory at another address, writes each word in capitals, and gives it back. Two
@@ -80,4 +80,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--device"]:
         device(*map(int, sys.argv[2:]))
     else:
-        sys.exit(driver([word.encode()[:SLOT] for word in sys.argv[1:]]))
+        words = sys.argv[1:] or ["some", "words"]
+        sys.exit(driver([word.encode()[:SLOT] for word in words]))

@@ -117,5 +117,7 @@ def try_it() -> None:
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         serve(OverlayDisk(sys.argv[2]), sys.argv[1])
-    else:
+    elif len(sys.argv) == 1:
         try_it()
+    else:
+        sys.exit("usage: python examples/overlay_disk.py [SOCKET IMAGE]")

@@ -5,7 +5,7 @@
 
 QEMU attaches it, next to shared memory (see the README), with
 
-    -chardev socket,id=rng,path=SOCKET -device vhost-user-rng-pci,chardev=rng
+    -chardev socket,id=rng,path=SOCKET,reconnect=1 -device vhost-user-rng-pci,chardev=rng
 
 and a Linux guest then reads the text from /dev/hwrng.
 """
@@ -45,5 +45,7 @@ def try_it() -> None:
 if __name__ == "__main__":
     if len(sys.argv) == 2:
         serve(TextSource(), sys.argv[1])
-    else:
+    elif len(sys.argv) == 1:
         try_it()
+    else:
+        sys.exit("usage: python examples/text_source.py [SOCKET]")

@@ -13,4 +13,6 @@ from vhost_backend import BlockDevice, serve_all
 
 if __name__ == "__main__":
     images, sockets = sys.argv[1::2], sys.argv[2::2]
+    if not images or len(images) != len(sockets):
+        sys.exit("usage: python examples/two_disks.py IMAGE SOCKET [IMAGE SOCKET ...]")
     serve_all((BlockDevice(image), socket) for image, socket in zip(images, sockets, strict=True))

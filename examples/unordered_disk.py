@@ -99,5 +99,7 @@ def try_it() -> None:
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         serve(UnorderedDisk(sys.argv[2]), sys.argv[1])
-    else:
+    elif len(sys.argv) == 1:
         try_it()
+    else:
+        sys.exit("usage: python examples/unordered_disk.py [SOCKET IMAGE]")

@@ -44,7 +44,7 @@ def interview(frontend: Frontend) -> None:
 def main(arguments: list[str]) -> int:
     """Run the script; 1 when the back-end breaks the protocol or leaves."""
     if not arguments:
-        print(__doc__)
+        print(__doc__, file=sys.stderr)
         return 2
     path = Path(arguments[0])
     try:

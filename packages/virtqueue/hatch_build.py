@@ -187,7 +187,10 @@ class EngineBuildHook(BuildHookInterface):  # type: ignore[type-arg,misc,unused-
     PLUGIN_NAME = "custom"
 
     def dependencies(self) -> list[str]:
-        return [ZIG_REQUIREMENT] if choose_compiler() == "zig" else []
+        try:
+            return [ZIG_REQUIREMENT] if choose_compiler() == "zig" else []
+        except BuildError as error:
+            raise SystemExit(f"virtqueue: {error}") from None
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         package = Path(self.root)

@@ -88,6 +88,7 @@ def test_each_is_explained(example: str) -> None:
             r"\(0, 0\) is 0 away\n\(3, 4\) is 5 away\n\(6, 8\) is 10 away\n24750 in all\n",
         ),
         ("one_ring.py", ("hello", "big", "world"), r"HELLO\nBIG\nWORLD\n"),
+        ("one_ring.py", (), r"SOME\nWORDS\n"),
     ],
 )
 def test_it_says_what_it_did(example: str, arguments: tuple[str, ...], said: str) -> None:
@@ -96,6 +97,36 @@ def test_it_says_what_it_did(example: str, arguments: tuple[str, ...], said: str
     done = run(example, *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(said, done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments"),
+    [
+        ("two_disks.py", ()),
+        ("two_disks.py", ("a.img", "a.sock", "b.img")),
+        ("overlay_disk.py", ("a.sock",)),
+        ("unordered_disk.py", ("a.sock",)),
+        ("text_source.py", ("a.sock", "more")),
+        ("numpy_batch.py", ("a.sock", "more")),
+    ],
+)
+def test_arguments_that_do_not_fit_are_one_line(example: str, arguments: tuple[str, ...]) -> None:
+    done = run(example, *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"usage: python examples/{example} ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_an_example_needs_besides_is_named(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("raise ImportError('not here')")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "numpy_batch.py")],
+        text=True,
+        capture_output=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert (done.returncode, done.stderr) == (1, "this example needs numpy: pip install numpy\n")
 
 
 def test_coroutines_answer_in_an_order_of_their_own() -> None:

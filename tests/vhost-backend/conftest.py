@@ -1,10 +1,14 @@
 """Fixtures for the daemon's tests: an image, and both ring engines."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from virtqueue import available_engines
+
+# Helper modules of this folder are importable under every import mode of pytest.
+sys.path.insert(0, str(Path(__file__).parent))
 
 IMAGE_SIZE = 4 << 20
 

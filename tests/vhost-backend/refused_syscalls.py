@@ -14,9 +14,10 @@ import struct
 import sys
 import tempfile
 
-from vhost_backend import BlockDevice, eventfd
+from vhost_backend import BlockDevice
 from vhost_backend.driver import BlockDriver
 from vhost_backend.driver.block import DRIVER_FEATURES
+from vhost_backend.fds import eventfd
 from vhost_backend.testing import attached
 
 SIZE = 1 << 20

@@ -88,7 +88,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
         tempfile.TemporaryDirectory(prefix="vhost-") as folder,
         Listener(os.path.join(folder, "s")) as listener,
         VhostUserDaemon(
-            "test", DeviceBackend.of(Everything()), memory_slots=request.param, drain_timeout=1.0
+            "test", DeviceBackend.of(Everything()), memory_slots=request.param, drain_warning=1.0
         ) as daemon,
     ):
         daemon.start(listener)

@@ -1,6 +1,7 @@
 """The block device over a real socket pair, driven by the embedded driver, with both engines."""
 
 import contextlib
+import errno
 import gc
 import os
 import random
@@ -11,7 +12,7 @@ import pytest
 
 import vhost_protocol as vp
 from vhost_backend import BlockDevice, DeviceError
-from vhost_backend.devices import blk
+from vhost_backend.devices.blk import device as blk
 from vhost_backend.driver import BlockDriver, BlockError
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import attached
@@ -231,3 +232,94 @@ def test_an_image_runs_for_one_writer_at_a_time(image: Path) -> None:
 def test_a_serial_has_to_fit(image: Path, serial: str) -> None:
     with pytest.raises(DeviceError, match="serial"):
         BlockDevice(image, serial=serial)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_an_image_that_has_grown_has_its_new_size_for_the_next_front_end(
+    image: Path, engine: str, direct: bool
+) -> None:
+    device = BlockDevice(image, direct=direct)
+    content = b"n" * 512
+    with attached(device, engine=engine, features=DRIVER_FEATURES) as session:
+        driver = BlockDriver(session)
+        os.truncate(image, 2 * SIZE)
+        assert driver.capacity == SIZE
+        with pytest.raises(BlockError):  # this one does not know of it
+            driver.write(SIZE, content)
+    with attached(device, engine=engine, features=DRIVER_FEATURES) as session:
+        driver = BlockDriver(session)
+        assert driver.capacity == 2 * SIZE
+        driver.write(2 * SIZE - 512, content)
+        assert driver.read(2 * SIZE - 512, 512) == content
+    assert {handler.length for handler in device._handlers} <= {2 * SIZE}
+    os.truncate(image, 0)  # nothing that could be a disk: it stays as it was
+    assert device.get_config(0, 8) == (2 * SIZE // 512).to_bytes(8, "little")
+    device.close()
+
+
+@pytest.mark.parametrize(
+    ("queue_size", "wanted", "seg_max"),
+    [(1024, 126, 126), (128, 126, 126), (64, 126, 62), (16, 126, 14), (1024, 30, 30), (2, 126, 1)],
+)
+def test_a_request_without_a_table_fits_into_the_ring(
+    image: Path, queue_size: int, wanted: int, seg_max: int
+) -> None:
+    device = BlockDevice(image, queue_size=queue_size, seg_max=wanted)
+    assert device.get_config(12, 4) == seg_max.to_bytes(4, "little")
+    device.close()
+
+
+def test_what_the_disk_fails_is_said_with_its_place(
+    image: Path, engine: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    class Failing(BlockDevice):
+        python_types = frozenset((blk.T_IN, blk.T_OUT, blk.T_FLUSH))
+
+    device = Failing(image)
+    with attached(device, engine=engine, features=DRIVER_FEATURES) as session:
+        driver = BlockDriver(session)
+        with monkeypatch.context() as patch:
+            patch.setattr(blk, "read_at", fail)
+            patch.setattr(blk, "write_at", fail)
+            patch.setattr(os, "fdatasync", fail)
+            for request in (
+                lambda: driver.read(4096, 1024),
+                lambda: driver.write(512, bytes(2048)),
+                driver.flush,
+            ):
+                with pytest.raises(BlockError):
+                    request()
+            for _ in range(10):
+                with pytest.raises(BlockError):
+                    driver.flush()
+    device.close()
+    assert f"{image}: read of 1024 bytes at sector 8 failed: Input/output error" in caplog.text
+    assert f"{image}: write of 2048 bytes at sector 1 failed: Input/output error" in caplog.text
+    # Those of the burst that came first, and how many there were besides.
+    assert caplog.text.count(f"{image}: flush failed: Input/output error") == 3
+    assert "8 similar messages were left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("begin", "kind"), [(b"QFI\xfb\0\0\0\3", "qcow2"), (b"KDMV", "VMDK"), (b"vhdxfile", "VHDX")]
+)
+def test_an_image_of_another_format_is_one_line(
+    image: Path, caplog: pytest.LogCaptureFixture, begin: bytes, kind: str
+) -> None:
+    BlockDevice(image).close()
+    assert caplog.messages == []
+    with open(image, "r+b") as file:
+        file.write(begin)
+    BlockDevice(image).close()
+    (line,) = caplog.messages
+    assert f"{image}: looks like a {kind} image" in line
+
+
+def test_what_is_opened_is_not_waited_for(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(DeviceError, match="neither a regular file nor a block device"):
+        BlockDevice(fifo, read_only=True)

@@ -40,7 +40,12 @@ def run(
 @contextmanager
 def daemon(*arguments: str, fds: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [*COMMAND, "blk", *arguments], stderr=subprocess.PIPE, text=True, pass_fds=fds
+        [*COMMAND, "blk", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=fds,
+        # Tests may run under nohup.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     try:
         assert process.stderr is not None
@@ -146,9 +151,9 @@ def test_an_unusable_socket_path_is_one_line(
 
 
 def test_processors_that_there_are_not_are_one_line(tmp_path: Path, image: Path) -> None:
-    done = run("blk", f"--socket-path={tmp_path / 's'}", f"--blk-file={image}", "--cpus=0,70000")
+    done = run("blk", f"--socket-path={tmp_path / 's'}", f"--blk-file={image}", "--cpus=0,7000")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "may not run on processors [70000]" in done.stderr
+    assert "may not run on processors [7000]" in done.stderr
     assert not (tmp_path / "s").exists()
 
 
@@ -219,6 +224,7 @@ def test_help_shows_how_to_attach_qemu() -> None:
     assert done.returncode == 0
     assert "vhost-user-blk-pci" in done.stdout
     assert "share=on" in done.stdout
+    assert "reconnect=1" in done.stdout
     assert run("--help").returncode == 0
     assert re.fullmatch(r"vhost-backend \d+\.\d+\.\d+\n", run("--version").stdout)
 
@@ -238,6 +244,13 @@ def test_help_shows_how_to_attach_qemu() -> None:
         ("blk", "--socket-path=s", "--blk-file=x", "--busy-poll=long"),
         ("blk", "--socket-path=s", "--blk-file=x", "--busy-poll=1000000"),
         ("blk", "--socket-path=s", "--blk-file=x", "--cpus=0,one"),
+        ("blk", "--socket-path=s", "--blk-file=x", "--cpus=3-1"),
+        ("blk", "--socket-path=s", "--blk-file=x", "--cpus=0-99999999"),
+        ("blk", "--socket-path=s", "--blk-file=x", "--locking=maybe"),
+        ("blk", "--socket-path=s", "--blk-file="),
+        ("blk", "--socket-path=s", "--blk-file=x", "--metrics=nonsense"),
+        ("blk", "--socket-path=s", "--blk-file=x", "--metrics=unix:"),
+        ("blk", "--socket-path=s", "--blk-file=x", "--metrics=localhost:65536"),
         ("demo", "--size=0"),
     ],
 )
@@ -246,6 +259,142 @@ def test_wrong_arguments_are_usage_errors(arguments: tuple[str, ...]) -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "usage:" in done.stderr
+
+
+def test_an_option_that_there_is_not_names_the_one_that_was_meant() -> None:
+    done = run("blk", "--socket-path=s", "--blk-file=x", "--readonly")
+    assert done.returncode == 2
+    assert done.stderr.endswith(
+        "error: unrecognized arguments: --readonly (is --read-only meant?)\n"
+    )
+
+
+def test_a_range_of_processors(tmp_path: Path, image: Path) -> None:
+    first = min(os.sched_getaffinity(0))
+    arguments = (f"--socket-path={tmp_path / 's'}", f"--blk-file={image}")
+    with daemon(*arguments, f"--cpus={first}-{first}"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("blk", "--help"), ("blk", "--print-capabilities"), ("demo", "--size=1")],
+)
+def test_a_full_output_is_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    where = [f"--image={tmp_path / 'demo.img'}"] if arguments[0] == "demo" else []
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, *arguments, *where],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            env=environment,
+        )
+    lines = [line for line in done.stderr.splitlines() if "serving" not in line]
+    assert done.returncode == 1
+    assert len(lines) == 1
+    assert lines[0].startswith("vhost-backend: ")
+    assert lines[0].endswith("No space left on device")
+
+
+def test_who_has_read_enough_of_the_output_hears_no_complaint(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as output:
+        done = subprocess.run(
+            [*COMMAND, "blk", "--print-capabilities"],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("closed", [(0, 1, 2), (2,), (0,), (0, 2)])
+def test_closed_standard_streams_are_never_the_image(
+    tmp_path: Path, image: Path, closed: tuple[int, ...]
+) -> None:
+    path = tmp_path / "s"
+
+    def close() -> None:
+        for fd in closed:
+            os.close(fd)
+
+    command = [*COMMAND, "blk", f"--socket-path={path}", f"--blk-file={image}"]
+    process = subprocess.Popen(command, preexec_fn=close, stderr=subprocess.DEVNULL)
+    try:
+        while not path.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        for fd in closed:
+            assert os.readlink(f"/proc/{process.pid}/fd/{fd}") == "/dev/null"
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_drains_and_removes_the_socket(
+    tmp_path: Path, image: Path, number: signal.Signals
+) -> None:
+    path = tmp_path / "s"
+    with (
+        daemon(f"--socket-path={path}", f"--blk-file={image}") as process,
+        DriverSession.connect(path) as session,
+    ):
+        BlockDriver(session).write(0, b"x" * 512)
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert not path.exists()
+
+
+def test_a_second_front_end_that_has_to_wait_is_one_line(tmp_path: Path, image: Path) -> None:
+    path = tmp_path / "s"
+    with daemon(f"--socket-path={path}", f"--blk-file={image}") as process:
+        assert process.stderr is not None
+        with DriverSession.connect(path) as session:
+            BlockDriver(session).read(0, 512)
+            with socket.socket(socket.AF_UNIX) as second:
+                second.connect(str(path))
+                line = process.stderr.readline()
+        assert line.startswith(f"vhost-backend: {image}: another front-end has connected")
+        process.terminate()
+        assert process.wait(30) == 0
+        assert process.stderr.read() == ""
+
+
+def test_more_words_say_more(tmp_path: Path, image: Path) -> None:
+    """Who came and went; with two, what was negotiated, the memory, and each ring's facts."""
+    said = []
+    for flag in ("-v", "-vv"):
+        path = tmp_path / "s"
+        with daemon(f"--socket-path={path}", f"--blk-file={image}", flag) as process:
+            with DriverSession.connect(path, features=DRIVER_FEATURES, packed=True) as session:
+                BlockDriver(session).read(0, 512)
+                session.stop_ring(0)
+            assert process.stderr is not None
+            lines: list[str] = []
+            while not lines or "has gone" not in lines[-1]:
+                lines.append(process.stderr.readline())
+            assert all(line.startswith(f"vhost-backend: {image}: ") for line in lines)
+            process.terminate()
+            assert process.wait(30) == 0
+        said.append("".join(lines))
+    assert "has connected" in said[0]
+    assert "queue 0 starts" not in said[0]
+    assert re.search(r"features .*VERSION_1 RING_PACKED", said[1])
+    assert re.search(r"protocol features: .*CONFIG\b", said[1])
+    assert re.search(
+        r"memory 0x[0-9a-f]+ to 0x[0-9a-f]+ \(\d+ MiB\), for the front-end at 0x", said[1]
+    )
+    assert re.search(r"queue 0 starts: \d+ descriptors, packed, from 0x", said[1])
+    assert "queue 0 stops at 0x" in said[1]
 
 
 def test_a_descriptor_that_is_no_socket_is_one_line(tmp_path: Path, image: Path) -> None:
@@ -262,7 +411,7 @@ def test_xen_where_there_is_none_is_one_line(tmp_path: Path, image: Path) -> Non
     done = run("blk", *where, "--xen")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     installed = importlib.util.find_spec("vhost_xen") is not None
-    said = "is this a Xen domain" if installed else "install vhost-backend with its [xen] extra"
+    said = "is this a Xen domain" if installed else "pip install ./packages/guest-memory"
     assert said in done.stderr
     done = run("blk", *where, "--xen", "--no-mem-slots")
     assert "no postcopy migration on Xen" in done.stderr
@@ -275,6 +424,55 @@ def test_the_demo(tmp_path: Path) -> None:
     assert "ring engine" in done.stdout
     assert "vhost-user-blk-pci" in done.stdout
     assert (tmp_path / "demo.img").stat().st_size == 2 << 20
+    again = run("demo", "--size=1", f"--image={tmp_path / 'demo.img'}")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_demo_leaves_an_image_alone_that_somebody_uses(
+    tmp_path: Path, image: Path, running: bool
+) -> None:
+    """A guest that has the disk by the command that the demo prints, and one that will have it."""
+    content = b"a guest's own".ljust(512)
+    image.write_bytes(content * 8192)
+    with (
+        daemon(f"--socket-path={tmp_path / 's'}", f"--blk-file={image}") as process,
+        ExitStack() as stack,
+    ):
+        if running:
+            session = stack.enter_context(DriverSession.connect(tmp_path / "s"))
+            BlockDriver(session).read(0, 512)
+        done = run("demo", "--size=1", f"--image={image}")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert f"{image}: process {process.pid} " in done.stderr
+    assert image.read_bytes() == content * 8192
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "koi8-r"])
+def test_a_demo_in_any_character_set(tmp_path: Path, encoding: str) -> None:
+    image = tmp_path / "dёmö.img"
+    done = subprocess.run(
+        [*COMMAND, "demo", "--size=1", f"--image={image}"],
+        capture_output=True,
+        timeout=60,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "every block was read back" in done.stdout.decode(encoding)
+
+
+def test_a_demo_in_a_folder_with_a_long_name(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+    done = run("demo", "--size=1", environment={"TMPDIR": str(folder)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_demo_that_is_killed_takes_its_daemon_along(tmp_path: Path) -> None:
+    with demo(tmp_path) as (process, daemon):
+        process.kill()
+        process.wait()
+        assert select.select([daemon], [], [], 60)[0] == [daemon]
 
 
 def test_an_image_that_the_demo_cannot_make_is_one_line(tmp_path: Path) -> None:
@@ -359,6 +557,11 @@ def test_the_demo_under_qemu_runs_the_guest_tests_of_the_clone_it_is_started_in(
     tests.write_text("def test_a_guest(): print('booted')")
     assert main(["demo", "--qemu"]) == 0
     assert "1 passed" in capfd.readouterr().out
+    tests.write_text("import pytest\ndef test_a_guest(): pytest.skip('no QEMU here')")
+    assert main(["demo", "--qemu"]) == 1
+    captured = capfd.readouterr()
+    assert captured.err.endswith("every guest test was skipped\n")
+    assert "no QEMU here" in captured.out
     tests.write_text("def test_a_guest(): assert False")
     assert main(["demo", "--qemu"]) == 1
     capfd.readouterr()

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vhost_backend import aio_signal, eventfd
+from vhost_backend.fds import eventfd
+from vhost_backend.fds import eventfd_signal as aio_signal
 
 FULL = (1 << 64) - 2
 UNLIMITED = (1 << 64) - 1

@@ -426,6 +426,9 @@ class OwnChannel(VhostUserBackendBase):
     def num_queues(self) -> int:
         return 1
 
+    def handle_event(self, *_: object) -> bool:
+        return False
+
     def protocol_features(self) -> P:
         return P.DEVICE_STATE
 

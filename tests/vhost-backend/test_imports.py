@@ -27,7 +27,7 @@ UNWANTED = {
     *("dataclasses", "email", "hashlib", "http", "inspect", "json", "lzma", "numpy", "pathlib"),
     *("platform", "prometheus_client", "random", "rich", "shutil", "ssl", "subprocess"),
     *("tempfile", "urllib.parse", "uuid", "wsgiref"),
-    *("vhost_backend.async_daemon", "vhost_backend.driver", "vhost_backend.metrics"),
+    *("vhost_backend.daemon.in_loop", "vhost_backend.driver", "vhost_backend.daemon.prometheus"),
     *("vhost_protocol.sockets.aio", "vhost_protocol.trace", "virtqueue.queue.driver"),
     *("vhost_protocol.sockets.blocking.frontend",),
     *("virtqueue.engine.python.ring", "vhost_xen"),
@@ -79,7 +79,7 @@ def test_an_idle_daemon_holds_nothing_that_it_does_not_use(tmp_path: Path, image
     finally:
         process.kill()
         process.wait()
-    assert "vhost_backend.devices.blk" in idle
+    assert "vhost_backend.devices.blk.device" in idle
     assert idle & UNWANTED <= imported_by("-c", STANDARD)
     later = imported(errors.read_text().partition("vhost-backend: serving")[2])
     if "c" not in available_engines():
@@ -95,7 +95,7 @@ def test_help_and_capabilities_load_no_device() -> None:
     for arguments in (("--help",), ("--version",), ("blk", "--help")):
         loaded = of_ours(imported_by("-m", "vhost_backend", *arguments))
         assert {module.split(".")[0] for module in loaded} == {"vhost_backend"}, arguments
-        assert "vhost_backend.daemon" not in loaded
+        assert "vhost_backend.daemon.threaded" not in loaded
     asked = imported_by("-m", "vhost_backend", "blk", "--print-capabilities")
     assert asked & {"argparse", "logging", "vhost_backend.cli.blk"} == set()
 
@@ -115,7 +115,7 @@ def test_no_annotation_of_a_tuple_is_a_string() -> None:
         "import sys, typing\n"
         "def refuse(self, argument, *_, **__): sys.exit(f'{argument!r} is a string')\n"
         "typing.ForwardRef.__init__ = refuse\n"
-        "import vhost_backend.serving, vhost_backend.devices"
+        "import vhost_backend.daemon.serve, vhost_backend.devices"
     )
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 

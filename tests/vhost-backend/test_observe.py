@@ -1,12 +1,15 @@
 """Counters: in the process, on SIGUSR1, and for Prometheus."""
 
-import re
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -16,9 +19,13 @@ from vhost_backend import (
     DeviceBackend,
     ListenError,
     MetricsServer,
+    Queue,
+    Request,
     VhostBackendError,
     VhostUserDaemon,
+    VirtioDevice,
     report,
+    serve_all,
 )
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
@@ -102,7 +109,7 @@ def test_sigusr1_prints_the_counters(tmp_path: Path, image: Path) -> None:
         process.send_signal(signal.SIGUSR1)
         for queue in range(2):
             line = process.stderr.readline()
-            assert re.match(rf"BlockDevice queue {queue}: stopped in_flight=0 .*requests=0", line)
+            assert line.startswith(f"{image} queue {queue}: stopped in_flight=0 requests=0 ")
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
     finally:
@@ -111,3 +118,73 @@ def test_sigusr1_prints_the_counters(tmp_path: Path, image: Path) -> None:
         process.wait()
         assert process.stderr is not None
         process.stderr.close()
+
+
+class Two(NamedTuple):
+    """Two devices that one process serves."""
+
+    devices: Sequence[VirtioDevice]
+    names: list[str]
+
+
+class Silent(VirtioDevice):
+    device_id = 4
+
+    def handle(self, queue: Queue, request: Request) -> None:
+        """Answer nothing."""
+
+
+class Named(Silent):
+    name = "a name of its own"
+
+
+def two_disks(folder: Path) -> Two:
+    paths = [folder / "a.img", folder / "b.img"]
+    for path in paths:
+        path.write_bytes(bytes(4096))
+    return Two([BlockDevice(path) for path in paths], [str(path) for path in paths])
+
+
+def one_disk_twice(folder: Path) -> Two:
+    (folder / "a.img").write_bytes(bytes(4096))
+    devices = [BlockDevice(folder / "a.img", read_only=True) for _ in range(2)]
+    return Two(devices, [f"{folder / 'a.img'} on {folder / name}" for name in ("0.sock", "1.sock")])
+
+
+def two_of_a_class(folder: Path) -> Two:
+    return Two(
+        [Silent(), Silent()],
+        [f"Silent on {folder / '0.sock'}", f"Silent on {folder / '1.sock'}"],
+    )
+
+
+def two_names(folder: Path) -> Two:
+    return Two([Silent(), Named()], ["Silent", "a name of its own"])
+
+
+@pytest.mark.parametrize("make", [two_disks, one_disk_twice, two_of_a_class, two_names])
+def test_two_devices_of_one_process_are_told_apart(
+    tmp_path: Path, make: Callable[[Path], Two]
+) -> None:
+    pytest.importorskip("prometheus_client")
+    devices, names = make(tmp_path)
+    pairs = [(device, tmp_path / f"{index}.sock") for index, device in enumerate(devices)]
+    answers: list[str] = []
+
+    def ask() -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(30)
+            client.connect(str(tmp_path / "metrics"))
+            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            answers.append(b"".join(iter(lambda: client.recv(65536), b"")).decode())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    serve_all(pairs, metrics=f"unix:{tmp_path / 'metrics'}", ready=asking.start)
+    asking.join()
+    series = [
+        line.rsplit(" ", 1)[0] for line in answers[0].splitlines() if line.startswith("vhost_")
+    ]
+    assert len(set(series)) == len(series)
+    for name in names:
+        assert f'vhost_queue_running{{device="{name}",queue="0"}}' in series

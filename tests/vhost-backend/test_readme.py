@@ -25,7 +25,7 @@ def test_the_examples() -> None:
     assert len([line for line in device.splitlines() if line.strip()]) <= 15
     names: dict[str, Any] = {"__name__": "example"}
     exec(device, names)
-    assert issubclass(names["Upper"], VirtioDevice)
+    assert issubclass(names["Entropy"], VirtioDevice)
     exec(use, names)
     assert names["attached"] is attached
 

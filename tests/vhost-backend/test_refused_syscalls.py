@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vhost_backend import eventfd
-from vhost_backend.file_io import read_at, write_at
+from vhost_backend.devices.blk.file_io import read_at, write_at
+from vhost_backend.fds import eventfd
 
 SCRIPT = Path(__file__).parent / "refused_syscalls.py"
 REFUSALS = [errno.EPERM, errno.ENOSYS, errno.EACCES]

@@ -5,6 +5,8 @@ import mmap
 import os
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,18 +17,21 @@ import pytest
 import vhost_protocol as vp
 from guest_memory import GuestAddress
 from vhost_backend import BlockDevice, Queue, Request, VirtioDevice
-from vhost_backend.devices.blk import T_OUT
+from vhost_backend.devices.blk.device import T_OUT
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import (
     BLOCK,
     BlockDriver,
     BlockWorkload,
+    DeviceErrors,
     DeviceProcess,
     DriverSession,
     Migration,
+    MissingError,
     SessionError,
     WrongData,
     attached,
+    expect_errors,
     served,
 )
 from vhost_backend.testing.pytest_plugin import (
@@ -200,7 +205,7 @@ def test_requests_in_flight_are_served_once_more_in_their_order(
                 await asyncio.sleep(60)
             request.write(data)
 
-    process = device_process(Stuck, drain_timeout=0.1)
+    process = device_process(Stuck, drain_warning=0.1)
     with process.connect(inflight=True) as session:
         vring = session.vrings[0]
         ids = []
@@ -426,3 +431,98 @@ def test_nothing_is_left_behind(image: Path) -> None:
     # Threads of tests before this one may have ended meanwhile.
     assert len(os.listdir("/proc/self/fd")) <= before[0]
     assert threading.active_count() <= before[1]
+
+
+class Wrong(Echo):
+    def handle(self, queue: Queue, request: Request) -> None:
+        if request.readable_length != 7:
+            pytest.fail("the driver should send 7 bytes")
+
+
+def test_a_test_fails_whose_device_has_logged_an_error() -> None:
+    message = "Wrong failed a request of queue 0\n(.|\n)*the driver should send 7 bytes"
+    with pytest.raises(DeviceErrors, match=message) as failed, attached(Wrong()) as session:
+        exchange(session, b"12345678")
+    assert len(failed.value.errors) == 1
+    with (
+        pytest.raises(DeviceErrors, match=message),
+        served(Wrong()) as path,
+        DriverSession.connect(path) as session,
+    ):
+        exchange(session, b"12345678")
+    # What the test raises itself is not hidden.
+    with pytest.raises(KeyError) as raised, attached(Wrong()) as session:
+        raise KeyError(exchange(session, b"12345678"))
+    (note,) = raised.value.__notes__
+    assert re.search(message, note)
+
+
+def test_a_test_may_expect_errors() -> None:
+    with expect_errors("send 7 bytes"), attached(Wrong()) as session:
+        exchange(session, b"12345678")
+    with attached(Wrong()) as session:
+        with expect_errors("send 7 bytes") as errors:
+            exchange(session, b"12345678")
+        assert len(errors) == 1
+    with (
+        pytest.raises(MissingError, match="another"),
+        attached(Wrong()) as session,
+        expect_errors("another"),
+        expect_errors("send 7"),
+    ):
+        exchange(session, b"12345678")
+    with pytest.raises(MissingError, match="'send 7'"), expect_errors("send 7"):
+        pass
+
+
+def test_errors_in_a_devices_process_fail_the_test() -> None:
+    with (
+        pytest.raises(DeviceErrors, match="in the device's process: Wrong failed a request"),
+        DeviceProcess(Wrong) as process,
+        process.connect() as session,
+    ):
+        exchange(session, b"12345678")
+    with expect_errors("send 7 bytes") as errors, DeviceProcess(Wrong) as process:
+        for _ in range(2):
+            with process.connect() as session:
+                exchange(session, b"12345678")
+            process.restart()
+        assert len(errors) == 2
+
+
+def test_the_fixtures_fail_the_test_itself(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        """
+import pytest
+from vhost_backend import VirtioDevice
+from vhost_backend.testing import expect_errors
+pytest_plugins = ["vhost_backend.testing.pytest_plugin"]
+
+class Wrong(VirtioDevice):
+    device_id = 42
+    def handle(self, queue, request):
+        pytest.fail("the driver should send 7 bytes")
+
+class Late(VirtioDevice):
+    device_id = 42
+    def handle(self, queue, request): pass
+    def stopped(self): raise ValueError("too late")
+
+def use(session):
+    session.vrings[0].submit([(session.allocate(8), 8)], [])
+    session.vrings[0].kick()
+    session.vrings[0].completions(timeout=20)
+
+def test_wrong(attach): use(attach(Wrong()))
+def test_late(attach): use(attach(Late()))
+def test_expected(attach):
+    with expect_errors("7 bytes"): use(attach(Wrong()))
+"""
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    # What is logged when the device is taken down is an error of the test's end.
+    assert "1 failed, 2 passed, 1 error" in result.stdout, result.stdout
+    assert "DeviceErrors" in result.stdout
+    assert "the driver should send 7 bytes" in result.stdout
+    assert "too late" in result.stdout

@@ -90,6 +90,20 @@ def test_a_wrong_choice_is_one_line(tmp_path: Path) -> None:
     assert done.stderr == "virtqueue: VIRTQUEUE_BUILD=tcc: must be cc, zig or none\n"
 
 
+@needs_hatchling
+def test_a_wrong_choice_is_one_line_under_pip_too() -> None:
+    """pip asks for the build's requirements first, and shows what that writes."""
+    program = f"import runpy; runpy.run_path({str(BUILD)!r})['EngineBuildHook'].dependencies(None)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"VIRTQUEUE_BUILD": "foo"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "virtqueue: VIRTQUEUE_BUILD=foo: must be cc, zig or none\n"
+
+
 def test_a_library_from_other_sources_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,23 @@ def test_a_base_goes_on_where_the_last_queue_stopped(make_rig: Any, packed: bool
             assert rig.device.base == base
 
 
+def test_a_base_that_cannot_be_meant_gives_way_to_the_used_index(make_rig: Any) -> None:
+    """DPDK's virtio-user starts a split ring at 0 for the successor of a device that has died."""
+    rig: Rig = make_rig(size=4, packed=False)
+    for _ in range(7):
+        serve(rig)
+    ids = rig.offer_many(3)
+    assert [chain.head for chain in rig.device.take()] == ids  # with these it dies
+    rig.device = rig.new_device(base=0)
+    assert rig.device.base == 7
+    assert [chain.head for chain in rig.device.take()] == ids
+    rig.device.cycle()
+    assert [head for head, _ in rig.driver.collect()] == ids
+    serve(rig)
+    # A ring of its own length behind may be meant: it is served again from there.
+    assert rig.new_device(base=11 - 4).base == 7
+
+
 def test_2_8_the_packed_base_holds_both_positions(make_rig: Any) -> None:
     rig: Rig = make_rig(size=4, packed=True)
     assert rig.device.base == 0x8000_8000

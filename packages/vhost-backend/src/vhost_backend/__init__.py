@@ -10,56 +10,57 @@ from ._version import __version__
 # that --print-capabilities does.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .async_daemon import AsyncDaemon, serve_async
+    from .adapter.device_backend import DeviceBackend
     from .backend import VhostUserBackend, VhostUserBackendBase
     from .counters import QueueCounters
-    from .daemon import VhostUserDaemon
-    from .device import Queue, Request, VirtioDevice
-    from .device_backend import DeviceBackend
+    from .daemon.in_loop import AsyncDaemon, serve_async
+    from .daemon.prometheus import MetricsServer
+    from .daemon.report import QueueReport, report
+    from .daemon.serve import serve, serve_all
+    from .daemon.threaded import VhostUserDaemon
+    from .device.base import Queue, Recall, Request, VirtioDevice
+    from .device.state_stream import StateError
     from .devices import BlockDevice
+    from .epoll_handler import VringEpollHandler
     from .errors import BackendUsageError, DeviceError, ListenError, Refused, VhostBackendError
+    from .fds.listener import Listener
     from .features import VirtioFeature
-    from .listener import Listener
-    from .metrics import MetricsServer
-    from .observe import QueueReport, report
-    from .serving import serve, serve_all
-    from .state_transfer import StateError
-    from .vring import VringState
-    from .vring_locks import Vring, VringMutex, VringRwLock
-    from .worker import VringEpollHandler
+    from .vring.locks import Vring, VringMutex, VringRwLock
+    from .vring.state import VringState
 
 # Names are imported when they are first used: a device needs no asyncio and no HTTP server, the
 # command line's --help nothing of all this. No module may be called like one of the names.
 _LAZY = {
-    "AsyncDaemon": "async_daemon",
+    "AsyncDaemon": "daemon.in_loop",
     "BackendUsageError": "errors",
     "BlockDevice": "devices",
-    "DeviceBackend": "device_backend",
+    "DeviceBackend": "adapter.device_backend",
     "DeviceError": "errors",
     "ListenError": "errors",
-    "Listener": "listener",
-    "MetricsServer": "metrics",
-    "Queue": "device",
+    "Listener": "fds.listener",
+    "MetricsServer": "daemon.prometheus",
+    "Queue": "device.base",
     "QueueCounters": "counters",
-    "QueueReport": "observe",
+    "QueueReport": "daemon.report",
+    "Recall": "device.base",
     "Refused": "errors",
-    "Request": "device",
-    "StateError": "state_transfer",
+    "Request": "device.base",
+    "StateError": "device.state_stream",
     "VhostBackendError": "errors",
     "VhostUserBackend": "backend",
     "VhostUserBackendBase": "backend",
-    "VhostUserDaemon": "daemon",
-    "VirtioDevice": "device",
+    "VhostUserDaemon": "daemon.threaded",
+    "VirtioDevice": "device.base",
     "VirtioFeature": "features",
-    "Vring": "vring_locks",
-    "VringEpollHandler": "worker",
-    "VringMutex": "vring_locks",
-    "VringRwLock": "vring_locks",
-    "VringState": "vring",
-    "report": "observe",
-    "serve": "serving",
-    "serve_all": "serving",
-    "serve_async": "async_daemon",
+    "Vring": "vring.locks",
+    "VringEpollHandler": "epoll_handler",
+    "VringMutex": "vring.locks",
+    "VringRwLock": "vring.locks",
+    "VringState": "vring.state",
+    "report": "daemon.report",
+    "serve": "daemon.serve",
+    "serve_all": "daemon.serve",
+    "serve_async": "daemon.in_loop",
 }
 
 
@@ -89,6 +90,7 @@ __all__ = [
     "Queue",
     "QueueCounters",
     "QueueReport",
+    "Recall",
     "Refused",
     "Request",
     "StateError",

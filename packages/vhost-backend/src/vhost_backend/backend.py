@@ -16,8 +16,8 @@ from typing import Protocol
 from guest_memory import GuestMemory
 from vhost_protocol import ProtocolFeatures
 
-from .eventfd import WakeFd
-from .vring_locks import Vring
+from .fds.eventfd import WakeFd
+from .vring.locks import Vring
 
 
 class VhostUserBackend(Protocol):

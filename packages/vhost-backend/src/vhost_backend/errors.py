@@ -8,6 +8,21 @@ machine (`ListenError`, `DeviceError`) or a mistake in the program (`BackendUsag
 
 from __future__ import annotations
 
+import errno
+from typing import Final
+
+#: What the system answers when this machine, or this process, has no more of something.
+_SHORTAGES: Final = frozenset(
+    (
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOBUFS,
+        errno.ENOMEM,
+        errno.ENOSPC,
+        errno.EDQUOT,
+    )
+)
+
 
 class VhostBackendError(Exception):
     """Base of every error that this package raises."""
@@ -41,6 +56,25 @@ class Refused(VhostBackendError):
         super().__init__(f"{request} refused: {reason}")
         self.request = request
         self.reason = reason
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether we ran out of something (descriptors, memory, threads, room), or what is under
+    `error` did: then neither peer nor device has done anything wrong.
+    """
+    from vhost_protocol import OutOfResources  # the command line's --help needs no protocol
+
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, MemoryError | OutOfResources):
+            return True
+        if getattr(found, "errno", None) in _SHORTAGES:
+            return True
+        # What `threading` raises; it has no class of its own.
+        if type(found) is RuntimeError and "start new thread" in str(found):
+            return True
+        found = found.__cause__
+    return False
 
 
 def kept(error: BaseException) -> BaseException:

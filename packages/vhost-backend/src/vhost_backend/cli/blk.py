@@ -23,13 +23,17 @@ EPILOG = """\
 attach it to QEMU (guest memory has to be shared):
   qemu-system-x86_64 -m 1G \\
     -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
-    -chardev socket,id=disk,path=PATH \\
+    -chardev socket,id=disk,path=PATH,reconnect=1 \\
     -device vhost-user-blk-pci,chardev=disk,num-queues=N
+
+With reconnect=1 (newer QEMU: reconnect-ms=1000) the guest goes on when this program has been
+started anew. One disk serves one guest at a time, and its image belongs to nobody else meanwhile.
 
 SIGUSR1 prints what each queue has done; VIRTQUEUE_ENGINE=c|python chooses the ring engine.
 """
 
 MAX_QUEUES = 64
+MAX_PROCESSOR = (1 << 16) - 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--fd", type=_fd, metavar="N", help="inherited descriptor: a connected or listening socket"
     )
-    parser.add_argument("--blk-file", metavar="IMG", required=True, help="image or block device")
+    parser.add_argument(
+        "--blk-file",
+        type=_image,
+        metavar="IMG",
+        required=True,
+        help="block device, or image: its bytes are the disk's (raw)",
+    )
     parser.add_argument("--read-only", action="store_true", help="refuse every change")
     parser.add_argument(
         "--num-queues", type=_queues, default=1, metavar="N", help=f"1 to {MAX_QUEUES} (default 1)"
@@ -51,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--direct",
         action="store_true",
         help="pass by the page cache (O_DIRECT), with an io_uring where the kernel permits one",
+    )
+    parser.add_argument(
+        "--locking",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="lock the image while a guest uses it, with flock and as QEMU does: auto (default) "
+        "where the file system can, on, or off",
     )
     parser.add_argument(
         "--busy-poll",
@@ -65,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_cpus,
         default=(),
         metavar="LIST",
-        help="processors for the queues' threads, in turn, such as 2,3",
+        help="processors for the queues' threads, in turn, such as 2,3 or 0-3",
     )
     parser.add_argument(
         "--no-mem-slots",
@@ -77,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--metrics",
+        type=_metrics,
         metavar="WHERE",
         help="serve counters to Prometheus on unix:PATH or HOST:PORT (loopback); needs [metrics]",
     )
@@ -88,9 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: SimpleNamespace) -> int:
     """Serve until a signal."""
     # Not before: --help needs none of it.
+    from ..daemon.serve import serve
     from ..devices import BlockDevice
-    from ..listener import Listener
-    from ..serving import serve
+    from ..fds.listener import Listener
 
     engine = chosen_engine()
     mapper = _xen_mapper(options.no_mem_slots) if options.xen else None
@@ -101,6 +119,7 @@ def run(options: SimpleNamespace) -> int:
         num_queues=options.num_queues,
         serial=options.serial,
         direct=options.direct,
+        locking=options.locking,
     )
     where = options.socket_path if options.fd is None else Listener.from_fd(options.fd)
 
@@ -131,7 +150,8 @@ def _xen_mapper(postcopy: bool) -> Mapper:
         from vhost_xen import XenMapper, XenUnavailable, check_devices
     except ImportError:
         raise VhostBackendError(
-            "--xen needs vhost-xen: install vhost-backend with its [xen] extra"
+            "--xen needs vhost-xen, the [xen] extra; in a clone: "
+            "pip install ./packages/guest-memory ./packages/vhost-xen"
         ) from None
     try:
         check_devices()
@@ -142,7 +162,7 @@ def _xen_mapper(postcopy: bool) -> Mapper:
 
 
 def _describe(device: BlockDevice, engine: str, options: SimpleNamespace) -> str:
-    from ..devices.blk import SECTOR
+    from ..devices.blk.device import SECTOR
 
     where = options.socket_path if options.fd is None else f"descriptor {options.fd}"
     access = "read-only" if device.read_only else "read-write"
@@ -174,10 +194,35 @@ def _microseconds(text: str) -> float:
 def _cpus(text: str) -> tuple[int, ...]:
     from argparse import ArgumentTypeError
 
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise ArgumentTypeError(f"{text!r} is not a list of processor numbers")
-    return tuple(int(part) for part in parts)
+    processors: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not dash:
+            last = first
+        if not all(word.isascii() and word.isdigit() for word in (first, last)):
+            raise ArgumentTypeError(f"{text!r} is not a list of processors such as 2,3 or 0-3")
+        if not int(first) <= int(last) <= MAX_PROCESSOR:
+            raise ArgumentTypeError(f"{part!r} is no range from 0 to {MAX_PROCESSOR}")
+        processors += range(int(first), int(last) + 1)
+    return tuple(processors)
+
+
+def _image(text: str) -> str:
+    from argparse import ArgumentTypeError
+
+    if not text:
+        raise ArgumentTypeError("the path of an image is empty")
+    return text
+
+
+def _metrics(text: str) -> str:
+    from argparse import ArgumentTypeError
+
+    _, colon, port = text.rpartition(":")
+    named = text.startswith("unix:") and text != "unix:"
+    if not named and not (colon and port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise ArgumentTypeError(f"{text!r} is neither unix:PATH nor HOST:PORT")
+    return text
 
 
 def _fd(text: str) -> int:

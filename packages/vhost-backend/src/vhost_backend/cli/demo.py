@@ -15,6 +15,8 @@ import os
 import random
 import shlex
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -25,10 +27,11 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
-from vhost_protocol import ProtocolError
+from vhost_protocol import Frontend, ProtocolError
 from virtqueue import VirtqueueError
 
-from ..devices.blk import S_OK, SECTOR, T_IN, T_OUT
+from ..devices.blk.device import S_OK, SECTOR, T_IN, T_OUT
+from ..devices.blk.image_lock import ImageLock
 from ..driver import BlockDriver, DriverSession
 from ..driver.block import DRIVER_FEATURES
 from ..errors import VhostBackendError
@@ -46,6 +49,7 @@ EPILOG = "The image stays where it was made, so that the printed commands work."
 BLOCK = 4096
 DEPTHS = (1, 32)
 SEED = 20240229
+TIMEOUT = 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", type=_size, default=32, metavar="MIB", help="image size, 1 to 1024 (default 32)"
     )
     parser.add_argument(
-        "--image", type=Path, metavar="IMG", help="where to make the image (it is overwritten)"
+        "--image",
+        type=Path,
+        metavar="IMG",
+        help="where to make the image; what is there is overwritten unless it is in use",
     )
     parser.add_argument(
         "--qemu",
@@ -77,25 +84,51 @@ def run(options: SimpleNamespace) -> int:
     if options.qemu:
         return _guest_tests()
     if importlib.util.find_spec("rich") is None:
-        raise VhostBackendError(
-            "the demo draws with rich: install vhost-backend with its [cli] extra"
-        )
+        raise VhostBackendError("the demo draws with rich, the [cli] extra: pip install rich")
     engine = chosen_engine()
     image = options.image if options.image is not None else _default_image()
     blocks = options.size * 2**20 // BLOCK
+    _make_image(image, blocks * BLOCK)
+    with _tidy_end(), _daemon(image) as connection, _output():
+        results = _exercise(connection, blocks)
+    _check_image(image, blocks)
+    with _output():
+        _report(results, engine)
+        _print_qemu(image)
+        sys.stdout.flush()
+    return 0
+
+
+def _make_image(image: Path, size: int) -> None:
+    """An image of zeroes, which may replace what an earlier demo left, and nobody's in use."""
     try:
-        with open(image, "wb") as file:
-            file.truncate(blocks * BLOCK)
+        fd = os.open(image, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise VhostBackendError(f"{image}: exists and is not a regular file")
+            lock = ImageLock(fd, str(image), writes=True)
+            other = lock.others()
+            if other is not None:
+                raise VhostBackendError(f"{image}: {other} has it open: end that, or use --image")
+            lock.acquire()
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, size)
+            lock.close()
+        finally:
+            os.close(fd)
     except OSError as error:
         raise VhostBackendError(f"{image}: {error.strerror}") from None
-    with _tidy_end(), tempfile.TemporaryDirectory(prefix="vhost-demo-") as directory:
-        path = os.path.join(directory, "disk.sock")
-        with _daemon(path, image):
-            results = _exercise(path, blocks)
-    _check_image(image, blocks)
-    _report(results, engine)
-    _print_qemu(image)
-    return 0
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[None]:
+    """What is printed here may meet a full disk."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise VhostBackendError(f"cannot write the output: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -120,35 +153,32 @@ def _tidy_end() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _daemon(path: str, image: Path) -> Iterator[None]:
+def _daemon(image: Path) -> Iterator[socket.socket]:
+    """A connection to a daemon that serves the image, and ends with it whatever becomes of us."""
     command = [sys.executable, "-m", "vhost_backend", "blk"]
-    command += [f"--socket-path={path}", f"--blk-file={image}", "--serial=demo"]
-    process = subprocess.Popen(command)
-    try:
-        deadline = time.monotonic() + 20
-        while not os.path.exists(path):
-            if process.poll() is not None:
-                raise VhostBackendError(f"the daemon ended with status {process.returncode}")
-            if time.monotonic() > deadline:
-                raise VhostBackendError("the daemon did not listen within 20 s")
-            time.sleep(0.01)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        command += [f"--fd={theirs.fileno()}", f"--blk-file={image}", "--serial=demo"]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        theirs.close()
         try:
-            yield
-        except (ProtocolError, VirtqueueError, VhostBackendError) as error:
-            # A process that is killed hangs up a moment before it has ended.
             try:
-                ended: int | None = process.wait(0.5)
-            except subprocess.TimeoutExpired:
-                ended = None
-            what = f"{error}" if ended is None else f"the daemon ended with status {ended}: {error}"
-            raise VhostBackendError(what) from None
-        process.send_signal(signal.SIGTERM)
-        if process.wait(20) != 0:
-            raise VhostBackendError(f"the daemon ended with status {process.returncode}")
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
+                yield ours
+            except (ProtocolError, VirtqueueError, VhostBackendError) as error:
+                # A process that is killed hangs up a moment before it has ended.
+                try:
+                    ended: int | None = process.wait(0.5)
+                except subprocess.TimeoutExpired:
+                    ended = None
+                what = "" if ended is None else f"the daemon ended with status {ended}: "
+                raise VhostBackendError(f"{what}{error}") from None
+            ours.close()
+            if process.wait(20) != 0:
+                raise VhostBackendError(f"the daemon ended with status {process.returncode}")
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
 
 
 # -- the work -------------------------------------------------------------------------------------
@@ -159,7 +189,7 @@ def _content(index: int) -> bytes:
     return random.Random(SEED + index).randbytes(BLOCK)
 
 
-def _exercise(path: str, blocks: int) -> list[Result]:
+def _exercise(connection: socket.socket, blocks: int) -> list[Result]:
     from rich.progress import BarColumn, Progress, TextColumn
 
     results = []
@@ -169,7 +199,9 @@ def _exercise(path: str, blocks: int) -> list[Result]:
         TextColumn("{task.percentage:>3.0f}%"),
     )
     with (
-        DriverSession.connect(path, features=DRIVER_FEATURES) as session,
+        DriverSession(
+            Frontend(connection.dup(), timeout=TIMEOUT), features=DRIVER_FEATURES
+        ) as session,
         Progress(*columns) as progress,
     ):
         driver = BlockDriver(session, depth=max(DEPTHS), max_io=BLOCK)
@@ -270,7 +302,9 @@ def _report(results: list[Result], engine: str) -> None:
 
     table = Table(title=f"embedded driver and daemon, 4 KiB random, ring engine {engine}")
     table.add_column("phase")
-    for name in ("operations", "MiB/s", "p50 µs", "p99 µs"):
+    console = Console()
+    micro = "µs" if console.encoding.startswith("utf") else "us"
+    for name in ("operations", "MiB/s", f"p50 {micro}", f"p99 {micro}"):
         table.add_column(name, justify="right")
     for result in results:
         ordered = sorted(result.latencies)
@@ -282,7 +316,6 @@ def _report(results: list[Result], engine: str) -> None:
             f"{ordered[count // 2] * 1e6:.0f}",
             f"{ordered[min(count - 1, count * 99 // 100)] * 1e6:.0f}",
         )
-    console = Console()
     console.print(table)
     console.print("every block was read back with the right checksum, and the image file agrees")
 
@@ -295,7 +328,9 @@ the same image, for QEMU:
   {command} blk --socket-path=/tmp/vhost-demo.sock --blk-file={quoted}
   qemu-system-x86_64 -m 1G \\
     -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
-    -chardev socket,id=disk,path=/tmp/vhost-demo.sock -device vhost-user-blk-pci,chardev=disk
+    -chardev socket,id=disk,path=/tmp/vhost-demo.sock,reconnect=1 \\
+    -device vhost-user-blk-pci,chardev=disk
+(newer QEMU: reconnect-ms=1000)
 (add a bootable disk or -kernel; the image is then /dev/vda in the guest)""")
 
 
@@ -311,7 +346,20 @@ def _guest_tests() -> int:
     if missing:
         command = shlex.join([sys.executable, "-m", "pip", "install", *missing])
         raise VhostBackendError(f"--qemu runs the guest tests with pytest: {command}")
-    return subprocess.call([sys.executable, "-m", "pytest", "-v", str(tests)])
+    with tempfile.NamedTemporaryFile(suffix=".xml") as results:
+        command_line = [sys.executable, "-m", "pytest", "-v", "-rs", str(tests)]
+        status = subprocess.call([*command_line, f"--junitxml={results.name}"])
+        if status == 0 and not _some_ran(results.name):
+            raise VhostBackendError("--qemu has tested nothing: every guest test was skipped")
+    return status
+
+
+def _some_ran(results: str) -> bool:
+    """Whether pytest's report knows of a test that was not skipped."""
+    from xml.etree import ElementTree
+
+    suites = ElementTree.parse(results).iter("testsuite")
+    return any(int(suite.get("tests", 0)) > int(suite.get("skipped", 0)) for suite in suites)
 
 
 def _default_image() -> Path:

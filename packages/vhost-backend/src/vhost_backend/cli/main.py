@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from .capabilities import CAPABILITIES
 
 TYPE_CHECKING = False  # see the package's __init__
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
     from types import SimpleNamespace
 
@@ -20,6 +22,60 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    _open_standard_streams()
+    try:
+        try:
+            status = _main(arguments)
+        except SystemExit:  # --help, say
+            sys.stdout.flush()
+            raise
+        if not status:
+            # Here what cannot be written is an error as any; at the interpreter's end it is not.
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read our output has enough
+        _give_up_output()
+        return 128 + 13
+    except OSError as error:
+        _give_up_output()
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+        print(f"vhost-backend: {what}", file=sys.stderr)
+        return 1
+
+
+def _open_standard_streams() -> None:
+    """Those that are closed become /dev/null: or the image would get a number that is written to.
+
+    What the terminal's character set lacks is written as an escape.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(fd, True)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
+
+
+def _give_up_output() -> None:
+    """If it cannot be written, keep the interpreter from trying when it ends."""
+    try:
+        sys.stdout.flush()
+        return
+    except OSError:
+        pass
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if "--print-capabilities" in arguments and arguments[0] in CAPABILITIES:
         # "Backend program conventions": everything else on the command line is ignored.
@@ -49,6 +105,7 @@ def _run(options: SimpleNamespace) -> int:
     try:
         status: int = options.run(options)
     except VhostBackendError as error:
+        _give_up_output()
         print(f"vhost-backend: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -76,6 +133,7 @@ def _parse(arguments: Sequence[str]) -> SimpleNamespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     # Options before the command take no value, so the first word is the command.
     given = next((word for word in arguments if not word.startswith("-")), None)
+    command = parser
     for name, what in _COMMANDS.items():
         if name != given:
             commands.add_parser(name, help=what, formatter_class=formatter)
@@ -93,4 +151,16 @@ def _parse(arguments: Sequence[str]) -> SimpleNamespace:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    return parser.parse_args(arguments, SimpleNamespace())
+    options, unknown = parser.parse_known_args(arguments, SimpleNamespace())
+    if unknown:
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(command, unknown)}")
+    return options
+
+
+def _meant(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
+    """A guess at which option was meant."""
+    from difflib import get_close_matches
+
+    known = [option for action in parser._actions for option in action.option_strings]
+    close = get_close_matches(unknown[0].split("=")[0], known, 1)
+    return f" (is {close[0]} meant?)" if close else ""

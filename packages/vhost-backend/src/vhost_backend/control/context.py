@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import vhost_protocol as vp
-from guest_memory import DirtyLog, GuestMemory, Iotlb, Mapper, MemoryHolder
+from guest_memory import DirtyLog, GuestMemory, Iotlb, Mapper, MemoryHolder, Region
 
 from ..backend import VhostUserBackend
+from ..epoll_handler import VringEpollHandler
 from ..errors import BackendUsageError, Refused
 from ..features import VirtioFeature
-from ..guard import MemoryGuard
-from ..vring_locks import Vring
-from ..worker import VringEpollHandler
+from ..vring.locks import Vring
+from .memory_guard import MemoryGuard
 from .outcome import Outcome
+from .unshared import UnsharedMemory
+
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 #: Descriptors of the largest ring there can be (virtio 2.6). What a device advises is no limit.
 MAX_RING_SIZE: Final = 32768
@@ -49,7 +53,9 @@ class Context:
         mapper: Mapper | None,
         guard: MemoryGuard,
         wake: Callable[[], None],
+        name: str,
     ) -> None:
+        self.name: str = name
         self.backend = backend
         self.vrings = vrings
         self.memory = memory
@@ -63,6 +69,7 @@ class Context:
         self.channel: vp.BackendChannel | None = None
         self.iotlb: Iotlb | None = None
         self.log: DirtyLog | None = None
+        self.unshared: UnsharedMemory = UnsharedMemory(name, vrings, memory)
         self._started = False
         self._places = [_place(vring, workers) for vring in vrings]
 
@@ -89,12 +96,23 @@ class Context:
             self._started = True
 
     def device_stopped(self) -> None:
-        """No ring is started any more: the device is suspended ("Suspended device state")."""
+        """No ring is started any more: the device is suspended ("Suspended device state").
+
+        A device that fails is stopped all the same: nobody can be asked to do better.
+        """
         if self._started:
             self._started = False
             hook = self.hook("device_stopped")
             if hook is not None:
-                hook()
+                try:
+                    hook()
+                except Exception:
+                    log.exception("%s: the device has failed to stop", self.device_name)
+
+    @property
+    def device_name(self) -> str:
+        """What to call the device in the log."""
+        return type(getattr(self.backend, "device", self.backend)).__name__
 
     def place(self, index: int) -> tuple[VringEpollHandler, int]:
         """The worker of a vring, and the vring's position there."""
@@ -121,6 +139,9 @@ class Context:
         waits for another entry goes on waiting: were it to ask again at each change, every answer
         would bring forth more questions.
         """
+        if entry is None and log.isEnabledFor(logging.DEBUG):
+            for region in memory.regions:
+                log.debug("%s: memory %s", self.name, _describe(region))
         memory = memory.with_iotlb(self.iotlb).with_log(self.log)
         self.guard.watch(memory)
         self.memory.replace(memory)
@@ -138,6 +159,13 @@ class Context:
             if look:
                 self.scan(index)
         self.backend.update_memory(memory)
+
+
+def _describe(region: Region) -> str:
+    return (
+        f"{region.guest_address:#x} to {region.guest_address + region.size:#x} "
+        f"({region.size / 2**20:g} MiB), for the front-end at {region.user_address:#x}"
+    )
 
 
 def _place(vring: Vring, workers: Sequence[VringEpollHandler]) -> tuple[VringEpollHandler, int]:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import vhost_protocol as vp
 from guest_memory import DirtyLog, GuestMemoryError
 
-from .. import eventfd
 from ..errors import Refused
+from ..fds import eventfd
 from ..features import VirtioFeature
 from .context import Context
 from .outcome import Descriptors, Outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Final
@@ -14,6 +15,8 @@ from ..errors import Refused
 from ..features import VirtioFeature
 from .context import MAX_RING_SIZE, Context
 from .outcome import Answer, Descriptors, Outcome
+
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 #: Descriptors of QEMU's largest ring.
 _USUAL_SIZE: Final = 1024
@@ -30,7 +33,12 @@ class Inflight:
         }
 
     def offers(self) -> vp.ProtocolFeatures:
-        """INFLIGHT_SHMFD: the rings keep the records whatever the device is."""
+        """INFLIGHT_SHMFD where memory for it can be made: the rings keep the records."""
+        try:
+            os.close(allocate_memfd(1, "vhost-inflight"))
+        except GuestMemoryError as error:
+            log.info("requests in flight are not recorded: %s", error)
+            return vp.ProtocolFeatures(0)
         return vp.ProtocolFeatures.INFLIGHT_SHMFD
 
     def disconnect(self) -> None:

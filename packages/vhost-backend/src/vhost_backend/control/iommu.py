@@ -19,8 +19,9 @@ from virtqueue import Reason
 
 from ..errors import Refused
 from ..features import VirtioFeature
-from ..ratelimit import RateLimited
-from ..vring import VringState, Wanted
+from ..rate_limited_log import RateLimited
+from ..vring.state import VringState
+from ..vring.wanted import Wanted
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome, Wait
 
@@ -33,8 +34,9 @@ MISS_TIMEOUT = 10.0
 class Iommu:
     """The device IOTLB."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, recall: Callable[[], Callable[[], None]]) -> None:
         self._context = context
+        self._recall = recall
         self._faults = RateLimited(log)
         self._timers: dict[int, threading.Timer] = {}
         self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
@@ -54,6 +56,7 @@ class Iommu:
         timers, self._timers = self._timers, {}
         for timer in timers.values():
             timer.cancel()
+        self._watch_progress(None)
         self._context.iotlb = None
         channel, self._context.channel = self._context.channel, None
         if channel is not None:
@@ -104,7 +107,14 @@ class Iommu:
             return Answer(vp.Ack())
         context.use_memory(context.memory.current, (0, 0))
         self._watch_progress(context.wake)
-        return Wait(self._settled, self._acknowledge, "they rest on an invalidated IOTLB entry")
+        resume = self._recall()
+        every = range(len(context.vrings))
+        return Wait(
+            self._settled,
+            lambda: self._acknowledge(resume),
+            "invalidating an IOTLB entry",
+            every,
+        )
 
     def _deny(self, update: vp.IotlbMsg) -> None:
         """End the wait of rings for an access that the entry which came does not permit.
@@ -133,9 +143,10 @@ class Iommu:
             with vring.get_mut() as state:
                 state.on_progress = wake
 
-    def _acknowledge(self) -> Answer:
+    def _acknowledge(self, resume: Callable[[], None]) -> Answer:
         self._watch_progress(None)
-        return Answer(vp.Ack(0 if self._settled() else 1))
+        resume()
+        return Answer(vp.Ack())
 
     def _settled(self) -> bool:
         """Whether every request in flight uses the present snapshot."""
@@ -153,7 +164,9 @@ class Iommu:
                 raise ConnectionError("the front-end has given no channel to ask on")
             channel.iotlb_miss(need.address, vp.IotlbAccess(need.access), need_reply=False)
         except (vp.ProtocolError, OSError) as error:
-            self._faults.warning("an IOTLB entry cannot be asked for: %s", error)
+            self._faults.warning(
+                "%s: an IOTLB entry cannot be asked for: %s", self._context.name, error
+            )
             state.fail_need()
             return
         timer = threading.Timer(MISS_TIMEOUT, self._expire, (state.index, need))
@@ -163,13 +176,17 @@ class Iommu:
         self._timers[state.index] = timer
         if before is not None:
             before.cancel()
-        timer.start()
+        try:
+            timer.start()
+        except RuntimeError as error:  # there can be no more threads: it waits as long as it takes
+            self._faults.error("nobody watches how long an IOTLB entry takes: %s", error)
 
     def _expire(self, index: int, need: Wanted) -> None:
         with self._context.vrings[index].get_mut() as state:
             if state.need is need:
                 self._faults.warning(
-                    "vring %d: no IOTLB entry came for %#x in %g s",
+                    "%s: queue %d: no IOTLB entry came for %#x in %g s",
+                    self._context.name,
                     index,
                     need.address,
                     MISS_TIMEOUT,

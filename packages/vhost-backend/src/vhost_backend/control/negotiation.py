@@ -86,6 +86,7 @@ class Negotiation:
     def _use_features(self, message: vp.SetFeatures) -> None:
         context = self._context
         features = context.features = VirtioFeature(message.features)
+        log.debug("%s: the driver has accepted features %s", context.name, _bits(message.features))
         context.backend.acked_features(message.features)
         context.backend.set_event_idx(bool(features & VirtioFeature.EVENT_IDX))
         for index, vring in enumerate(context.vrings):
@@ -107,6 +108,8 @@ class Negotiation:
         if unknown:
             raise Refused("SET_PROTOCOL_FEATURES", f"bits {unknown:#x} were not offered")
         self._context.protocol_features = message.features
+        names = " ".join(str(feature.name) for feature in message.features) or "none"
+        log.debug("%s: protocol features: %s", self._context.name, names)
         return None
 
     def _set_owner(self, message: vp.SetOwner, fds: Descriptors) -> Outcome:
@@ -123,3 +126,10 @@ class Negotiation:
 
     def _get_queue_num(self, message: vp.GetQueueNum, fds: Descriptors) -> Outcome:
         return Answer(vp.QueueNumReply(self._context.backend.num_queues()))
+
+
+def _bits(features: int) -> str:
+    """For a person: names where they are ours to know, numbers for the device type's own."""
+    names = {int(feature): feature.name for feature in VirtioFeature}
+    bits = [bit for bit in range(64) if features >> bit & 1]
+    return " ".join(names.get(1 << bit) or str(bit) for bit in bits) or "none"

@@ -1,6 +1,6 @@
 """What handling a message comes to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import vhost_protocol as vp
@@ -17,15 +17,17 @@ class Answer(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Not done yet: once `ready()` (or out of time), `finish()` completes it.
+    """Not done yet: once `ready()`, however long that takes, `finish()` completes it.
 
-    The connection waits with an eye on hang-ups; workers and other connections go on. Whoever makes
-    `ready` true calls the context's `wake`.
+    The connection waits with an eye on hang-ups, where `finish` is not called; workers and other
+    connections go on. The thread that makes `ready` true calls the context's `wake`. `what` names
+    the message that waits, and `rings` those whose requests it waits for.
     """
 
     ready: Callable[[], bool]
     finish: Callable[[], Answer | None]
     what: str
+    rings: Sequence[int]
 
 
 Outcome = Answer | Wait | None

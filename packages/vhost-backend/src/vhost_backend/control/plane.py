@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
 
 from ..backend import VhostUserBackend
+from ..epoll_handler import VringEpollHandler
 from ..errors import Refused
-from ..guard import MemoryGuard
-from ..vring_locks import Vring
-from ..worker import VringEpollHandler
+from ..vring.locks import Vring
 from .context import Context, Section
-from .device import Device
+from .device_messages import Device
 from .device_state import DeviceState
 from .dirty_log import Logging
 from .inflight import Inflight
 from .iommu import Iommu
-from .memory import MemoryTable
+from .memory_guard import MemoryGuard
+from .memory_table import MemoryTable
 from .negotiation import Negotiation
 from .outcome import Descriptors, Outcome
 from .rings import Rings
+
+log: logging.Logger = logging.getLogger("vhost_backend")
+
+#: Requests of a ring that a log line names.
+NAMED: Final = 4
 
 
 class ControlPlane:
@@ -35,6 +42,7 @@ class ControlPlane:
         mapper: how regions are mapped; None for mmap.
         memory_slots: offer CONFIGURE_MEM_SLOTS; postcopy is offered instead when False.
         wake: called from any thread when something that a `Wait` waits for may have happened.
+        name: names the device in log lines.
     """
 
     def __init__(
@@ -47,12 +55,13 @@ class ControlPlane:
         mapper: Mapper | None = None,
         memory_slots: bool = True,
         wake: Callable[[], None] = lambda: None,
+        name: str = "",
     ) -> None:
-        context = Context(backend, vrings, workers, memory, mapper, MemoryGuard(), wake)
+        context = Context(backend, vrings, workers, memory, mapper, MemoryGuard(), wake, name)
         self._context = context
         self._rings = Rings(context)
         self._logging = Logging(context)
-        self._iommu = Iommu(context)
+        self._iommu = Iommu(context, self._rings.recall)
         # In the order in which a connection's remains are cleared away: rings before memory.
         self._sections: tuple[Section, ...] = (
             self._rings,
@@ -79,6 +88,10 @@ class ControlPlane:
             features |= int(section.offers())
         return vp.ProtocolFeatures(features)
 
+    def wait_for_message(self, fd: int) -> None:
+        """Before a message is read from `fd`: there may be something to look at meanwhile."""
+        self._context.unshared.wait_for_message(fd)
+
     def handle(self, message: vp.Message, fds: Descriptors) -> Outcome:
         """Apply one message; descriptors that are kept are detached or taken out of `fds`.
 
@@ -93,17 +106,49 @@ class ControlPlane:
         self._logging.features_changed()
         self._iommu.features_changed()
 
-    def in_flight(self, index: int) -> int:
-        """Requests of a ring that the device still works on."""
-        with self._context.vrings[index].get_ref() as state:
-            return state.in_flight
+    @property
+    def remains(self) -> Sequence[int]:
+        """Rings on which the device still works for a front-end that has gone."""
+        return self._rings.remains
 
-    def begin_disconnect(self) -> list[int]:
-        """Take no new chains; returns the rings that still have requests in flight."""
-        return self._rings.begin_drain()
+    def settle(self) -> None:
+        """To be called after `wake`: start the rings that waited for what `remains`."""
+        self._rings.settle()
+
+    def working(self, rings: Sequence[int]) -> list[str]:
+        """What the device works on, a phrase for each ring, for a log."""
+        describe = self._context.hook("describe_request")
+        phrases = []
+        for index in rings:
+            with self._context.vrings[index].get_ref() as state:
+                queue, count = state.queue, state.in_flight
+                known = [] if queue is None else queue.working()
+            if count:
+                names = [
+                    f"head {head}" + (f" ({describe(header)})" if describe else "")
+                    for head, header in known[:NAMED]
+                ]
+                phrases.append(f"{count} on vring {index}: {', '.join(names) or 'unknown'}")
+        return phrases
+
+    def end_requests(self) -> Callable[[], bool]:
+        """Take no new chains; tells whether the device has ended what it works on."""
+        return self._rings.end()
 
     def disconnect(self) -> None:
-        """The front-end is gone: nothing of it stays, except the device's own state."""
+        """The front-end is gone: nothing of it stays, except the device's own state.
+
+        A section that fails is logged and keeps no other from clearing away. What is no ordinary
+        exception is raised in the end.
+        """
+        passes: BaseException | None = None
         for section in self._sections:
-            section.disconnect()
+            try:
+                section.disconnect()
+            except BaseException as error:
+                log.exception("a front-end's remains cannot all be cleared away")
+                if not isinstance(error, Exception):
+                    passes = error
         self._context.session = None
+        if passes is not None:
+            raise passes

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 
 import vhost_protocol as vp
 from virtqueue import UsageError
 
-from .. import eventfd
 from ..errors import Refused
+from ..fds import eventfd
 from ..features import VirtioFeature
-from ..vring import VringState
-from ..vring_locks import Vring
+from ..vring.state import VringState
 from .context import MAX_RING_SIZE, Context
 from .outcome import Answer, Descriptors, Outcome, Wait
+
+log: logging.Logger = logging.getLogger("vhost_backend")
 
 
 class Rings:
@@ -21,6 +23,8 @@ class Rings:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        #: By ring: whether the device has ended what it works on for a front-end that has gone.
+        self._remains: dict[int, Callable[[], bool]] = {}
         self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
             vp.SetVringNum: self._set_num,
             vp.SetVringAddr: self._set_addr,
@@ -44,24 +48,57 @@ class Rings:
             | vp.ProtocolFeatures.GET_VRING_BASE_SKIP_DRAIN
         )
 
-    def begin_drain(self) -> list[int]:
-        """Take no new chains; returns the rings that still have requests in flight."""
+    def end(self) -> Callable[[], bool]:
+        """Take no new chains; tells whether the device has ended what it works on."""
+        ready = [self._end(index) for index in range(len(self._context.vrings))]
+        return lambda: all(each() for each in ready)
+
+    def disconnect(self) -> None:
+        """Rings as new, descriptors closed.
+
+        What the device still works on keeps its memory and the device's medium until it ends; see
+        `settle`.
+        """
         context = self._context
-        busy = []
         for index, vring in enumerate(context.vrings):
             context.unwatch(index)
             with vring.get_mut() as state:
-                state.begin_drain(context.wake)
-                if state.in_flight:
-                    busy.append(index)
-        return busy
+                left = state.leave(context.wake)
+            if left and index not in self._remains:
+                self._remains[index] = self._ended(index)
+        if not self._remains:
+            context.device_stopped()
 
-    def disconnect(self) -> None:
-        """Rings as new, descriptors closed."""
-        for vring in self._context.vrings:
+    @property
+    def remains(self) -> Sequence[int]:
+        """Rings on which the device still works for a front-end that has gone."""
+        return tuple(self._remains)
+
+    def settle(self) -> None:
+        """Once nothing of the last front-end is left: start the rings that waited for that."""
+        context = self._context
+        if not self._remains:
+            return
+        for index, ready in list(self._remains.items()):
+            if ready():
+                with context.vrings[index].get_mut() as state:
+                    state.left()
+                del self._remains[index]
+        if self._remains:
+            return
+        waited = []
+        for index, vring in enumerate(context.vrings):
             with vring.get_mut() as state:
-                state.reset()
-        self._context.device_stopped()
+                if state.deferred:
+                    waited.append(index)
+                    self._make_queue(state)
+                    state.signal_call()
+        if waited:
+            log.warning("requests of the last front-end have ended: vrings %s start", waited)
+        elif not self._any_started():
+            context.device_stopped()
+        for index in waited:
+            context.scan(index)
 
     def reset(self, then: Callable[[], None]) -> Outcome:
         """Rings stopped and disabled ("RESET_DEVICE"), and `then`; what was negotiated stays.
@@ -70,7 +107,7 @@ class Rings:
         for the base after, and lets the guest go on there, perhaps elsewhere. What is in flight is
         therefore finished first; its requests are counted in the base and would be lost.
         """
-        return self._when_drained(lambda: self._reset(then), "a reset waits for them")
+        return self._when_ended(lambda: self._reset(then), "a reset")
 
     def _reset(self, then: Callable[[], None]) -> None:
         for vring in self._context.vrings:
@@ -78,31 +115,88 @@ class Rings:
                 features, log, base = state.features, state.log, state.stop()
                 state.reset()
                 state.features, state.log, state.base = features, log, base
-        self._context.device_stopped()
+        self._device_stopped()
         then()
+
+    def recall(self) -> Callable[[], None]:
+        """Have the device let go of memory that requests only wait with; what is returned goes on.
+
+        Those requests are taken again, with the present snapshot of memory.
+        """
+        context = self._context
+        recalled = []
+        if context.hook("suspend_queue") is not None:
+            for index, vring in enumerate(context.vrings):
+                with vring.get_ref() as state:
+                    unsettled = not state.settled
+                if unsettled:
+                    self._quiesce(index, keep=False)
+                    recalled.append(index)
+
+        def resume() -> None:
+            for index in recalled:
+                with context.vrings[index].get_mut() as state:
+                    state.draining = False
+                context.scan(index)
+
+        return resume
+
+    def _end(self, index: int) -> Callable[[], bool]:
+        """`_quiesce`, and from here on a late kick finds nobody."""
+        self._context.unwatch(index)
+        return self._quiesce(index)
+
+    def _quiesce(self, index: int, *, keep: bool = True) -> Callable[[], bool]:
+        """Take no new chains; tells whether the device has ended what it works on.
+
+        The hook `suspend_queue` calls back what only waits, for devices that have such requests.
+        With `keep` what cannot be given back stays in the in-flight region.
+        """
+        context = self._context
+        with context.vrings[index].get_mut() as state:
+            state.begin_drain(context.wake)
+        if index in self._remains:
+            return lambda: True  # nothing of the present front-end was taken
+        return self._ended(index, keep=keep)
+
+    def _ended(self, index: int, *, keep: bool = True) -> Callable[[], bool]:
+        context = self._context
+        suspend = context.hook("suspend_queue")
+        if suspend is None:
+            return lambda: not self._in_flight(index)
+        ended: Callable[[], bool] = suspend(index, context.wake, keep)
+        return ended
+
+    def _device_stopped(self) -> None:
+        if not self._remains:
+            self._context.device_stopped()
+
+    def _any_started(self) -> bool:
+        for vring in self._context.vrings:
+            with vring.get_ref() as state:
+                if state.started:
+                    return True
+        return False
 
     def stop(self, then: Callable[[], None]) -> Outcome:
         """Rings stopped, as by GET_VRING_BASE for each, and `then`."""
-        return self._when_drained(lambda: self._stop_all(then), "all rings stop")
+        return self._when_ended(lambda: self._stop_all(then), "stopping all rings")
 
     def _stop_all(self, then: Callable[[], None]) -> None:
         for vring in self._context.vrings:
             with vring.get_mut() as state:
                 state.stop()
                 state.set_kick(-1)
-        self._context.device_stopped()
+        self._device_stopped()
         then()
 
-    def _when_drained(self, finish: Callable[[], None], what: str) -> Outcome:
-        """No new chains; `finish` once no request is in flight."""
-        if not self.begin_drain():
+    def _when_ended(self, finish: Callable[[], None], what: str) -> Outcome:
+        """No new chains; `finish` once the device has ended what it works on."""
+        ended = self.end()
+        if ended():
             finish()
             return None
-        return Wait(
-            lambda: not any(self._in_flight(index) for index in range(len(self._context.vrings))),
-            finish,
-            what,
-        )
+        return Wait(ended, finish, what, range(len(self._context.vrings)))
 
     # -- configuration --------------------------------------------------------------------------
 
@@ -136,16 +230,17 @@ class Rings:
                     config.check()
                 except UsageError as error:
                     raise Refused("SET_VRING_ADDR", str(error)) from None
-                # What is in flight completes where it was taken.
-                state.begin_drain(context.wake)
+                # what is in flight completes where it was taken
             else:
                 state.addresses = addresses
                 state.set_log(state.log, log_used)
         if moves:
+            ready = self._quiesce(index)
             return Wait(
-                lambda: not self._in_flight(index),
+                ready,
                 lambda: self._move(index, addresses, log_used),
-                f"vring {index} moves",
+                f"moving vring {index}",
+                (index,),
             )
         context.scan(index)
         return None
@@ -157,7 +252,7 @@ class Rings:
             state.stop()
             state.addresses = addresses
             state.set_log(state.log, log_used)
-            state.set_queue_ready(context.memory.current)
+            self._make_queue(state)
         context.scan(index)
 
     def _set_base(self, message: vp.SetVringBase, fds: Descriptors) -> Outcome:
@@ -210,7 +305,7 @@ class Rings:
             # before the kick descriptor came is not announced again.
             worker.watch(position, kick_fd, scan=enabled)
         except OSError as error:
-            raise Refused("SET_VRING_KICK", f"cannot wait on the descriptor: {error}") from None
+            raise Refused("SET_VRING_KICK", f"cannot wait on the descriptor: {error}") from error
         return None
 
     def _kick(self, message: vp.VringKick, fds: Descriptors) -> Outcome:
@@ -236,14 +331,37 @@ class Rings:
         if context.has(vp.ProtocolFeatures.INBAND_NOTIFICATIONS):
             state.channel = context.channel
         try:
-            state.set_queue_ready(context.memory.current)
+            self._make_queue(state)
         except UsageError as error:
             raise Refused("SET_VRING_KICK", str(error)) from None
+        context.unshared.ring_started()
+        log.debug(
+            "%s: queue %d starts: %d descriptors, %s, from %#x, kicks by %s, calls by %s",
+            *(context.name, state.index, state.size),
+            "packed" if state.features & VirtioFeature.RING_PACKED else "split",
+            state.base,
+            "descriptor" if state.kick_fd >= 0 else "message or polling",
+            "descriptor" if state.call_fd >= 0 else "message or none",
+        )
+        if state.deferred:
+            return
         # A back-end before us may have died between showing the driver what it completed and
         # signalling it. The driver may wait for that and for nothing else; one time too many is
         # harmless.
         if state.has_news:
             state.signal_call()
+
+    def _make_queue(self, state: VringState) -> None:
+        """The ring runs from here on, or as soon as nothing of the last front-end does."""
+        if self._remains:
+            state.started = state.deferred = True
+            log.warning(
+                "vring %d waits: the device still works for the last front-end (vrings %s)",
+                state.index,
+                list(self._remains),
+            )
+            return
+        state.set_queue_ready(self._context.memory.current)
 
     def _get_base(self, message: vp.GetVringBase, fds: Descriptors) -> Outcome:
         context = self._context
@@ -251,40 +369,19 @@ class Rings:
             vp.ProtocolFeatures.GET_VRING_BASE_SKIP_DRAIN
         ):
             # Before it got a message of its own, bit 20 alone meant not to drain.
-            return self._suspend(message.index)
-        vring = context.vring("GET_VRING_BASE", message.index)
-        # From here on a late kick finds nobody, and no new chain is taken.
-        context.unwatch(message.index)
-        with vring.get_mut() as state:
-            state.begin_drain(context.wake)
-        return Wait(
-            lambda: not self._in_flight(message.index),
-            lambda: self._stop(message.index),
-            f"vring {message.index} drains",
-        )
+            return self._drain("GET_VRING_BASE without a drain", message.index)
+        return self._drain("GET_VRING_BASE", message.index)
 
     def _get_base_skip_drain(self, message: vp.GetVringBaseSkipDrain, fds: Descriptors) -> Outcome:
-        return self._suspend(message.index)
+        return self._drain("GET_VRING_BASE_SKIP_DRAIN", message.index)
 
-    def _suspend(self, index: int) -> Outcome:
-        """Stop a ring without waiting for its requests; whoever has the in-flight region goes on.
-
-        What a device cannot let go of is waited for all the same: it would touch the device's
-        medium when the guest has long got another answer elsewhere.
-        """
-        context = self._context
-        vring = context.vring("GET_VRING_BASE", index)
-        suspend = context.hook("suspend_queue")
-        if suspend is None:
-            return self._stop(index)
-        context.unwatch(index)
-        with vring.get_mut() as state:
-            state.begin_drain(context.wake)
-        suspended = suspend(index, context.wake)
+    def _drain(self, request: str, index: int) -> Outcome:
+        self._context.vring(request, index)
         return Wait(
-            lambda: suspended() or not self._in_flight(index),
+            self._end(index),
             lambda: self._stop(index),
-            f"vring {index} is suspended",
+            f"{request} of vring {index}",
+            (index,),
         )
 
     def _stop(self, index: int) -> Answer:
@@ -294,13 +391,10 @@ class Rings:
         with vring.get_mut() as state:
             base = state.stop()
             state.set_kick(-1)
-        if not any(self._started(vring) for vring in self._context.vrings):
-            self._context.device_stopped()
+        log.debug("%s: queue %d stops at %#x", self._context.name, index, base)
+        if not self._any_started():
+            self._device_stopped()
         return Answer(vp.VringBaseReply(index, base))
-
-    def _started(self, vring: Vring) -> bool:
-        with vring.get_ref() as state:
-            return state.started
 
     def _in_flight(self, index: int) -> int:
         with self._context.vrings[index].get_ref() as state:

@@ -1,5 +1,5 @@
 """The devices that come with the library."""
 
-from .blk import BlockDevice
+from .blk.device import BlockDevice
 
 __all__ = ["BlockDevice"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 import select
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +23,8 @@ from guest_memory import (
 )
 from virtqueue import DriverQueue, RingConfig, ring_layout
 
-from .. import eventfd
 from ..errors import VhostBackendError
+from ..fds import eventfd
 from ..features import VirtioFeature
 from .channel import ChannelServer
 
@@ -56,6 +58,9 @@ _libc.mmap.argtypes = [
 
 #: Seconds that a device may take from a completion to its signal.
 _SIGNAL_DELAY = 1.0
+
+#: Seconds that `DriverSession.close` waits for the back-end to close its end.
+GOODBYE = 1.0
 
 _PAGE = 4096
 # Descriptors in an indirect table.
@@ -456,6 +461,18 @@ class DriverSession:
             self.channel.join()
             self.channel = None
 
+    def _say_goodbye(self) -> None:
+        """Let the back-end see the end, and wait for it to close its side, too."""
+        fd = self.frontend.fileno()
+        if fd < 0:
+            return
+        with socket.socket(fileno=os.dup(fd)) as connection:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+            poller = select.poll()
+            poller.register(connection, 0)  # only that the other end is closed
+            poller.poll(GOODBYE * 1000)
+
     # -- use ------------------------------------------------------------------------------------
 
     def allocate(self, size: int, align: int = 16) -> GuestAddress:
@@ -487,7 +504,11 @@ class DriverSession:
         self.frontend.iotlb_invalidate(address + self._iova, length)
 
     def close(self) -> None:
-        """Hang up and release the memory."""
+        """Hang up and release the memory.
+
+        Returns once the back-end has let go of the connection, or after `GOODBYE` seconds.
+        """
+        self._say_goodbye()
         self._hang_up()
         for vring in self.vrings:
             vring.close()

@@ -8,6 +8,9 @@
 - `BlockWorkload` is I/O on a block device that checks every answer.
 - `Migration` moves a session from one device to another.
 
+A test fails (`DeviceErrors`) when its device has logged an error: what a handler raised, a misuse
+of its request, a hook that failed. `with expect_errors(pattern):` says that it is meant to.
+
 Rules are broken with `session.frontend.send_raw(...)` and by writing to a ring's memory, at
 `vring.descriptor_area`, `driver_area` and `device_area`. Fixtures for pytest are in
 `vhost_backend.testing.pytest_plugin`.
@@ -15,6 +18,7 @@ Rules are broken with `session.frontend.send_raw(...)` and by writing to a ring'
 
 from ..driver import BlockDriver, DriverSession, DriverVring, Migration, SessionError
 from .harness import attached, served
+from .logged import DeviceErrors, MissingError, expect_errors
 from .process import DeviceProcess
 from .workload import BLOCK, BlockWorkload, WrongData
 
@@ -22,12 +26,15 @@ __all__ = [
     "BLOCK",
     "BlockDriver",
     "BlockWorkload",
+    "DeviceErrors",
     "DeviceProcess",
     "DriverSession",
     "DriverVring",
     "Migration",
+    "MissingError",
     "SessionError",
     "WrongData",
     "attached",
+    "expect_errors",
     "served",
 ]

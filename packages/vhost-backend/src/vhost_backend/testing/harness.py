@@ -11,12 +11,13 @@ from typing import Any
 
 import vhost_protocol as vp
 
+from ..adapter.device_backend import DeviceBackend
 from ..backend import VhostUserBackend
-from ..daemon import VhostUserDaemon
-from ..device import VirtioDevice
-from ..device_backend import DeviceBackend
+from ..daemon.threaded import VhostUserDaemon
+from ..device.base import VirtioDevice
 from ..driver import DriverSession
-from ..listener import Listener
+from ..fds.listener import Listener
+from .logged import no_errors
 
 
 @contextlib.contextmanager
@@ -29,11 +30,14 @@ def attached(
 ) -> Iterator[DriverSession]:
     """Run `device` and attach a driver to it; both end with the context.
 
+    Raises `DeviceErrors` in the end when an error was logged that the test did not expect; see
+    `expect_errors`.
+
     `engine` chooses the device's ring engine, `timeout` (seconds) bounds every answer that the
     driver waits for, `options` are `DriverSession`'s.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with VhostUserDaemon("test", as_backend(device), engine=engine) as daemon:
+    with no_errors(), VhostUserDaemon("test", as_backend(device), engine=engine) as daemon:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         daemon.start_connection(ours)
         with DriverSession(vp.Frontend(theirs, timeout=timeout), **options) as session:
             yield session
@@ -41,8 +45,12 @@ def attached(
 
 @contextlib.contextmanager
 def served(device: VirtioDevice | VhostUserBackend, *, engine: str | None = None) -> Iterator[str]:
-    """Run `device` behind a socket in a temporary folder; gives the socket's path."""
+    """Run `device` behind a socket in a temporary folder; gives the socket's path.
+
+    Raises `DeviceErrors` as `attached` does.
+    """
     with (
+        no_errors(),
         tempfile.TemporaryDirectory(prefix="vhost-") as directory,
         Listener(os.path.join(directory, "device.sock")) as listener,
         VhostUserDaemon("test", as_backend(device), engine=engine) as daemon,

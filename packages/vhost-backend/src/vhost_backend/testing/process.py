@@ -13,17 +13,19 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import vhost_protocol as vp
 from virtqueue import SigbusGuard
 
 from ..backend import VhostUserBackend
-from ..daemon import VhostUserDaemon
-from ..device import VirtioDevice
+from ..daemon.threaded import VhostUserDaemon
+from ..device.base import VirtioDevice
 from ..driver import DriverSession, SessionError
-from ..listener import Listener
+from ..fds.listener import Listener
 from .harness import as_backend
+from .logged import ChildErrors, no_errors
 
 
 class DeviceProcess:
@@ -34,11 +36,13 @@ class DeviceProcess:
     one. Descriptors other than standard input, output and error are not inherited. The child ends
     with this process at the latest.
 
+    What it logs as an error is logged here when it ends, and fails the test as with `attached`.
+
     Args:
         make: makes the device (or back-end); takes no arguments.
         engine: the ring engine, "c" or "python".
         timeout: seconds that an answer may take.
-        options: `VhostUserDaemon`'s, such as `drain_timeout`.
+        options: `VhostUserDaemon`'s, such as `busy_poll`.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class DeviceProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="vhost-")
         self._listener = Listener(os.path.join(self._folder.name, "device.sock"), backlog=64)
         self._lifeline = -1
+        self._errors = ChildErrors()
+        self._stack = contextlib.ExitStack()
         SigbusGuard.available()  # loads the C engine, so that each child has it at once
         #: The child's process id; None while there is none.
         self.pid: int | None = None
@@ -99,12 +105,13 @@ class DeviceProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         listening = os.dup2(self._listener.fileno(), 3 if lifeline != 3 else 4)
-        _close_all_but({listening, lifeline})
+        _close_all_but({listening, lifeline, self._errors.fd})
         # What they write to may be a file of the parent's that has just been closed.
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
         watcher = threading.Thread(target=_end_with, args=(lifeline,), daemon=True)
         watcher.start()
+        self._errors.send()
         backend = as_backend(self._make())
         daemon = VhostUserDaemon("test", backend, **self._options)
         signal.signal(signal.SIGTERM, lambda number, frame: daemon.shutdown())
@@ -132,6 +139,7 @@ class DeviceProcess:
         _, status = os.waitpid(pid, 0)
         os.close(self._lifeline)
         self._lifeline = -1
+        self._errors.receive()
         return status
 
     def restart(self) -> None:
@@ -163,13 +171,21 @@ class DeviceProcess:
             with contextlib.suppress(SessionError):
                 self.kill()
         self._listener.close()
+        self._errors.close()
         self._folder.cleanup()
 
     def __enter__(self) -> DeviceProcess:
+        self._stack.enter_context(no_errors())
+        self._stack.callback(self.close)
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
 
 
 def _close_all_but(kept: set[int]) -> None:

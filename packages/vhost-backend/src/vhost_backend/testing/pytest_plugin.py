@@ -3,7 +3,9 @@
 - `attach(device, **options)`: a `DriverSession` with the device, in this process; see `attached`.
 - `device_process(make, **options)`: a `DeviceProcess`, to be killed and restarted.
 
-What a test opened is closed when it ends, in reverse order. Ask for them in the top conftest.py:
+What a test opened is closed when it ends, in reverse order; a test whose device has logged an
+error fails then. `with expect_errors(pattern):` is for errors that belong to the test. Ask for the
+fixtures in the top conftest.py:
 
     pytest_plugins = ["vhost_backend.testing.pytest_plugin"]
 """
@@ -11,15 +13,16 @@ What a test opened is closed when it ends, in reverse order. Ask for them in the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
 import pytest
 
 from ..backend import VhostUserBackend
-from ..device import VirtioDevice
+from ..device.base import VirtioDevice
 from ..driver import DriverSession
 from .harness import attached
+from .logged import raise_pending
 from .process import DeviceProcess
 
 
@@ -37,6 +40,13 @@ class StartProcess(Protocol):
         self, make: Callable[[], VirtioDevice | VhostUserBackend], **options: Any
     ) -> DeviceProcess:
         """Start a process; `options` are those of `vhost_backend.testing.DeviceProcess`."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Fail the test itself, where its device has logged an error before it ended."""
+    yield
+    raise_pending()
 
 
 @pytest.fixture

@@ -147,6 +147,16 @@ class FileHandler(CHandler):
         self._block.flags = _DURABLE if durable else 0
 
     @property
+    def length(self) -> int:
+        """Bytes of the file that may be read and written; change it while no queue is served."""
+        length: int = self._block.length
+        return length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._block.length = length
+
+    @property
     def moved(self) -> int:
         """Bytes read and written, ever."""
         moved: int = self._block.moved

@@ -17,6 +17,7 @@ from ..layout import (
     DONE,
     DONE_SIZE,
     MAGIC,
+    RECORD,
     RECORD_SIZE,
     SEGMENT_SIZE,
     DoneFlags,
@@ -141,6 +142,7 @@ class DeviceQueue:
         self._former: list[tuple[Memory, Table]] = []
         self._chains: dict[int, Chain] = {}
         self._staged_count = 0
+        self._refused = 0  # chains of the batch that could not be completed
         self._releases: dict[int, Callable[[], object]] = {}
         self._provided = 0  # entries of the provisions that were ever used: the first so many
         self._closed = True
@@ -250,11 +252,17 @@ class DeviceQueue:
             # The used ring itself says where the device before us stopped.
             try:
                 index = access.words16(table, block.device + 2, 1, config.big_endian)[0]
+                offered = access.words16(table, block.driver + 2, 1, config.big_endian)[0]
             except Broken as error:
                 self._unresolved = _Unresolved(error.reason, error.detail)
             else:
                 block.next_used = block.signalled_used = index
                 self._used_known = True
+                # DPDK's virtio-user goes on in its ring though it tells a dead device's successor
+                # base 0: a base that is further behind than the ring is long cannot be meant.
+                size = config.size
+                if (offered - block.next_avail) & 0xFFFF > size >= (offered - index) & 0xFFFF:
+                    block.next_avail = index
         self._engine.set_memory(self._memory)
         # What the engine calls may depend on whether memory can make a thread wait.
         self._take = self._engine.take
@@ -324,12 +332,20 @@ class DeviceQueue:
         if result == Result.BROKEN:
             raise QueueBroken(Reason(block.reason), block.detail, notify)
         if result == Result.USAGE:
-            raise UsageError(
-                f"head {block.detail} is not in flight, or more was written than it has room for"
-            )
+            raise UsageError(self._refusal(block.detail))
         if result == Result.NO_MEMORY:
             raise MemoryError("the ring engine is out of memory")
         raise UsageError(f"a structure shared with the engine has another ABI ({result})")
+
+    def _refusal(self, head: int) -> str:
+        """Why the engine does not take a completion of that head."""
+        batch = self._batch
+        for record, done in zip(
+            RECORD.iter_unpack(batch.records), DONE.iter_unpack(batch.done), strict=True
+        ):
+            if record[6] == done[0] == head and done[3] > record[5]:
+                return f"chain {head} has room for {record[5]} bytes, not {done[3]}"
+        return f"head {head} is not in flight, or more was written than it has room for"
 
     # Taking.
 
@@ -352,6 +368,7 @@ class DeviceQueue:
 
         ``batch.notify`` of the result says whether to signal the driver.  Raises `QueueBroken`
         and `Need`, whose ``notify`` says the same: what was completed has been published.
+        After `UsageError` nothing was completed and the batch has ended; see `refused_batch`.
         """
         notify = False
         if self._batch.built:
@@ -409,13 +426,18 @@ class DeviceQueue:
     def _begin(self, count: int, arm: bool = True) -> Batch:
         block, batch = self._block, self._batch
         notify = block.notify != 0
+        if count == Result.USAGE:
+            self._refused = batch._count
         if count <= 0:
+            refusal = self._refusal(block.detail) if count == Result.USAGE else ""
             block.count = batch._count = 0
             batch.serial += 1
             batch.records = batch._record_views[0]
             batch.done = batch._done_views[0]
             if batch._gone:
                 batch._gone = set()
+            if refusal:
+                raise UsageError(refusal)
             if count < 0:
                 batch.notify = notify
                 self._fail(count, notify)
@@ -441,6 +463,15 @@ class DeviceQueue:
         if self._former:
             self._drop_former()
         return batch
+
+    def refused_batch(self) -> Batch:
+        """The batch that `cycle` has refused to complete, current again.
+
+        Put its ``done`` right and cycle; only right after the `UsageError`.
+        """
+        count, self._refused = self._refused, 0
+        self._block.count = count
+        return self.begin(count)
 
     def rewind(self, count: int) -> None:
         """Give back the last ``count`` chains of the current batch; they are taken again."""
@@ -553,7 +584,8 @@ class DeviceQueue:
             return head, chain, -1
         known = self._chains.get(chain)
         if known is None and batch._count:
-            heads = [entry[0] for entry in DONE.iter_unpack(batch.done)]
+            # `done` is the caller's, and may name anything.
+            heads = [record[6] for record in RECORD.iter_unpack(batch.records)]
             if chain in heads:
                 index = heads.index(chain)
                 return chain, batch.built.get(index), index
@@ -800,6 +832,24 @@ class DeviceQueue:
     def in_flight(self) -> int:
         """Chains taken and not completed."""
         return self._block.in_flight
+
+    def working(self) -> list[tuple[int, bytes]]:
+        """Head and first 16 device-readable bytes of chains in flight, for a log.
+
+        Those of the batch in hand and those kept as `Chain`; others are not remembered here.
+        """
+        block, batch = self._block, self._batch
+        if self._closed:
+            return []
+        done = DONE.iter_unpack(batch._done_views[block.count])
+        records = RECORD.iter_unpack(batch._record_views[block.count])
+        found = {
+            entry[0]: record[0]
+            for entry, record in zip(done, records, strict=True)
+            if not entry[2] & _KEEP
+        }
+        found.update((head, chain.header) for head, chain in self._chains.items())
+        return list(found.items())
 
     @property
     def resubmitted(self) -> int:

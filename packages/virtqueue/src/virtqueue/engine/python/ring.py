@@ -1,7 +1,7 @@
 """The ring engine in Python: the readable statement of the specification, and the oracle.
 
 `RingEngine` is what both formats share: walking a chain into pieces, the record of each taken
-chain, completion, logging.  `split_engine` and `packed_engine` add where chains are found and
+chain, completion, logging.  `split` and `packed` add where chains are found and
 how used ones are returned.
 
 Every value read from a ring is copied once into a Python integer and checked after that.

@@ -37,6 +37,8 @@ class SplitEngine(RingEngine):
 
     def _map_ring(self) -> None:
         block, size, big, table = self._block, self._size, self._big_endian, self._table
+        if not block.taken and not block.in_flight:
+            self._avail_index = block.next_avail  # the queue may have set the position
         self._load = access.descriptors(table, block.descriptors, size, self._descriptor)
         # flags, idx, ring[size], used_event
         self._avail = access.words16(table, block.driver, 3 + size, big)

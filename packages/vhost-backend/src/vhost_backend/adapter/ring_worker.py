@@ -1,0 +1,209 @@
+"""A worker that serves one queue from C.
+
+Most workers have one queue (`VirtioDevice.queues_per_thread`). Such a worker claims its ring and
+lets C look, sleep, take, complete and signal; Python has only the batch to work on, or not even
+that where the device has a handler in C. Whatever does not fit (a message or a descriptor beside
+the ring, another engine, an error of the ring) is left to the long way, `VringEpollHandler`'s round
+with `DeviceBackend.handle_event`; and when others want the ring, they have it (`VringMutex`).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from virtqueue import Batch, CHandler, Server, UsageError
+
+from ..backend import VhostUserBackend
+from ..device.base import Queue, VirtioDevice
+from ..epoll_handler import VringEpollHandler
+from ..vring.locks import Vring, VringMutex
+from ..vring.state import VringState
+
+log: logging.Logger = logging.getLogger("vhost_backend")
+
+
+class BatchBackend(Protocol):
+    """What this worker asks of its back-end, which is a `DeviceBackend`."""
+
+    device: VirtioDevice
+
+    def view(self, state: VringState) -> Queue: ...
+
+    def batch_handler(self, index: int) -> CHandler | None: ...
+
+    def drop_handler(self, index: int) -> None: ...
+
+    def serve_batch(self, queue: Queue, batch: Batch) -> None: ...
+
+    def fail_batch(self, queue: Queue, batch: Batch, error: BaseException) -> None: ...
+
+
+class QueueWorker(VringEpollHandler):
+    """One worker thread of a `DeviceBackend`."""
+
+    def __init__(
+        self,
+        backend: VhostUserBackend,
+        vrings: Sequence[Vring],
+        thread_id: int,
+        name: str,
+        *,
+        busy_poll: float = 0.0,
+        cpu: int | None = None,
+    ) -> None:
+        super().__init__(backend, vrings, thread_id, name, busy_poll=busy_poll, cpu=cpu)
+        self._device = cast("BatchBackend", backend)
+        self._server: Server | None = None
+        self._only: VringMutex | None = None
+        #: Generation of the ring that could not be served from C.
+        self._refused = -1
+        if len(vrings) == 1 and isinstance(vrings[0], VringMutex) and self._exit is None:
+            self._only = vrings[0]
+            self._only.wake = self._wake.wake
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """End the thread, and with it its hold on handlers in C and their descriptors."""
+        ended = super().stop(timeout)
+        if ended:
+            self._server = None
+            for vring in self.vrings:
+                with vring.get_ref() as state:
+                    self._device.drop_handler(state.index)
+        return ended
+
+    def wake(self) -> None:
+        """Have the thread look around, also out of a busy queue."""
+        server = self._server
+        if server is not None:
+            server.interrupt()
+        super().wake()
+
+    def _round(self, timeout: float | None) -> float | None:
+        if self._only is not None and self._serve(self._only):
+            # Before looking: who asks from here on is noticed in the next round.
+            if self._server is not None:
+                self._server.clear_interrupt()
+            # What came along was taken by C: a kick, for which the next look may be the long way's,
+            # or the first edge of a listener.
+            self._again.add(0)
+            if self._listeners:
+                self._show_again()
+            timeout = 0
+        return super()._round(timeout)
+
+    def _show_again(self) -> None:
+        """Have epoll tell once more which listeners are ready."""
+        with self._lock:
+            for fd, listener in self._listeners.items():
+                self._epoll.modify(fd, listener.events)
+
+    def _serve(self, vring: VringMutex) -> bool:
+        """Serve the queue from C until there is something else to do; False when it cannot be."""
+        kick_fd = self._kick_of.get(0, -1)
+        if kick_fd not in self._edges or self._listeners or self._stopping:
+            if self._server is not None:
+                self._server = None  # and with it the ring and its memory
+                _settle()
+            return False
+        state = vring.claim()
+        try:
+            server = self._server = self._adopt(state)
+            if server is None:
+                return False
+            vring.server = server
+            if not self._stopping:  # who asked before there was a server could not interrupt it
+                self._turns(vring, state, server, kick_fd)
+        except Exception:
+            # The queue may be in any state: the long way finds out, and has it from now on.
+            log.exception("%s: queue %d cannot be served from C", state.name, state.index)
+            self._refused = state.generation
+        finally:
+            vring.server = None
+            self._device.view(state).forget()
+            vring.release()
+        return True
+
+    def _adopt(self, state: VringState) -> Server | None:
+        """The server for the ring's present queue, or None when it has to go the long way."""
+        queue = state.queue
+        if queue is None or not state.direct or state.generation == self._refused:
+            return None
+        server = self._server
+        if server is None or server.queue is not queue:
+            handler = self._device.batch_handler(state.index)
+            server = Server(queue, self._epoll.fileno(), handler=handler, spin_max=self._busy_poll)
+        return server
+
+    def _turns(self, vring: VringMutex, state: VringState, server: Server, kick_fd: int) -> None:
+        batch = server.resume(kick_fd, state.call_fd)
+        visits, generation = vring.claimed, state.generation
+        device = self._device
+        view = device.view(state)
+        view.window, view.memory = server.queue.window, server.queue.memory
+        handle_batch = device.device.handle_batch
+        turn, serve, begin = server.turn, server.serve, server.begin
+        release, reclaim = vring.release, vring.reclaim
+        if server.handled:
+            # With a handler in C a batch comes to Python only now and then.
+            turn = serve
+        count = serve()
+        while True:
+            if vring.visits != visits:
+                break
+            if count > 0:
+                begin(count)
+                release()
+                try:
+                    handle_batch(view, batch)
+                except BaseException as error:
+                    device.fail_batch(view, batch, error)
+                finally:
+                    reclaim()
+                if vring.visits != visits:
+                    self._finish(vring, state, generation, count)
+                    return
+                if batch.built:
+                    server.leave()
+                # A driver that waits for each request has to be signalled, which only `serve` does.
+                # Otherwise the next batch may be there already: no need to let go of the GIL.
+                count = serve() if count == 1 else turn() or serve()
+            else:
+                # Where it is negative, the same call made the long way says what that is.
+                return
+        # Somebody has been here while C was at work, or waits.
+        release()
+        vring.claim()
+        if count > 0 and state.generation == generation:
+            begin(count)
+            if not server.handled or server.left:
+                release()
+                try:
+                    device.serve_batch(view, batch)
+                finally:
+                    reclaim()
+            self._finish(vring, state, generation, count)
+
+    def _finish(self, vring: VringMutex, state: VringState, generation: int, count: int) -> None:
+        """Complete the batch the long way, if it still counts after others were here."""
+        vring.release()
+        vring.claim()
+        if state.generation == generation:
+            try:
+                state.finish(count)
+            except UsageError:
+                # The batch stays the queue's: the long way sees what is wrong with it.
+                log.debug("queue %d: a batch cannot be completed as it is", state.index)
+
+
+def _settle() -> None:
+    """Free what nobody refers to, without the GIL too.
+
+    There an object whose last reference goes on another thread than the one that made it stays
+    until that one runs again, and those here sleep. A collection does what they would.
+    """
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        gc.collect()

@@ -1,0 +1,202 @@
+"""What every kind of daemon is made of: vrings, workers, the control plane."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import vhost_protocol as vp
+from guest_memory import Mapper, MemoryHolder
+
+from ..backend import VhostUserBackend
+from ..control import Answer, ControlPlane, Outcome
+from ..epoll_handler import VringEpollHandler
+from ..errors import BackendUsageError, Refused, is_shortage
+from ..rate_limited_log import RateLimited
+from ..vring.locks import Vring, VringMutex, VringRwLock
+from ..vring.state import VringState
+from .waiting import ReadAhead, WaitLog
+
+log: logging.Logger = logging.getLogger("vhost_backend")
+
+#: Connections that were gone before they were accepted (accept(2)).
+_PASSING: Final = frozenset(
+    (errno.ECONNABORTED, errno.EAGAIN, errno.EINTR, errno.EPROTO, errno.EPERM)
+)
+
+
+class DaemonBase:
+    """A backend, its vrings and workers, and the state machine that a connection drives.
+
+    The parameters are `VhostUserDaemon`'s; `worker_type` is the kind of workers, `wake` what they
+    call when something that the connection waits for may have happened.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backend: VhostUserBackend,
+        memory: MemoryHolder | None,
+        *,
+        mapper: Mapper | None,
+        engine: str | None,
+        vring: type[VringMutex] | type[VringRwLock],
+        memory_slots: bool,
+        drain_warning: float,
+        worker_type: type[VringEpollHandler],
+        wake: Callable[[], None],
+        busy_poll: float = 0.0,
+        cpus: Sequence[int] = (),
+    ) -> None:
+        self.name = name
+        self.memory: MemoryHolder = memory if memory is not None else MemoryHolder()
+        self._backend = backend
+        if not drain_warning > 0:
+            raise BackendUsageError(f"drain_warning is more than 0 s, not {drain_warning}")
+        self._drain_warning = drain_warning
+        self._ahead = ReadAhead()
+        self._connection: socket.socket | None = None
+        self._shortages = RateLimited(log)
+        status_byte = bool(getattr(backend, "status_byte", False))
+        self.vrings: list[Vring] = [
+            vring(
+                VringState(index, backend.max_queue_size(), engine=engine, status_byte=status_byte)
+            )
+            for index in range(backend.num_queues())
+        ]
+        self._workers = _make_workers(name, backend, self.vrings, worker_type, busy_poll, cpus)
+        for worker in self._workers:
+            worker.on_failure = self._worker_failed
+        self._control = ControlPlane(
+            backend,
+            self.vrings,
+            self._workers,
+            self.memory,
+            mapper=mapper,
+            memory_slots=memory_slots,
+            wake=wake,
+            name=name,
+        )
+        for vring_ in self.vrings:
+            with vring_.get_mut() as state:
+                state.name = name
+                state.on_truncated = self._hang_up
+
+    def get_epoll_handlers(self) -> list[VringEpollHandler]:
+        """The workers, by thread number: where a device registers descriptors of its own."""
+        return list(self._workers)
+
+    def _hang_up(self) -> None:
+        """End the present connection, from any thread."""
+        self._shut(socket.SHUT_RDWR)
+
+    def _shut(self, how: int) -> None:
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(how)
+
+    def _worker_failed(self, error: BaseException) -> None:
+        """A worker has ended though nobody has asked it to: the daemon ends, and says so."""
+        raise NotImplementedError
+
+    def _report(self, error: BaseException) -> None:
+        """Log what has ended a connection."""
+        if is_shortage(error):
+            # Neither the front-end nor the device can help it.
+            log.error("%s: closing the connection: this machine is short: %s", self.name, error)
+        elif isinstance(error, vp.RemoteProtocolError | Refused):
+            log.warning("%s: closing the connection: %s", self.name, error)
+        elif isinstance(error, vp.ProtocolError) or _is_hang_up(error):
+            log.info("%s: the connection was lost: %s", self.name, error)
+        else:
+            # A mistake of ours, or of the back-end's: loud, but the next front-end is served.
+            log.error("%s: closing the connection", self.name, exc_info=error)
+
+    def _wait_log(self, what: str, rings: Callable[[], Sequence[int]]) -> WaitLog:
+        """The log of a wait for requests of these rings."""
+        return WaitLog(
+            f"{self.name}: {what}", lambda: self._control.working(rings()), self._drain_warning
+        )
+
+    def _refused(self, error: Refused) -> None:
+        """Log a refusal that the front-end was told of."""
+        level = logging.ERROR if is_shortage(error) else logging.WARNING
+        log.log(level, "%s: %s", self.name, error)
+
+    def _not_accepted(self, error: OSError, pause: Pause) -> float:
+        """No connection came of an `accept`: seconds to wait before the next attempt.
+
+        A front-end waits in the socket's queue meanwhile. Raises what waiting does not help.
+        """
+        if error.errno in _PASSING:
+            return 0.0
+        if is_shortage(error):
+            seconds = next(pause)
+            self._shortages.error(
+                "%s: a front-end has to wait, as this machine is short: %s", self.name, error
+            )
+            return seconds
+        raise error
+
+    def _shutdown_log(self, rings: Callable[[], Sequence[int]]) -> WaitLog:
+        return self._wait_log("the end of the daemon", rings)
+
+
+class Pause:
+    """Seconds between attempts, as an iterator: more and more, up to the longest."""
+
+    def __init__(self, first: float = 0.05, longest: float = 1.0) -> None:
+        self._next = first
+        self._longest = longest
+
+    def __iter__(self) -> Pause:
+        return self
+
+    def __next__(self) -> float:
+        seconds, self._next = self._next, min(2 * self._next, self._longest)
+        return seconds
+
+
+def _is_hang_up(error: BaseException) -> bool:
+    """Whether this is the socket's word for a peer that has gone, or of our own hanging up."""
+    return isinstance(error, ConnectionError) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOTCONN, errno.ESHUTDOWN)
+    )
+
+
+def close_lent(answer: Outcome) -> None:
+    """Close the descriptors that went with an answer, if that was ours to do."""
+    if isinstance(answer, Answer) and answer.close:
+        for fd in answer.fds:
+            os.close(fd)
+
+
+def _make_workers(
+    name: str,
+    backend: VhostUserBackend,
+    vrings: Sequence[Vring],
+    worker_type: type[VringEpollHandler],
+    busy_poll: float,
+    cpus: Sequence[int],
+) -> list[VringEpollHandler]:
+    if not 0 <= busy_poll < 1:
+        raise BackendUsageError(f"busy_poll is 0 to 1 s, not {busy_poll}")
+    missing = set(cpus) - os.sched_getaffinity(0)
+    if missing:
+        raise BackendUsageError(f"this process may not run on processors {sorted(missing)}")
+    workers = []
+    for thread_id, mask in enumerate(backend.queues_per_thread()):
+        owned = [vring for index, vring in enumerate(vrings) if mask >> index & 1]
+        cpu = cpus[thread_id % len(cpus)] if cpus else None
+        workers.append(
+            worker_type(
+                backend, owned, thread_id, f"{name}-{thread_id}", busy_poll=busy_poll, cpu=cpu
+            )
+        )
+    return workers

@@ -1,0 +1,55 @@
+"""File descriptors: how many serving takes, and the limit that has to allow for them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from collections.abc import Iterable
+from typing import Final
+
+from .threaded import VhostUserDaemon
+
+log: logging.Logger = logging.getLogger("vhost_backend")
+
+#: A ring's kick, call and error descriptor, and one that is new before the old one is closed.
+_PER_QUEUE: Final = 4
+#: A worker's epoll and wake-up, and what its event loop or its handler in C has (io_uring, files).
+_PER_WORKER: Final = 8
+#: A daemon's listener, connection, channel, log and wake-ups, and a message's descriptors while it
+#: is handled. Regions keep none.
+_PER_DAEMON: Final = 32
+#: For whatever the program does beside.
+_SPARE: Final = 64
+
+
+def needed(daemons: Iterable[VhostUserDaemon]) -> int:
+    """How many descriptors this process may have open at a time with these daemons."""
+    count = len(os.listdir("/proc/self/fd")) + _SPARE
+    for daemon in daemons:
+        count += _PER_DAEMON + _PER_QUEUE * len(daemon.vrings)
+        count += _PER_WORKER * len(daemon.get_epoll_handlers())
+    return count
+
+
+def raise_limit(daemons: Iterable[VhostUserDaemon]) -> None:
+    """Raise the soft limit to what these daemons may need, and say so when that is not allowed."""
+    try:
+        count = needed(daemons)
+    except OSError:  # no /proc here
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    except (OSError, ValueError):
+        allowed = soft
+    if allowed < count:
+        log.warning(
+            "up to %d file descriptors may be needed, and %d are allowed (ulimit -n, LimitNOFILE):"
+            " front-ends may have to wait",
+            count,
+            allowed,
+        )

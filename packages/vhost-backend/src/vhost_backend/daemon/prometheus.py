@@ -1,0 +1,133 @@
+"""The counters as Prometheus metrics. Imported when it is used: it brings an HTTP server along."""
+
+from __future__ import annotations
+
+import socket
+import socketserver
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from ..errors import ListenError, VhostBackendError
+from ..fds.listener import Listener
+from .report import report
+from .threaded import VhostUserDaemon
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+
+class MetricsServer:
+    """Serves the counters to Prometheus, on `unix:PATH` or `HOST:PORT`, from a thread of its own.
+
+    Needs prometheus-client (the `[metrics]` extra). Only loopback addresses are accepted: the
+    figures are nobody else's. Raises `ListenError` or `VhostBackendError`.
+    """
+
+    def __init__(self, where: str, daemons: Iterable[VhostUserDaemon]) -> None:
+        try:
+            from prometheus_client import CollectorRegistry, make_wsgi_app
+        except ImportError:
+            raise VhostBackendError(
+                "metrics need prometheus-client, the [metrics] extra: pip install prometheus-client"
+            ) from None
+        registry = CollectorRegistry()
+        registry.register(_Collector(list(daemons)))
+        self._listener: Listener | None = None
+        if where.startswith("unix:"):
+            self._listener = Listener(where.removeprefix("unix:"))
+            self._server: WSGIServer = _UnixServer(self._listener)
+        else:
+            self._server = _tcp_server(where)
+        self._server.set_app(make_wsgi_app(registry))
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.1,), name="metrics", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        """The TCP port; 0 on a Unix socket."""
+        return 0 if self._listener is not None else int(self._server.server_address[1])
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+        if self._listener is not None:
+            self._listener.close()
+
+
+class _Collector:
+    """Reads the counters when it is asked."""
+
+    def __init__(self, daemons: list[VhostUserDaemon]) -> None:
+        self._daemons = daemons
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        reports = report(self._daemons)
+        labels = ["device", "queue"]
+        running = GaugeMetricFamily(
+            "vhost_queue_running", "Whether the queue is being served", labels=labels
+        )
+        in_flight = GaugeMetricFamily(
+            "vhost_queue_in_flight", "Requests taken and not completed", labels=labels
+        )
+        for entry in reports:
+            place = [entry.device, str(entry.queue)]
+            running.add_metric(place, float(entry.running))
+            in_flight.add_metric(place, entry.in_flight)
+        yield running
+        yield in_flight
+        for name in reports[0].counters if reports else ():
+            family = CounterMetricFamily(
+                f"vhost_queue_{name}", f"{name.replace('_', ' ').capitalize()}", labels=labels
+            )
+            for entry in reports:
+                family.add_metric([entry.device, str(entry.queue)], entry.counters[name])
+            yield family
+
+
+class _Quiet(WSGIRequestHandler):
+    """A request log would be the only thing on stderr."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+    def address_string(self) -> str:
+        """A Unix socket's peer has no address."""
+        return "local"
+
+
+class _UnixServer(WSGIServer):
+    address_family = socket.AF_UNIX
+
+    def __init__(self, listener: Listener) -> None:
+        socketserver.BaseServer.__init__(self, listener.path or "", _Quiet)
+        self.socket = listener.socket
+        self.server_name, self.server_port = "localhost", 0
+        self.setup_environ()
+
+    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
+        connection, _ = self.socket.accept()
+        return connection, ("local", 0)
+
+    def server_close(self) -> None:
+        """The listener closes its socket."""
+
+
+def _tcp_server(where: str) -> WSGIServer:
+    host, colon, port = where.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise VhostBackendError(f"{where!r} is neither unix:PATH nor HOST:PORT")
+    host = host.strip("[]") or "127.0.0.1"
+    if host not in ("localhost", "::1") and not host.startswith("127."):
+        raise VhostBackendError(f"metrics are served on loopback only, not on {host}")
+    try:
+        return WSGIServer((host, int(port)), _Quiet)
+    except OSError as error:
+        raise ListenError(where, error.strerror or str(error)) from None

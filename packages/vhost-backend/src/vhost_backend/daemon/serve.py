@@ -1,0 +1,304 @@
+"""`serve` and `serve_all`: run devices on their sockets until told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
+
+from guest_memory import Mapper
+
+from ..adapter.checks import check_device
+from ..adapter.device_backend import DeviceBackend
+from ..device.base import VirtioDevice, close_device, name_of
+from ..fds.listener import Listener, announce
+from .descriptor_limit import raise_limit
+from .report import lines
+from .threaded import VhostUserDaemon
+
+log: logging.Logger = logging.getLogger("vhost_backend")
+
+
+def serve(
+    device: VirtioDevice,
+    path: str | os.PathLike[str] | Listener,
+    *,
+    engine: str | None = None,
+    mapper: Mapper | None = None,
+    memory_slots: bool = True,
+    metrics: str | None = None,
+    busy_poll: float = 0.0,
+    cpus: Sequence[int] = (),
+    ready: Callable[[], None] | None = None,
+) -> None:
+    """Serve `device` on the Unix socket `path` (or a `Listener`) until SIGTERM, SIGINT or SIGHUP.
+
+    Requests that the device works on are ended first, and the log says when that takes long. A
+    second SIGTERM or SIGINT ends the process at once.
+
+    Without `ready` it says where, in the log (INFO), or on stderr in a program without logging. The
+    soft limit of open files is raised to what may be needed.
+
+    Front-ends are served one after another; the device keeps its state in between and is closed in
+    the end. SIGUSR1 prints each queue's counters on stderr. `ready` is called once front-ends can
+    connect. On another thread than the main one no signal handlers are installed, and the daemon
+    runs until the process ends. A SIGHUP that is ignored (nohup) stays so.
+
+    `engine`, `mapper`, `memory_slots`, `busy_poll` and `cpus` are `VhostUserDaemon`'s. `metrics` is
+    where to serve the counters to Prometheus: `unix:PATH`, or `HOST:PORT` on loopback.
+
+    Raises `ListenError` when the path cannot be listened on, `BackendUsageError` for a device that
+    cannot work.
+    """
+    serve_all(
+        [(device, path)],
+        engine=engine,
+        mapper=mapper,
+        memory_slots=memory_slots,
+        metrics=metrics,
+        busy_poll=busy_poll,
+        cpus=cpus,
+        ready=ready,
+    )
+
+
+def serve_all(
+    devices: Iterable[tuple[VirtioDevice, str | os.PathLike[str] | Listener]],
+    *,
+    engine: str | None = None,
+    mapper: Mapper | None = None,
+    memory_slots: bool = True,
+    metrics: str | None = None,
+    busy_poll: float = 0.0,
+    cpus: Sequence[int] = (),
+    ready: Callable[[], None] | None = None,
+) -> None:
+    """Serve several devices, each on a socket of its own, until SIGTERM, SIGINT or SIGHUP.
+
+    Each device has a daemon of its own: threads, rings, memory and front-ends are not shared, and
+    what one front-end does wrong ends its own connection. Log lines and counters call each by its
+    `name`, and by its socket, too, where names are the same. The arguments are those of `serve`;
+    `ready` is called once front-ends can connect to all of them.
+
+    When one daemon fails, all end, and what it failed with is raised. Raises `ListenError` when one
+    of the paths cannot be listened on; then none is served.
+    """
+    pairs = list(devices)
+    for device, _ in pairs:
+        check_device(device)
+    daemons: list[VhostUserDaemon] = []
+    try:
+        with contextlib.ExitStack() as stack:
+            for (device, _), name in zip(pairs, _names(pairs), strict=True):
+                daemon = VhostUserDaemon(
+                    name,
+                    DeviceBackend.of(device),
+                    engine=engine,
+                    mapper=mapper,
+                    memory_slots=memory_slots,
+                    busy_poll=busy_poll,
+                    cpus=cpus,
+                )
+                daemons.append(stack.enter_context(daemon))
+            raise_limit(daemons)
+            bell = stack.enter_context(contextlib.closing(_Bell(daemons)))
+            # Before a socket exists: from then on a signal has something to clean up.
+            listeners: list[Listener] = []
+            stack.enter_context(_signals(daemons, bell, lambda: _close_all(listeners)))
+            stack.enter_context(_metrics(metrics, daemons))
+            for _, path in pairs:
+                listener = path if isinstance(path, Listener) else Listener(path)
+                listeners.append(stack.enter_context(listener))
+            for daemon, listener in zip(daemons, listeners, strict=True):
+                daemon.start(listener)
+                bell.watch(listener, daemon)
+                if ready is None:
+                    announce(daemon.name, listener)
+            if ready is not None:
+                ready()
+            _wait_for_all(daemons, bell)
+            for daemon in daemons:
+                daemon.shutdown()
+            for daemon in daemons:
+                daemon.close()
+    finally:
+        for device, _ in pairs:
+            close_device(device)
+
+
+def _close_all(listeners: Iterable[Listener]) -> None:
+    for listener in listeners:
+        listener.close()
+
+
+def _names(
+    pairs: Sequence[tuple[VirtioDevice, str | os.PathLike[str] | Listener]],
+) -> list[str]:
+    """What to call each device, so that no two are called the same."""
+    plain = [name_of(device) for device, _ in pairs]
+    names = []
+    for index, (name, (_, where)) in enumerate(zip(plain, pairs, strict=True)):
+        if plain.count(name) > 1:
+            path = where.path if isinstance(where, Listener) else os.fspath(where)
+            name = f"{name} on {path or f'socket {index}'}"
+        names.append(name)
+    return names
+
+
+class _Bell:
+    """A pipe that wakes the thread which waits for everything.
+
+    That thread must not wait for a lock: of two signals that come at once the kernel may give one
+    to another thread, and then nothing would make this one run the handlers.
+
+    It also notices connections that come while their daemon serves another, and have to wait.
+    """
+
+    def __init__(self, daemons: Sequence[VhostUserDaemon]) -> None:
+        self._daemons = daemons
+        #: Whether the thread that waits shall print the counters.
+        self.show = False
+        self._reader, self.writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._epoll = select.epoll()
+        self._epoll.register(self._reader, select.EPOLLIN)
+        self._listening: dict[int, VhostUserDaemon] = {}
+
+    def watch(self, listener: Listener, daemon: VhostUserDaemon) -> None:
+        """Say a word when a front-end has to wait for `daemon`."""
+        if not listener.connected:
+            self._listening[listener.fileno()] = daemon
+            # Each connection is an edge: those that wait are told of once.
+            self._epoll.register(listener.fileno(), select.EPOLLIN | select.EPOLLET)
+
+    def ring(self) -> None:
+        """Wake whoever waits."""
+        with contextlib.suppress(BlockingIOError):  # full: it is awake already
+            os.write(self.writer, b"\0")
+
+    def wait(self) -> None:
+        """Until somebody rings, or a signal comes."""
+        for fd, _ in self._epoll.poll():
+            daemon = self._listening.get(fd)
+            # What is still to be accepted while another is served has to wait.
+            if daemon is not None and daemon.connected and _readable(fd):
+                log.warning(
+                    "%s: another front-end has connected, and waits until the present one has gone",
+                    daemon.name,
+                )
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._reader, 4096)
+        if self.show:
+            self.show = False
+            _print_counters(self._daemons)
+
+    def close(self) -> None:
+        """Close the pipe."""
+        self._epoll.close()
+        os.close(self._reader)
+        os.close(self.writer)
+
+
+def _readable(fd: int) -> bool:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def _wait_for_all(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> None:
+    """Wait until every daemon has ended; the failure of one ends the others."""
+    failures: list[BaseException] = []
+
+    def wait(daemon: VhostUserDaemon) -> None:
+        try:
+            daemon.wait()
+        except BaseException as error:
+            failures.append(error)
+            for other in daemons:
+                other.shutdown()
+        finally:
+            bell.ring()
+
+    threads = [threading.Thread(target=wait, args=(daemon,)) for daemon in daemons]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        bell.wait()
+        for thread in threads:
+            # One that has rung is about to end.
+            thread.join(0.1)
+    if failures:
+        raise failures[0]
+
+
+@contextlib.contextmanager
+def _signals(
+    daemons: Sequence[VhostUserDaemon], bell: _Bell, cleanup: Callable[[], None]
+) -> Iterator[None]:
+    """SIGTERM, SIGINT and SIGHUP end the daemons, SIGUSR1 asks them.
+
+    A second of the signals that end ends the process, after `cleanup`. The handlers before are put
+    back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    told = False
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if told:
+            # Whatever the device still works on ends with the process, and then nothing is
+            # unmapped or unlocked under it. The sockets go first.
+            cleanup()
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        told = True
+        for daemon in daemons:
+            daemon.shutdown()
+
+    def show(number: int, frame: FrameType | None) -> None:
+        # On a thread: the handler may have interrupted a thread that holds a ring's lock, and the
+        # reader of stderr may not read.
+        try:
+            threading.Thread(target=_print_counters, args=(daemons,), daemon=True).start()
+        except RuntimeError:  # there can be no more threads: the one that waits has to do it
+            bell.show = True
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, end)
+    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, show)
+    # A signal may be given to any thread; the bell makes the main one notice.
+    woken_before = signal.set_wakeup_fd(bell.writer, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _print_counters(daemons: Sequence[VhostUserDaemon]) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        print("\n".join(lines(daemons)), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _metrics(where: str | None, daemons: Sequence[VhostUserDaemon]) -> Iterator[None]:
+    if where is None:
+        yield
+        return
+    from .prometheus import MetricsServer
+
+    server = MetricsServer(where, daemons)
+    try:
+        yield
+    finally:
+        server.close()

@@ -1,0 +1,134 @@
+"""A device's own state on its way to another host.
+
+The stream is a header {char[8] magic, le32 format, le32 device id, le32 device version, le32 name
+length, le64 payload length}, the device's name, its payload as `VirtioDevice.save_state` returned
+it, and le32 CRC-32 of everything before. A stream that is cut short, damaged, or of another device
+or a newer version is refused, and the device keeps the state it had.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import struct
+import threading
+import zlib
+from collections.abc import Callable
+from typing import Final
+
+from ..errors import VhostBackendError
+from .base import VirtioDevice
+
+log: logging.Logger = logging.getLogger("vhost_backend")
+
+MAGIC: Final = b"VDEVSTAT"
+FORMAT: Final = 1
+#: Bytes of state that are accepted: more is a mistake or an attack.
+MAX_STATE: Final = 1 << 30
+#: Seconds without progress after which a transfer is given up.
+PATIENCE: Final = 30.0
+
+_HEADER: Final = struct.Struct("<8sIIIIQ")
+_CHECKSUM: Final = struct.Struct("<I")
+
+
+class StateError(VhostBackendError):
+    """A state stream cannot be loaded; the message says why."""
+
+
+def encode(device: VirtioDevice) -> bytes:
+    """The device's state as a stream."""
+    name, payload = type(device).__name__.encode(), device.save_state()
+    header = _HEADER.pack(
+        MAGIC, FORMAT, device.device_id, device.state_version, len(name), len(payload)
+    )
+    body = header + name + payload
+    return body + _CHECKSUM.pack(zlib.crc32(body))
+
+
+def decode(device: VirtioDevice, stream: bytes) -> tuple[int, bytes]:
+    """(version, payload) of a stream that is for this device. Raises `StateError`."""
+    if len(stream) < _HEADER.size + _CHECKSUM.size:
+        raise StateError(f"the stream ends after {len(stream)} bytes")
+    magic, form, device_id, version, name_length, length = _HEADER.unpack_from(stream)
+    if magic != MAGIC or form != FORMAT:
+        raise StateError("this is not the state of a device")
+    if len(stream) != _HEADER.size + name_length + length + _CHECKSUM.size:
+        raise StateError(f"the stream has {len(stream)} bytes, which is not what its header says")
+    body = stream[: -_CHECKSUM.size]
+    if _CHECKSUM.unpack(stream[-_CHECKSUM.size :])[0] != zlib.crc32(body):
+        raise StateError("the checksum is wrong")
+    name = body[_HEADER.size : _HEADER.size + name_length]
+    if device_id != device.device_id or name != type(device).__name__.encode():
+        raise StateError(f"this is the state of a {name.decode(errors='replace')}")
+    if version > device.state_version:
+        raise StateError(f"state version {version} is newer than {device.state_version}")
+    return version, body[_HEADER.size + name_length :]
+
+
+class StateTransfer:
+    """One transfer over a descriptor that is taken over, on a thread of its own."""
+
+    def __init__(self, device: VirtioDevice, fd: int, *, load: bool) -> None:
+        self._device = device
+        self._fd = fd
+        self._done = False
+        try:
+            os.set_blocking(fd, False)
+            # The state is taken now, while the device is suspended, not when the thread gets to it.
+            data = b"" if load else encode(device)
+            target = self._load if load else lambda: self._save(data)
+            self._thread = threading.Thread(
+                target=self._run, args=(target,), name="state-transfer", daemon=True
+            )
+            self._thread.start()
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def succeeded(self) -> bool:
+        """Whether all of it is through; waits for what is under way."""
+        self._thread.join(PATIENCE)
+        return self._done
+
+    def _run(self, target: Callable[[], None]) -> None:
+        try:
+            target()
+            self._done = True
+        except (StateError, OSError) as error:
+            log.warning("the state of %s was not moved: %s", type(self._device).__name__, error)
+        except BaseException:
+            log.exception("%s failed to load its state", type(self._device).__name__)
+        finally:
+            os.close(self._fd)
+
+    def _wait(self, event: int) -> None:
+        poller = select.poll()
+        poller.register(self._fd, event)
+        if not poller.poll(PATIENCE * 1000):
+            raise StateError(f"nothing moved for {PATIENCE:g} s")
+
+    def _save(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(self._fd, view) :]
+            except BlockingIOError:
+                self._wait(select.POLLOUT)
+
+    def _load(self) -> None:
+        stream = bytearray()
+        while True:
+            try:
+                piece = os.read(self._fd, 1 << 16)
+            except BlockingIOError:
+                self._wait(select.POLLIN)
+                continue
+            if not piece:
+                break
+            stream += piece
+            if len(stream) > MAX_STATE:
+                raise StateError(f"the stream has more than {MAX_STATE} bytes")
+        version, payload = decode(self._device, bytes(stream))
+        self._device.load_state(version, payload)

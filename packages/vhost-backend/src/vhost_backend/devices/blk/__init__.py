@@ -1,0 +1,1 @@
+"""A disk on a file or block device."""

@@ -1,0 +1,514 @@
+"""virtio-blk over a file or block device.
+
+Requests (virtio 1.3, 5.2.6): a header {le32 type, le32 reserved, le64 sector}, data, and a status
+byte last. A sector is 512 bytes. Reads and writes go straight between guest memory and the file;
+nothing is copied on the way. Plain ones are done in C, a batch at a time; Python does what is rare
+or wrong, and everything where there is no C engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import stat
+import struct
+from functools import partial
+from typing import Final
+
+from virtqueue import (
+    DONE,
+    Batch,
+    Chain,
+    CHandler,
+    FileAction,
+    FileHandler,
+    UringUnavailable,
+)
+
+from ...device.base import Queue, VirtioDevice
+from ...errors import DeviceError, Refused
+from ...rate_limited_log import RateLimited
+from .file_io import REFUSALS, read_at, write_at
+from .image_lock import ImageLock, Locking
+
+log: logging.Logger = logging.getLogger("vhost_backend.blk")
+
+SECTOR: Final = 512
+ID_LENGTH: Final = 20
+
+# Feature bits (virtio 1.3, 5.2.3), as masks.
+F_SEG_MAX: Final = 1 << 2
+F_RO: Final = 1 << 5
+F_BLK_SIZE: Final = 1 << 6
+F_FLUSH: Final = 1 << 9
+F_TOPOLOGY: Final = 1 << 10
+F_MQ: Final = 1 << 12
+F_DISCARD: Final = 1 << 13
+F_WRITE_ZEROES: Final = 1 << 14
+
+# Request types and states (5.2.6).
+T_IN: Final = 0
+T_OUT: Final = 1
+T_FLUSH: Final = 4
+T_GET_ID: Final = 8
+T_DISCARD: Final = 11
+T_WRITE_ZEROES: Final = 13
+_NAMES: Final = {
+    T_IN: "read",
+    T_OUT: "write",
+    T_FLUSH: "flush",
+    T_GET_ID: "identity",
+    T_DISCARD: "discard",
+    T_WRITE_ZEROES: "write zeroes",
+}
+S_OK: Final = 0
+S_IOERR: Final = 1
+S_UNSUPP: Final = 2
+
+_HEADER: Final = struct.Struct("<I4xQ")
+_STATUS: Final = 2  # the status in a `DONE`
+_RANGE: Final = struct.Struct("<QII")
+# capacity, size_max, seg_max, cylinders, heads, sectors, blk_size, topology (exponent, alignment,
+# minimum and optimal I/O size), writeback, num_queues, discard (sectors, segments, alignment),
+# write zeroes (sectors, segments, may unmap), secure erase (sectors, segments, alignment).
+_CONFIG: Final = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3xIII")
+
+_UNMAP: Final = 1
+# One request may discard or zero this much, so that no request keeps its queue for long.
+_MAX_RANGE_SECTORS: Final = (1 << 31) // SECTOR
+_MAX_RANGES: Final = 16
+
+_FALLOC_KEEP_SIZE: Final = 1
+_FALLOC_PUNCH_HOLE: Final = 2
+_FALLOC_ZERO_RANGE: Final = 16
+_BLKGETSIZE64: Final = 0x80081272
+
+# How images begin that are no plain disks.
+_FORMATS: Final = (
+    (b"QFI\xfb", "qcow2"),
+    (b"QED\0", "QED"),
+    (b"KDMV", "VMDK"),
+    (b"vhdxfile", "VHDX"),
+    (b"conectix", "VHD"),
+)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.fallocate.restype = ctypes.c_int
+
+
+class BlockDevice(VirtioDevice):
+    """A disk whose content is the file at `path`.
+
+    `read_only` refuses every change; `num_queues` is how many queues the driver may use, each on a
+    worker thread of its own; `queue_size` the ring size that the driver is advised to stay within;
+    `serial` is up to 20 bytes of ASCII that the guest reads as the disk's identity; `seg_max` the
+    most data segments of one request, two fewer than `queue_size` at most. `direct` passes by the
+    page cache (O_DIRECT) where requests are aligned for it, many at a time with an io_uring if the
+    kernel permits one. `locking` is about the image's locks, which are held while rings run: flock
+    and QEMU's ("auto": where the file system has them; "on": it must; "off": none are taken).
+
+    The size is looked up anew for each front-end. Raises `DeviceError` when the image is missing,
+    cannot be opened, holds no whole sector, or cannot be locked as it has to be.
+    """
+
+    device_id = 2
+    status_byte = True
+    error_status = S_IOERR
+    #: Request types that are never done in C: a subclass's, which overrides `request`.
+    python_types: frozenset[int] = frozenset()
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        num_queues: int = 1,
+        queue_size: int = 1024,
+        serial: str = "",
+        seg_max: int = 126,
+        direct: bool = False,
+        locking: Locking = "auto",
+    ) -> None:
+        self.path: str = os.fspath(path)
+        self.name: str = self.path
+        self.read_only = read_only
+        self.num_queues = num_queues
+        self.queue_size = queue_size
+        self._fd = -1
+        try:
+            self.serial: bytes = serial.encode("ascii")
+        except UnicodeEncodeError:
+            raise DeviceError(f"serial {serial!r} is not ASCII") from None
+        if len(self.serial) > ID_LENGTH:
+            raise DeviceError(f"serial {serial!r} is longer than {ID_LENGTH} bytes")
+        self._fd = _open(self.path, read_only)
+        #: For plain requests; misaligned ones go through the page cache.
+        self._direct_fd = -1
+        try:
+            size = _size(self._fd, self.path)
+            if direct:
+                self._direct_fd = _open_direct(self.path, read_only)
+            self._lock = ImageLock(self._fd, self.path, writes=not read_only, locking=locking)
+        except BaseException:
+            self._close_files()
+            raise
+        self._running = False
+        self.capacity: int = size // SECTOR
+        self._warn_about(size)
+        # A request without an indirect table has to fit into the ring, header and status included.
+        self.seg_max: int = max(1, min(seg_max, queue_size - 2))
+        # Until the driver accepts FLUSH it knows no way to ask for durability (5.2.6.2).
+        self._durable_writes = True
+        self._handlers: list[FileHandler] = []
+        self._faults = RateLimited(log)
+        self.features: int = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ
+        self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
+        self._config = self._build_config()
+
+    def _build_config(self) -> bytes:
+        ranges = 0 if self.read_only else _MAX_RANGE_SECTORS
+        segments = 0 if self.read_only else _MAX_RANGES
+        return _CONFIG.pack(
+            *(self.capacity, 0, self.seg_max, 0, 0, 0, SECTOR),
+            *(3, 0, 1, 0),  # physical blocks of 4 KiB
+            *(0, self.num_queues),
+            *(ranges, segments, 8),
+            *(ranges, segments, 1),
+            *(0, 0, 0),
+        )
+
+    def close(self) -> None:
+        """Close the image."""
+        if self._fd >= 0:
+            self._lock.close()
+        self._faults.flush()
+        self._handlers.clear()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        fds, self._fd, self._direct_fd = (self._fd, self._direct_fd), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+
+    def _warn_about(self, size: int) -> None:
+        """Whatever looks like a mistake, though it may be none."""
+        if size % SECTOR:
+            log.warning(
+                "%s: %d bytes after the last whole sector are not visible to the guest",
+                self.path,
+                size % SECTOR,
+            )
+        begin = b""
+        with contextlib.suppress(OSError):  # a sector that cannot be read is the guest's to find
+            begin = os.pread(self._fd, SECTOR, 0)
+        for start, kind in _FORMATS:
+            if not begin.startswith(start):
+                continue
+            log.warning(
+                "%s: looks like a %s image; it is served as it is, and the guest sees that format's"
+                " own bytes (qemu-img convert -O raw makes a disk of it)",
+                self.path,
+                kind,
+            )
+        other = self._lock.others()
+        if other is not None:
+            log.warning("%s: %s has it open, too; only one of them can run", self.path, other)
+
+    def started(self) -> None:
+        """Lock the image: writers exclude each other and readers while their rings run.
+
+        Not before: in a migration both sides have the image open, and run one after the other.
+        """
+        try:
+            self._lock.acquire()
+        except DeviceError as error:
+            raise Refused("SET_VRING_KICK", str(error)) from None
+        self._running = True
+
+    def stopped(self) -> None:
+        """Let others have the image, also where it does not take what was written."""
+        self._running = False
+        if self._fd >= 0:
+            try:
+                os.fsync(self._fd)
+            except OSError as error:
+                log.error(
+                    "%s: what the guest has written may be lost: %s", self.path, error.strerror
+                )
+            finally:
+                self._lock.release()
+
+    def acked_features(self, features: int) -> None:
+        """Without FLUSH every write has to be durable when it completes."""
+        if not self._running:
+            self._look_up_size()
+        self._durable_writes = not features & F_FLUSH
+        for handler in self._handlers:
+            handler.durable = self._durable_writes
+
+    def get_config(self, offset: int, size: int) -> bytes:
+        """`struct virtio_blk_config`, little-endian; bytes behind it read as zero."""
+        if not self._running:
+            self._look_up_size()
+        return self._config[offset : offset + size].ljust(size, b"\0")
+
+    def _look_up_size(self) -> None:
+        """The image may have grown since the last front-end."""
+        if self._fd < 0:
+            return
+        try:
+            capacity = _size(self._fd, self.path) // SECTOR
+        except (DeviceError, OSError) as error:
+            log.warning("%s: its size stays as it was: %s", self.path, error)
+            return
+        if capacity != self.capacity:
+            log.info("%s: has %d sectors now, had %d", self.path, capacity, self.capacity)
+            self.capacity = capacity
+            self._config = self._build_config()
+            for handler in self._handlers:
+                handler.length = capacity * SECTOR
+
+    def set_config(self, offset: int, data: bytes) -> None:
+        """No field is writable: the writeback field belongs to CONFIG_WCE, which is not offered."""
+        raise Refused("SET_CONFIG", "no field of this disk's configuration is writable")
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def batch_handler(self, queue: int) -> CHandler | None:
+        """Plain reads, writes and flushes are done in C, where there is the C engine.
+
+        Not the types in `python_types`, and none where a subclass has a `handle_batch` of its own.
+        """
+        if type(self).handle_batch is not BlockDevice.handle_batch:
+            return None
+        actions = {T_IN: FileAction.READ, T_FLUSH: FileAction.SYNC}
+        if not self.read_only:
+            actions[T_OUT] = FileAction.WRITE
+        for kind in self.python_types:
+            actions.pop(kind, None)
+        make = partial(
+            FileHandler,
+            self._fd if self._direct_fd < 0 else self._direct_fd,
+            self.capacity * SECTOR,
+            actions,
+            unit=SECTOR,
+            durable=self._durable_writes,
+        )
+        try:
+            # The page cache needs no ring: see "Bulk data movement" in docs/virtqueue.md.
+            handler = make(uring=self._direct_fd >= 0)
+        except UringUnavailable as error:
+            log.info("%s: requests wait for the disk one at a time: %s", self.path, error)
+            handler = make()
+        self._handlers.append(handler)
+        handler.durable = self._durable_writes  # which may just have changed
+        return handler
+
+    def handle_batch(self, queue: Queue, batch: Batch) -> None:
+        """Work on the requests that are left, in the order they were taken.
+
+        Each entry of `batch.done` says how its request went.
+        """
+        for position in batch.left:
+            chain = batch[position]
+            try:
+                status, written = self._request(chain, batch.done[position * DONE.size + _STATUS])
+            except OSError as error:
+                self._fault(chain, error)
+                status, written = S_IOERR, 1
+            if status:
+                queue.counters.errors += 1
+            DONE.pack_into(batch.done, position * DONE.size, chain.head, status, 1, written)
+
+    def describe(self, header: bytes) -> str:
+        """Type and sector."""
+        kind, sector = _HEADER.unpack(header)
+        return f"{_NAMES.get(kind, f'type {kind}')} at sector {sector} of {self.path}"
+
+    def _fault(self, chain: Chain, error: OSError) -> None:
+        """Say which request the file has failed."""
+        kind, sector = _HEADER.unpack(chain.header)
+        length = {
+            T_IN: chain.writable_length - 1,
+            T_OUT: chain.readable_length - _HEADER.size,
+        }.get(kind, 0)
+        place = f" of {length} bytes at sector {sector}" if length else ""
+        self._faults.warning(
+            "%s: %s%s failed: %s",
+            self.path,
+            _NAMES.get(kind, f"request of type {kind}"),
+            place,
+            error.strerror or error,
+        )
+
+    def _request(self, chain: Chain, failed: int) -> tuple[int, int]:
+        """`failed` is the errno that the request met in C, or 0."""
+        if chain.readable_length < _HEADER.size:
+            return S_IOERR, 1
+        kind, sector = _HEADER.unpack(chain.header)
+        if failed and kind == T_FLUSH:
+            # The kernel reports a failed write-back once: asked again, it would see nothing wrong.
+            raise OSError(failed, os.strerror(failed))
+        return self.request(kind, sector * SECTOR, chain)
+
+    def request(self, kind: int, offset: int, chain: Chain) -> tuple[int, int]:
+        """One request of any type: its status, and bytes written into the chain, status included.
+
+        `offset` is what the header says, in bytes, unchecked; the header lies before the data in
+        `chain`. A subclass takes over a type by overriding this and naming the type in
+        `python_types`. An `OSError` is logged and becomes S_IOERR.
+        """
+        if kind == T_IN:
+            length = chain.writable_length - 1
+            if not self._inside(offset, length):
+                return S_IOERR, 1
+            status = self._read(chain, offset, length)
+            return status, 1 if status else length + 1
+        if kind == T_OUT:
+            length = chain.readable_length - _HEADER.size
+            if self.read_only or not self._inside(offset, length):
+                return S_IOERR, 1
+            return self._write(chain, offset, length), 1
+        if kind == T_FLUSH:
+            os.fdatasync(self._fd)
+            return S_OK, 1
+        if kind == T_GET_ID:
+            if chain.writable_length - 1 < ID_LENGTH:
+                return S_IOERR, 1
+            chain.write(self.serial.ljust(ID_LENGTH, b"\0"))
+            return S_OK, ID_LENGTH + 1
+        if kind in (T_DISCARD, T_WRITE_ZEROES):
+            if self.read_only:
+                return S_IOERR, 1
+            return self._ranges(kind, chain.read()[_HEADER.size :]), 1
+        return S_UNSUPP, 1
+
+    def _inside(self, offset: int, length: int) -> bool:
+        """Whether that is whole sectors of the disk."""
+        return not length % SECTOR and offset + length <= self.capacity * SECTOR
+
+    def _read(self, chain: Chain, offset: int, length: int) -> int:
+        """Any shape, also in short steps: the file may have been truncated under us."""
+        for view in _data(chain.writable, length):
+            position = 0
+            while position < len(view):
+                count = read_at(self._fd, view[position:], offset)
+                if not count:
+                    return S_IOERR
+                position += count
+                offset += count
+        return S_OK
+
+    def _write(self, chain: Chain, offset: int, length: int) -> int:
+        skip = _HEADER.size
+        for piece in chain.readable:
+            view = piece[skip:] if skip < len(piece) else piece[:0]
+            skip -= len(piece) - len(view)
+            position = 0
+            while position < len(view):
+                count = write_at(self._fd, view[position:], offset, self._durable_writes)
+                position += count
+                offset += count
+        return S_OK
+
+    def _ranges(self, kind: int, payload: bytes) -> int:
+        """DISCARD and WRITE_ZEROES: {le64 sector, le32 num_sectors, le32 flags} each (5.2.6)."""
+        if not payload or len(payload) % _RANGE.size or len(payload) > _MAX_RANGES * _RANGE.size:
+            return S_IOERR
+        ranges = list(_RANGE.iter_unpack(payload))
+        for sector, count, flags in ranges:
+            if flags & ~(_UNMAP if kind == T_WRITE_ZEROES else 0):
+                return S_UNSUPP
+            if count > _MAX_RANGE_SECTORS or sector + count > self.capacity:
+                return S_IOERR
+        for sector, count, flags in ranges:
+            offset, length = sector * SECTOR, count * SECTOR
+            if not length:
+                continue
+            if kind == T_DISCARD:
+                # A hint: where the file system cannot punch holes the data stays.
+                _fallocate(self._fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
+            elif not (
+                (
+                    flags & _UNMAP
+                    and _fallocate(self._fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
+                )
+                or _fallocate(self._fd, _FALLOC_ZERO_RANGE | _FALLOC_KEEP_SIZE, offset, length)
+            ):
+                _write_zeroes(self._fd, offset, length)
+        if self._durable_writes:
+            os.fdatasync(self._fd)
+        return S_OK
+
+
+def _data(views: list[memoryview], length: int) -> list[memoryview]:
+    """The first `length` bytes of the pieces: all but the status byte."""
+    data = []
+    for view in views:
+        if length <= 0:
+            break
+        data.append(view[:length])
+        length -= len(view)
+    return data
+
+
+def _open(path: str, read_only: bool) -> int:
+    """Without waiting, whatever it is: a FIFO would have us wait for a writer."""
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        raise DeviceError(f"{path or repr(path)}: {error.strerror}") from None
+    os.set_blocking(fd, True)
+    return fd
+
+
+def _size(fd: int, path: str) -> int:
+    """In bytes. Raises `DeviceError` for what can be no disk."""
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):
+        buffer = bytearray(8)
+        fcntl.ioctl(fd, _BLKGETSIZE64, buffer)
+        size = int.from_bytes(buffer, "little")
+    elif stat.S_ISREG(status.st_mode):
+        size = status.st_size
+    else:
+        raise DeviceError(f"{path}: neither a regular file nor a block device")
+    if size < SECTOR:
+        raise DeviceError(f"{path}: {size} bytes hold no sector of {SECTOR} bytes")
+    return size
+
+
+def _open_direct(path: str, read_only: bool) -> int:
+    try:
+        return os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        raise DeviceError(
+            f"{path}: cannot be opened past the page cache: {error.strerror}"
+        ) from None
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
+    """False where the file system cannot do it, or a seccomp filter forbids it."""
+    while _libc.fallocate(fd, mode, offset, length):
+        number = ctypes.get_errno()
+        if number == errno.EINTR:
+            continue
+        if number in REFUSALS or number == errno.EINVAL:
+            return False
+        raise OSError(number, os.strerror(number))
+    return True
+
+
+def _write_zeroes(fd: int, offset: int, length: int) -> None:
+    zeroes = bytes(min(length, 1 << 20))
+    while length:
+        count = os.pwrite(fd, zeroes[:length], offset)
+        offset += count
+        length -= count
