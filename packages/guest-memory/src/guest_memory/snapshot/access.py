@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..addresses import READ, WRITE, Access, BusAddress, GuestAddress
 from ..errors import Misaligned, Poisoned, Unguarded, UsageError
-from ..linux import atomics, buffers, copies
+from ..linux import atomics, buffers, copies, files
 from ..regions.entry import Entry, Span
 from .translation import Translation
 
@@ -295,12 +295,12 @@ class Reachable(Translation):
                     held.append(entry)
                 views.append(entry.borrow(entry.host + guest - entry.guest, size))
             try:
-                if access == WRITE:
-                    done = os.readv(fd, views) if offset is None else os.preadv(fd, views, offset)
-                elif offset is None:
-                    done = os.writev(fd, views)
+                if offset is None:
+                    done = (os.readv if access == WRITE else os.writev)(fd, views)
+                elif access == WRITE:
+                    done = files.read_at(fd, views, offset)
                 else:
-                    done = os.pwritev(fd, views, offset)
+                    done = files.write_at(fd, views, offset)
             except OSError as error:
                 if error.errno != errno.EFAULT:
                     raise
