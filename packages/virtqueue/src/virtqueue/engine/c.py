@@ -22,19 +22,18 @@ class CEngine:
 
     name = "c"
 
-    def __init__(self, block: QueueBlock, release_gil: bool = False) -> None:
+    def __init__(self, block: QueueBlock) -> None:
         loaded = library()
         self._block = block
         self.address: int = ctypes.addressof(block)
         """Host address of the block."""
-        self._release_gil = release_gil
         self._released: bool | None = None
         argument = ctypes.c_void_p(self.address)
         result = loaded.held.vq_create(argument)
         if result < 0:
             raise EngineUnavailable(f"the C engine refuses the queue's block ({result})")
         self._close: Callable[[], None] = partial(loaded.held.vq_close, argument)
-        self._bind(release_gil)
+        self._bind(release_gil=False)
 
     def _bind(self, release_gil: bool) -> None:
         if release_gil is self._released:
@@ -61,21 +60,21 @@ class CEngine:
 
         The table itself is read from ``block.table`` when the engine attaches.
         """
-        self._bind(self._release_gil or not getattr(memory, "bounded", True))
+        self._bind(release_gil=not getattr(memory, "bounded", True))
 
     def close(self) -> None:
         """Release the records of all chains in flight and the engine's memory."""
         self._close()
 
 
-def create(block: QueueBlock, memory: Memory, *, release_gil: bool = False) -> CEngine:
+def create(block: QueueBlock) -> CEngine:
     """An engine for the ring that the block describes.
 
-    Calls keep the GIL, since they are short and bounded, as long as guest memory cannot make a
-    thread wait.  With ``release_gil`` they give it up: for memory under userfaultfd (postcopy),
-    behind FUSE, or mapped from Xen.
+    Its calls keep the GIL, since they are short and bounded, as long as guest memory cannot make a
+    thread wait.  `CEngine.set_memory` chooses anew for each snapshot: memory under userfaultfd
+    (postcopy), behind FUSE, or mapped from Xen makes the calls release it.
     """
-    return CEngine(block, release_gil)
+    return CEngine(block)
 
 
 def check() -> None:

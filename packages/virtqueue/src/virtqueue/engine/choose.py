@@ -34,7 +34,7 @@ def make_engine(name: str | None, block: QueueBlock, memory: Memory) -> Engine:
         try:
             from .c import create as create_c
 
-            return create_c(block, memory)
+            return create_c(block)
         except (ImportError, EngineUnavailable) as error:
             if wanted == "c":
                 raise _unavailable(error) from error

@@ -174,11 +174,6 @@ class DriverQueue:
         return self._side.free
 
     @property
-    def outstanding(self) -> int:
-        """Chains that have been added and not collected."""
-        return len(self._side.offered)
-
-    @property
     def tables_size(self) -> int:
         """Bytes that ``tables`` has to have room for."""
         return 16 * self._table_length * self._config.size
