@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vhost_backend import VhostUserDaemon, VringMutex, VringRwLock
 from virtqueue import available_engines
 
 # Helper modules of this folder are importable under every import mode of pytest.
@@ -29,3 +30,12 @@ def engine(request: pytest.FixtureRequest) -> str:
     if name not in available_engines():
         pytest.skip("this installation has no C engine")
     return name
+
+
+@pytest.fixture(params=[VringMutex, VringRwLock])
+def every_flavour(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each flavour of vring, in every daemon that the test makes without naming one."""
+    defaults = VhostUserDaemon.__init__.__kwdefaults__
+    assert defaults is not None
+    assert "vring" in defaults
+    monkeypatch.setitem(defaults, "vring", request.param)

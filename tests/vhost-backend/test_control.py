@@ -37,6 +37,8 @@ from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import attached, served
 from virtqueue import inflight_size
 
+pytestmark = pytest.mark.usefixtures("every_flavour")
+
 
 class Echo(VirtioDevice):
     """Answers with what it was sent."""

@@ -10,6 +10,8 @@ from vhost_backend.driver import DriverSession
 from vhost_backend.testing import attached, expect_errors
 from virtqueue import DONE, Batch, ChainCompleted
 
+pytestmark = pytest.mark.usefixtures("every_flavour")
+
 
 class Pieces:
     """Shared memory for `count` requests of one readable and one writable piece."""
@@ -238,3 +240,17 @@ def test_requests_end_with_the_daemon(engine: str) -> None:
         session.vrings[0].completions()
     with pytest.raises(ChainCompleted):
         kept[0].read()
+
+
+def test_a_device_is_closed_by_its_with() -> None:
+    closed = []
+
+    class Closing(VirtioDevice):
+        device_id = 42
+
+        def close(self) -> None:
+            closed.append(self)
+
+    with Closing() as device:
+        assert not closed
+    assert closed == [device]

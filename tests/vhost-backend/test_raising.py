@@ -43,6 +43,8 @@ from vhost_backend.testing import (
 )
 from virtqueue import DONE, Batch, Chain, CHandler
 
+pytestmark = pytest.mark.usefixtures("every_flavour")
+
 ESCAPES = [
     ValueError("wrong"),
     SystemExit(3),

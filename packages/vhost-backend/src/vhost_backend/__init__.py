@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .devices import BlockDevice
     from .epoll_handler import VringEpollHandler
     from .errors import BackendUsageError, DeviceError, ListenError, Refused, VhostBackendError
+    from .fds.eventfd import WakeFd
     from .fds.listener import Listener
     from .features import VirtioFeature
     from .vring.locks import Vring, VringMutex, VringRwLock
@@ -57,6 +58,7 @@ _LAZY = {
     "VringMutex": "vring.locks",
     "VringRwLock": "vring.locks",
     "VringState": "vring.state",
+    "WakeFd": "fds.eventfd",
     "report": "daemon.report",
     "serve": "daemon.serve",
     "serve_all": "daemon.serve",
@@ -105,6 +107,7 @@ __all__ = [
     "VringMutex",
     "VringRwLock",
     "VringState",
+    "WakeFd",
     "__version__",
     "report",
     "serve",

@@ -20,7 +20,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import CoroutineType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from guest_memory import GuestMemory
 from vhost_protocol import BackendChannel, ProtocolError, ProtocolFeatures
@@ -385,6 +385,12 @@ class VirtioDevice:
 
     def close(self) -> None:
         """Release what the device holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def close_device(device: VirtioDevice) -> None:
