@@ -96,7 +96,7 @@ def test_a_page_that_nobody_brings_waits_until_the_end() -> None:
         assert select.select([fault.fileno()], [], [], 10)[0], "somebody waits"
         assert not result
         fault.close()
-        thread.join(10)
+        thread.join(60)
         assert result == [bytes(4)]
 
 

@@ -66,7 +66,7 @@ def raw(device: VirtioDevice | None = None, features: int = 0) -> Iterator[vp.Fr
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with VhostUserDaemon("test", DeviceBackend.of(device or Echo())) as daemon:
         daemon.start_connection(ours)
-        with vp.Frontend(theirs, timeout=5.0, strict=False) as frontend:
+        with vp.Frontend(theirs, timeout=60, strict=False) as frontend:
             offered = frontend.get_features()
             frontend.set_protocol_features(frontend.get_protocol_features())
             frontend.set_owner()
@@ -121,7 +121,7 @@ def test_rings_are_enabled_before_features_are_set_or_without_bit_30(features: i
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with VhostUserDaemon("test", DeviceBackend.of(Echo())) as daemon:
         daemon.start_connection(ours)
-        with vp.Frontend(theirs, timeout=5.0, strict=False) as frontend:
+        with vp.Frontend(theirs, timeout=60, strict=False) as frontend:
             frontend.get_features()
             frontend.set_protocol_features(frontend.get_protocol_features())
             frontend.set_owner()
@@ -203,7 +203,7 @@ def test_in_flight_memory_asked_for_before_the_format_is_known_holds_either() ->
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with VhostUserDaemon("test", DeviceBackend.of(Echo())) as daemon:
         daemon.start_connection(ours)
-        with vp.Frontend(theirs, timeout=5.0) as frontend:
+        with vp.Frontend(theirs, timeout=60) as frontend:
             frontend.get_features()
             frontend.set_protocol_features(frontend.get_protocol_features())
             reply, fd = frontend.get_inflight_fd(1, 64)
@@ -325,7 +325,7 @@ def test_without_protocol_features_rings_are_enabled_from_the_start() -> None:
     ours, theirs = socket.socketpair()
     with (
         VhostUserDaemon("test", DeviceBackend(Echo())) as daemon,
-        vp.Frontend(theirs, timeout=5.0, strict=False) as frontend,
+        vp.Frontend(theirs, timeout=60, strict=False) as frontend,
     ):
         daemon.start_connection(ours)
         frontend.set_owner()
@@ -556,7 +556,7 @@ def test_the_daemon_ends_while_connected_and_idle() -> None:
     ours, theirs = socket.socketpair()
     daemon = VhostUserDaemon("test", DeviceBackend(Echo()))
     daemon.start_connection(ours)
-    with vp.Frontend(theirs, timeout=5.0) as frontend:
+    with vp.Frontend(theirs, timeout=60) as frontend:
         frontend.get_features()
         threading.Timer(0.05, daemon.shutdown).start()
         daemon.wait()
@@ -592,7 +592,7 @@ class Gate(VirtioDevice):
 
     def handle(self, queue: DeviceQueueView, request: Request) -> Awaitable[None] | None:
         self.taken.set()
-        self.release.wait(10)
+        self.release.wait(60)
         request.write(b"done")
         return None
 
@@ -635,7 +635,7 @@ def test_a_reset_loses_no_request_in_flight(
         target = session.allocate(4)
         identity = vring.submit([(session.allocate(4), 4)], [(target, 4)])
         vring.kick()
-        assert device.taken.wait(5)
+        assert device.taken.wait(60)
         bases: list[int] = []
 
         def stop() -> None:
@@ -647,7 +647,7 @@ def test_a_reset_loses_no_request_in_flight(
         thread.join(0.1)
         assert not bases
         device.release.set()
-        thread.join(10)
+        thread.join(60)
         assert device.resets == 1
         assert bases == [0x8002_8002 if packed else 1]
         assert vring.completions(0.1) == [(identity, 4)]
@@ -660,7 +660,7 @@ def test_a_ring_that_is_moved_completes_what_is_in_flight_where_it_was(engine: s
         frontend, vring = session.frontend, session.vrings[0]
         identity = vring.submit([(session.allocate(4), 4)], [(session.allocate(4), 4)])
         vring.kick()
-        assert device.taken.wait(5)
+        assert device.taken.wait(60)
         config, (place, length) = vring.config, session.ring_memory[0]
         copy = session.allocate(length, 4096)
         session.memory.write(copy, session.memory.read(GuestAddress(place), length))
@@ -678,7 +678,7 @@ def test_a_ring_that_is_moved_completes_what_is_in_flight_where_it_was(engine: s
         thread.start()
         thread.join(0.1)
         device.release.set()
-        thread.join(10)
+        thread.join(60)
         assert vring.completions(0.1) == [(identity, 4)]
         assert frontend.get_vring_base(0) == 1
 
@@ -703,7 +703,7 @@ def test_a_daemon_as_client_connects_and_comes_back(tmp_path: Path) -> None:
             listener.settimeout(10)
             for _ in range(3):
                 connection, _ = listener.accept()
-                with DriverSession(vp.Frontend(connection, timeout=5.0)) as session:
+                with DriverSession(vp.Frontend(connection, timeout=60)) as session:
                     assert exchange(session, b"hello") == b"hello"
 
 
@@ -839,19 +839,19 @@ def test_a_devices_own_descriptors() -> None:
         with pytest.raises(FileExistsError):
             second.register_listener(reader, select.EPOLLIN, 8)
         os.write(writer, b"a")
-        assert backend.told.wait(5)
+        assert backend.told.wait(60)
         assert backend.seen == [(7, select.EPOLLIN, 1)]
         daemon.start_connection(ours)
-        with vp.Frontend(theirs, timeout=5) as frontend:
+        with vp.Frontend(theirs, timeout=60) as frontend:
             frontend.get_features()
             backend.told.clear()
             os.write(writer, b"b")
-            assert backend.told.wait(5)
+            assert backend.told.wait(60)
         second.unregister_listener(reader)
         backend.told.clear()
         os.write(writer, b"c")
         first.register_listener(reader, select.EPOLLIN | select.EPOLLET, 9)
-        assert backend.told.wait(5)
+        assert backend.told.wait(60)
         assert backend.seen[-1] == (9, select.EPOLLIN, 0)
         assert len(backend.seen) == 3
         first.unregister_listener(reader)

@@ -32,7 +32,7 @@ class Echo(VirtioDevice):
 @pytest.fixture(params=[False, True], ids=["split", "packed"])
 def session(engine: str, request: pytest.FixtureRequest) -> Iterator[DriverSession]:
     with attached(
-        Echo(), engine=engine, num_queues=2, packed=bool(request.param), timeout=5.0
+        Echo(), engine=engine, num_queues=2, packed=bool(request.param), timeout=60
     ) as opened:
         yield opened
 

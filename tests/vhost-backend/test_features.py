@@ -274,7 +274,7 @@ def test_a_gpu_gets_its_socket() -> None:
             device.gpu.set_protocol_features(vp.GpuProtocolFeatures.EDID)
             assert device.gpu.get_display_info() == (vp.GpuDisplay(0, 0, 640, 480),)
             device.gpu.scanout(0, 640, 480)
-            answers.join(5)
+            answers.join(60)
         echo(session)
 
 
@@ -484,7 +484,7 @@ def test_postcopy_and_memory_slots_exclude_each_other() -> None:
         ours, theirs = socket.socketpair()
         with VhostUserDaemon("test", DeviceBackend.of(Typed()), memory_slots=slots) as daemon:
             daemon.start_connection(ours)
-            with vp.Frontend(theirs, timeout=5.0, strict=False) as frontend:
+            with vp.Frontend(theirs, timeout=60, strict=False) as frontend:
                 frontend.get_features()
                 assert frontend.get_protocol_features() & (offered | other) == offered
                 frontend.set_protocol_features(offered | P.REPLY_ACK)

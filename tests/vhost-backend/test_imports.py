@@ -75,7 +75,7 @@ def test_an_idle_daemon_holds_nothing_that_it_does_not_use(tmp_path: Path, image
         with DriverSession.connect(path, features=DRIVER_FEATURES) as session:
             BlockDriver(session).write(0, b"x" * 512)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()

@@ -49,7 +49,7 @@ class ControlMachine(RuleBasedStateMachine):
         ours, theirs = socket.socketpair()
         self.daemon = VhostUserDaemon("model", DeviceBackend(Echo()))
         self.daemon.start_connection(ours)
-        self.frontend = frontend = vp.Frontend(theirs, timeout=10, strict=False)
+        self.frontend = frontend = vp.Frontend(theirs, timeout=60, strict=False)
         features = VirtioFeature.VERSION_1 | VirtioFeature.PROTOCOL_FEATURES
         if event_idx:
             features |= VirtioFeature.EVENT_IDX

@@ -35,7 +35,7 @@ def test_counters_count(image: Path) -> None:
     ours, theirs = socket.socketpair()
     with VhostUserDaemon("disk", DeviceBackend(BlockDevice(image))) as daemon:
         daemon.start_connection(ours)
-        with DriverSession(vp.Frontend(theirs, timeout=5), features=DRIVER_FEATURES) as session:
+        with DriverSession(vp.Frontend(theirs, timeout=60), features=DRIVER_FEATURES) as session:
             driver = BlockDriver(session)
             for _ in range(5):
                 driver.read(0, 512)
@@ -68,7 +68,7 @@ def test_metrics_are_served(tmp_path: Path, image: Path, kind: str) -> None:
                     text = b"".join(iter(lambda: client.recv(65536), b"")).decode()
             else:
                 url = f"http://127.0.0.1:{server.port}/metrics"
-                with urllib.request.urlopen(url, timeout=5) as response:
+                with urllib.request.urlopen(url, timeout=60) as response:
                     text = response.read().decode()
         finally:
             server.close()
@@ -111,7 +111,7 @@ def test_sigusr1_prints_the_counters(tmp_path: Path, image: Path) -> None:
             line = process.stderr.readline()
             assert line.startswith(f"{image} queue {queue}: stopped in_flight=0 requests=0 ")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     finally:
         if process.poll() is None:
             process.kill()

@@ -73,7 +73,7 @@ def attach(
     ours, theirs = socket.socketpair()
     daemon = VhostUserDaemon("test", DeviceBackend.of(device), mapper=mapper, engine=engine)
     daemon.start_connection(ours)
-    return daemon, DriverSession(vp.Frontend(theirs, timeout=5), **options)
+    return daemon, DriverSession(vp.Frontend(theirs, timeout=60), **options)
 
 
 @pytest.mark.parametrize("packed", [False, True])

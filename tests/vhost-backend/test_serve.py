@@ -106,7 +106,7 @@ def torment(path: str, until: threading.Event) -> None:
         number += 1
         with (
             contextlib.suppress(vp.ProtocolError, OSError),
-            DriverSession.connect(path, timeout=5.0, packed=number % 2 == 0) as session,
+            DriverSession.connect(path, timeout=60, packed=number % 2 == 0) as session,
         ):
             vring = session.vrings[0]
             session.memory.write(GuestAddress(vring.descriptor_area), os.urandom(64))
@@ -305,7 +305,7 @@ def test_many_devices_share_one_loop_and_state_moves(tmp_path: Path) -> None:
             for number in range(5):
                 exchange(session, bytes([number]))
             with Migration(session) as migration:
-                migration.finish(vp.Frontend.connect(str(tmp_path / "target"), timeout=10.0))
+                migration.finish(vp.Frontend.connect(str(tmp_path / "target"), timeout=60))
             assert exchange(session, b"there") == b"there"
 
     async def main() -> None:
@@ -332,7 +332,7 @@ def test_one_connection_over_a_socket_pair() -> None:
         ours, theirs = socket.socketpair()
 
         def use() -> bytes:
-            with DriverSession(vp.Frontend(theirs, timeout=10.0)) as session:
+            with DriverSession(vp.Frontend(theirs, timeout=60)) as session:
                 return exchange(session, b"pair")
 
         async with AsyncDaemon("test", DeviceBackend.of(Echo())) as daemon:

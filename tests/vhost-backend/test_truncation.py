@@ -122,7 +122,7 @@ class Slow(VirtioDevice):
     def handle(self, queue, request):
         request.write(request.read())
         taken.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
 def request(session):
     ring = session.vrings[0]
@@ -154,7 +154,7 @@ with served(Slow(), engine=engine or None) as path, served(Slow()) as other:
         # A request is being worked on, and others wait.
         go_on.clear()
         ring = request(session)
-        assert taken.wait(10)
+        assert taken.wait(60)
         for _ in range(5):
             request(session)
         os.ftruncate(fd, 0)

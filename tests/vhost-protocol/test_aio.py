@@ -125,9 +125,9 @@ def test_a_conversation(fds: list[int], tmp_path: Path) -> None:
                 await AsyncFrontend.connect(path)
             listener.bind(path)
             listener.listen()
-            front = await AsyncFrontend.connect(path, timeout=10)
+            front = await AsyncFrontend.connect(path, timeout=60)
             accepted, _ = listener.accept()
-        back = AsyncBackendConnection(accepted, session=opened(), timeout=10)
+        back = AsyncBackendConnection(accepted, session=opened(), timeout=60)
         task = asyncio.create_task(serve(back))
         async with front:
             for name in ("features", "protocol_features", "owned"):

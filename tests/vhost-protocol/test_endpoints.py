@@ -160,10 +160,10 @@ def test_every_request_of_the_front_end(fds: list[int]) -> None:
             return MemRegReply(REGION), []
         return replies.get(name, (None, []))
 
-    backend = BackendConnection(theirs, session=opened(), timeout=10)
+    backend = BackendConnection(theirs, session=opened(), timeout=60)
     with (
         serving(backend, handler) as seen,
-        Frontend(ours, timeout=10, session=opened(), strict=False) as front,
+        Frontend(ours, timeout=60, session=opened(), strict=False) as front,
     ):
         front.reset_owner()
         front.set_owner()
@@ -259,7 +259,7 @@ def test_every_request_of_the_back_end(fds: list[int]) -> None:
 
     with (
         serving(FrontendChannel(ours, opened()), handler) as seen,
-        BackendChannel.from_fd(OwnedFd(theirs.detach()), opened(), timeout=10) as channel,
+        BackendChannel.from_fd(OwnedFd(theirs.detach()), opened(), timeout=60) as channel,
     ):
         channel.iotlb_miss(4096, IotlbAccess.READ)
         channel.iotlb_access_fail(4096, IotlbAccess.WRITE, need_reply=False)
@@ -296,14 +296,14 @@ def test_the_front_end_answers_lookups(fds: list[int]) -> None:
         assert found is not None
         found.close()
         assert back.shared_object_lookup(UUID(int=1)) is None
-        thread.join(10)
+        thread.join(60)
 
 
 def test_a_miss_that_fails() -> None:
     ours, theirs = socket.socketpair()
     with (
         serving(FrontendChannel(ours, opened()), lambda received: (Ack(1), [])),
-        BackendChannel(theirs, opened(), timeout=10) as back,
+        BackendChannel(theirs, opened(), timeout=60) as back,
         pytest.raises(RequestFailed, match="IOTLB_MSG"),
     ):
         back.iotlb_miss(0, IotlbAccess.READ)
@@ -326,8 +326,8 @@ def test_the_gpu_protocol(fds: list[int]) -> None:
         return None, []
 
     with (
-        serving(GpuFrontendChannel(ours, timeout=10), handler) as seen,
-        GpuBackendChannel.from_fd(OwnedFd(theirs.detach()), timeout=10) as gpu,
+        serving(GpuFrontendChannel(ours, timeout=60), handler) as seen,
+        GpuBackendChannel.from_fd(OwnedFd(theirs.detach()), timeout=60) as gpu,
     ):
         gpu.set_protocol_features(gpu.get_protocol_features())
         assert gpu.get_display_info() == (display,)
@@ -373,7 +373,7 @@ def test_the_back_end_vanishes_instead_of_answering() -> None:
     answer = frame(1, bytes(8), flags=5)
     for cut in range(len(answer)):
         ours, theirs = socket.socketpair()
-        with Frontend(ours, timeout=10) as front:
+        with Frontend(ours, timeout=60) as front:
             theirs.send(answer[:cut])
             theirs.shutdown(socket.SHUT_WR)
             with pytest.raises(ConnectionClosed) as closed:
@@ -485,12 +485,12 @@ def test_signals_do_not_disturb() -> None:
     thread = threading.Thread(target=answer)
     thread.start()
     try:
-        with Frontend(ours, timeout=10) as front:
+        with Frontend(ours, timeout=60) as front:
             assert front.get_features() == 5
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
-        thread.join(10)
+        thread.join(60)
     assert hits
 
 
@@ -513,7 +513,7 @@ def test_descriptors_come_whole_when_the_header_is_split(fds: list[int]) -> None
     whole = frame(12, struct.pack("=Q", 0))
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds[:1]))]
     ours, theirs = socket.socketpair()
-    with theirs, BackendConnection(ours, session=opened(), timeout=10) as back:
+    with theirs, BackendConnection(ours, session=opened(), timeout=60) as back:
         theirs.send(frame(3))
         theirs.sendmsg([whole[:3]], rights)
         for at in range(3, len(whole)):
@@ -627,7 +627,7 @@ def test_wrong_answers_end_the_connection(fds: list[int]) -> None:
         (frame(1, bytes(8), flags=5), BadDescriptors),
     ):
         ours, theirs = socket.socketpair()
-        with theirs, Frontend(ours, timeout=10) as front:
+        with theirs, Frontend(ours, timeout=60) as front:
             passed = array.array("i", fds[:2]) if error is BadDescriptors else array.array("i")
             theirs.sendmsg([answer], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])
             with pytest.raises(error):
@@ -696,10 +696,10 @@ def test_connecting(tmp_path: Path) -> None:
 
         thread = threading.Thread(target=late)
         thread.start()
-        with Frontend.connect(path, timeout=10) as front:
+        with Frontend.connect(path, timeout=60) as front:
             assert front.fileno() >= 0
-            assert front.timeout == 10
-        thread.join(10)
+            assert front.timeout == 60
+        thread.join(60)
 
 
 def test_a_socket_with_a_timeout_of_its_own_is_taken() -> None:
@@ -809,7 +809,7 @@ def test_shutdown_wakes_the_thread_that_waits() -> None:
         thread.start()
         time.sleep(0.05)
         back.shutdown()
-        thread.join(10)
+        thread.join(60)
         assert got == [None]
         back.shutdown()
 

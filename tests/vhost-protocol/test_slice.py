@@ -58,7 +58,7 @@ class Device(threading.Thread):
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
-        self.connection = BackendConnection(sock, timeout=10)
+        self.connection = BackendConnection(sock, timeout=60)
         self.seen: list[FrontendRequest] = []
         self.fds: list[int] = []
 
@@ -112,7 +112,7 @@ def test_a_blk_front_end_starts_and_stops_a_ring() -> None:
     memory = os.memfd_create("memory")
     event = os.eventfd(0)
     before = len(os.listdir("/proc/self/fd"))
-    with Frontend(ours, timeout=10) as frontend:
+    with Frontend(ours, timeout=60) as frontend:
         assert frontend.get_features() == FEATURES
         assert frontend.get_protocol_features() == OFFER
         frontend.set_protocol_features(OFFER)
@@ -150,7 +150,7 @@ def test_a_blk_front_end_starts_and_stops_a_ring() -> None:
         assert frontend.get_vring_base(0) == 77
         frontend.reset_device()
         channel.close()
-    device.join(10)
+    device.join(60)
     assert not device.is_alive()
     assert device.seen[:4] == [
         FrontendRequest.GET_FEATURES,

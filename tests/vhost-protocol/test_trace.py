@@ -225,7 +225,7 @@ def test_the_proxy_passes_everything_through(tmp_path: Path, fds: list[int]) -> 
 
     def back_end() -> None:
         sock, _ = listener.accept()
-        with BackendConnection(sock, timeout=10) as back:
+        with BackendConnection(sock, timeout=60) as back:
             channel = None
             while (received := back.receive()) is not None:
                 with received:
@@ -246,7 +246,7 @@ def test_the_proxy_passes_everything_through(tmp_path: Path, fds: list[int]) -> 
                             if isinstance(received.message, SetBackendReqFd):
                                 fd = received.take_fd()
                                 assert fd is not None
-                                channel = BackendChannel.from_fd(fd, back.session, timeout=10)
+                                channel = BackendChannel.from_fd(fd, back.session, timeout=60)
                             back.acknowledge(received, True)
 
     thread = threading.Thread(target=back_end)
@@ -254,11 +254,11 @@ def test_the_proxy_passes_everything_through(tmp_path: Path, fds: list[int]) -> 
     out = io.StringIO()
     recording = io.StringIO()
     with listener, tracing(Proxy(front_path, back_path, Printer(out, as_json=False), recording)):
-        with Frontend.connect(front_path, timeout=10) as front:
+        with Frontend.connect(front_path, timeout=60) as front:
             assert front.get_features() == 1 << 30
             assert front.get_protocol_features() == offer
             front.set_protocol_features(offer)
-            channel = front.open_backend_channel(timeout=10)
+            channel = front.open_backend_channel(timeout=60)
             front.set_owner()
             regions = [MemoryRegion(n << 20, 4096, n << 20) for n in range(2)]
             front.set_mem_table(regions, fds[:2])
@@ -267,10 +267,10 @@ def test_the_proxy_passes_everything_through(tmp_path: Path, fds: list[int]) -> 
             )
             answered.start()
             assert front.get_vring_base(0) == 5
-            answered.join(10)
+            answered.join(60)
             channel.close()
-        thread.join(10)
-        deadline = time.monotonic() + 10
+        thread.join(60)
+        deadline = time.monotonic() + 60
         while "closed" not in out.getvalue() and time.monotonic() < deadline:
             time.sleep(0.01)
     assert passed == [os.fstat(fd).st_ino for fd in fds[:2]]
@@ -319,7 +319,7 @@ def test_the_proxy_survives_nonsense(tmp_path: Path, fds: list[int]) -> None:
                         got = b""
                         while len(got) < len(data) and (piece := back.recv(65536)):
                             got += piece
-                        sender.join(10)
+                        sender.join(60)
                         assert got == data
     notes = [json.loads(line).get("note") for line in out.getvalue().splitlines()]
     assert any(note and "cannot connect" in note for note in notes)
@@ -351,9 +351,9 @@ def test_running_short_ends_no_connection(tmp_path: Path, monkeypatch: pytest.Mo
         proxy._listener = _Reluctant(fileno=proxy._listener.detach())
         proxy._selector.register(proxy._listener, selectors.EVENT_READ)
         stack.enter_context(tracing(proxy, once=False))
-        front = stack.enter_context(Frontend.connect(front_path, timeout=10))
+        front = stack.enter_context(Frontend.connect(front_path, timeout=60))
         accepted, _ = listener.accept()
-        back = stack.enter_context(BackendConnection(accepted, timeout=10))
+        back = stack.enter_context(BackendConnection(accepted, timeout=60))
         ours, theirs = socket.socketpair()
         stack.enter_context(ours)
         monkeypatch.setattr(socket, "socketpair", no_pair)

@@ -506,18 +506,18 @@ def test_close_during_a_pin_keeps_the_file(mapper: XenMapper, system: Recorder) 
 
     def slow(address: int, length: int, protection: int, fd: int, offset: int) -> int:
         inside.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return plain(address, length, protection, fd, offset)
 
     system.mmap = slow  # type: ignore[method-assign]
     pinned: list[tuple[int, Any]] = []
     thread = threading.Thread(target=lambda: pinned.append(mapping.pin(0x40000, 8, READ)))
     thread.start()
-    assert inside.wait(10)
+    assert inside.wait(60)
     mapping.close()
     assert system.files
     go_on.set()
-    thread.join(10)
+    thread.join(60)
     mapping.unpin(pinned[0][1])
     assert system.held == 0
 

@@ -117,7 +117,7 @@ def test_a_kick_ends_a_sleep_and_need_not_be_read(rig: Any, fds: Fds) -> None:
         rig.offer()
         rig.driver.publish()
         os.eventfd_write(fds.kick, 1)
-        thread.join(10)
+        thread.join(60)
         assert found == [1]
         server.begin(1)
     assert os.eventfd_read(fds.kick) == 3
@@ -159,7 +159,7 @@ def test_while_it_looks_the_driver_need_not_kick(rig: Any, fds: Fds) -> None:
     time.sleep(0.05)
     rig.offer()
     assert not rig.driver.publish()
-    thread.join(10)
+    thread.join(60)
     assert found == [1]
 
 
@@ -296,7 +296,7 @@ def test_a_full_and_blocking_call_descriptor_holds_it_up_until_it_is_read(
     time.sleep(0.05)
     assert thread.is_alive()
     os.eventfd_read(fds.call)
-    thread.join(10)
+    thread.join(60)
     assert found == [0]
 
 
@@ -358,7 +358,7 @@ def test_a_queue_is_borrowed_while_a_handler_works(rig: Any, fds: Fds) -> None:
 
     def work(context: int, queue: int) -> int:
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return 0
 
     function = HANDLER(work)
@@ -368,14 +368,14 @@ def test_a_queue_is_borrowed_while_a_handler_works(rig: Any, fds: Fds) -> None:
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.append(server.serve()))
     thread.start()
-    assert begun.wait(10)
+    assert begun.wait(60)
     assert server.borrow()
     assert not server.borrow()
     server.give_back()
     assert server.borrow()  # the handler still works
     server.give_back()
     go_on.set()
-    thread.join(10)
+    thread.join(60)
     # The batch comes back untouched: whoever borrowed the queue may have changed it.
     assert found == [2]
     assert server.left == 0
