@@ -59,7 +59,7 @@ def serve(rig: Any, library: c_library.Library, stop_at: int) -> None:
 
     Some takes are undone in between.
     """
-    c_engine.library = lambda: library  # type: ignore[attr-defined]
+    c_engine.library = lambda: library  # type: ignore[assignment, attr-defined]
     ctypes.c_uint32.in_dll(library.held, "vq_test_stop_at").value = stop_at
     # A mapping of its own, as another process has.
     rig.memory = GuestMemory.map([(rig.memory.regions[0], rig.fd)])
