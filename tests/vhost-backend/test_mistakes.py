@@ -37,6 +37,10 @@ def kind(**attributes: object) -> Any:
 DEVICES: list[tuple[dict[str, object], str]] = [
     ({"num_queues": 0}, r"Dev.num_queues is 0: a number from 1 to 256"),
     ({"num_queues": -1}, r"Dev.num_queues is -1"),
+    (
+        {"create_crypto_session": handle},
+        r"Dev has create_crypto_session and no close_crypto_session",
+    ),
     ({"num_queues": 257}, r"Dev.num_queues is 257"),
     ({"num_queues": "2"}, r"Dev.num_queues is '2'"),
     ({"queue_size": 100}, r"Dev.queue_size is 100: a ring's size is a power of two"),
@@ -261,3 +265,8 @@ def test_a_session_ends_after_its_back_end_has_let_go() -> None:
         with DriverSession.connect(path):
             pass
         assert stopped
+
+
+def test_the_devices_own_status_is_its_back_ends() -> None:
+    """A worker fails with it what the device has taken and will not complete."""
+    assert DeviceBackend(kind(status_byte=True, error_status=9)()).error_status == 9

@@ -59,6 +59,8 @@ def check_device(device: object) -> None:
             f"{name}.config is {_shown(device.config)}: a configuration space is bytes"
         )
     _check_handlers(name, device)
+    if hasattr(device, "create_crypto_session") and not hasattr(device, "close_crypto_session"):
+        raise BackendUsageError(f"{name} has create_crypto_session and no close_crypto_session")
 
 
 def check_backend(backend: object) -> None:

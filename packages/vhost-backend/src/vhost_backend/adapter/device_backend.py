@@ -76,6 +76,11 @@ class DeviceBackend(VhostUserBackendBase):
         """Whether completions write a status byte."""
         return self.device.status_byte
 
+    @property
+    def error_status(self) -> int:
+        """The status byte of a request that the device will not complete any more."""
+        return self.device.error_status
+
     def num_queues(self) -> int:
         """The device's."""
         return self.device.num_queues
