@@ -355,10 +355,12 @@ def test_an_address_that_means_nothing_breaks_the_queue_only(engine: str, image:
 def test_an_entry_that_does_not_come_is_not_waited_for_for_ever(
     engine: str, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vhost_backend.control.iommu.MISS_TIMEOUT", 0.05)
     with attached(
         BlockDevice(image), engine=engine, features=DRIVER_FEATURES, iommu=True
     ) as session:
+        assert BlockDriver(session).read(0, 512) == bytes(512)
+        # Not before: what a busy driver answers late would be given up as well.
+        monkeypatch.setattr("vhost_backend.control.iommu.MISS_TIMEOUT", 0.05)
         vring = session.vrings[0]
         error = os.eventfd(0, os.EFD_NONBLOCK)
         session.frontend.set_vring_err(0, error)
@@ -366,7 +368,7 @@ def test_an_entry_that_does_not_come_is_not_waited_for_for_ever(
         vring.kick()
         poller = select.poll()
         poller.register(error, select.POLLIN)
-        assert poller.poll(5000)
+        assert poller.poll(60_000)
         os.close(error)
 
 
