@@ -28,6 +28,7 @@ from vhost_backend import (
     serve_all,
     serve_async,
 )
+from vhost_backend.daemon.serve import _Bell, _wait_for_all
 from vhost_backend.devices.blk.device import F_FLUSH
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import BlockWorkload, DriverSession, Migration
@@ -162,6 +163,30 @@ def test_when_one_path_cannot_be_listened_on_none_is_served(tmp_path: Path) -> N
         serve_all([(devices[0], tmp_path / "a.sock"), (devices[1], tmp_path / "no" / "b.sock")])
     assert not (tmp_path / "a.sock").exists()
     assert all(device.closed for device in devices)
+
+
+def test_the_end_does_not_hang_when_a_thread_takes_long_to_end() -> None:
+    """It has rung already, and a busy machine lets it go on much later."""
+
+    class Ended:
+        def wait(self) -> None:
+            """As a daemon that was told to end."""
+
+        def shutdown(self) -> None:
+            """Nothing is left to be told."""
+
+    class SlowBell(_Bell):
+        def ring(self) -> None:
+            super().ring()
+            time.sleep(0.5)
+
+    bell = SlowBell([])
+    daemon: Any = Ended()
+    waiting = threading.Thread(target=_wait_for_all, args=([daemon], bell), daemon=True)
+    waiting.start()
+    waiting.join(60)
+    assert not waiting.is_alive()
+    bell.close()
 
 
 def test_nothing_to_serve_ends_at_once() -> None:

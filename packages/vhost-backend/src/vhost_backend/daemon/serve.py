@@ -213,6 +213,7 @@ def _readable(fd: int) -> bool:
 def _wait_for_all(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> None:
     """Wait until every daemon has ended; the failure of one ends the others."""
     failures: list[BaseException] = []
+    ended: list[VhostUserDaemon] = []
 
     def wait(daemon: VhostUserDaemon) -> None:
         try:
@@ -222,16 +223,16 @@ def _wait_for_all(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> None:
             for other in daemons:
                 other.shutdown()
         finally:
+            ended.append(daemon)  # before the bell: one that has rung is never waited for again
             bell.ring()
 
     threads = [threading.Thread(target=wait, args=(daemon,)) for daemon in daemons]
     for thread in threads:
         thread.start()
-    while any(thread.is_alive() for thread in threads):
+    while len(ended) < len(threads):
         bell.wait()
-        for thread in threads:
-            # One that has rung is about to end.
-            thread.join(0.1)
+    for thread in threads:
+        thread.join()
     if failures:
         raise failures[0]
 
