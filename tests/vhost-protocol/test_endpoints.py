@@ -702,6 +702,27 @@ def test_connecting(tmp_path: Path) -> None:
         thread.join(60)
 
 
+@pytest.mark.timeout(90)
+def test_a_full_queue_of_connections_is_waited_for_until_the_timeout(
+    full_listener: socket.socket,
+) -> None:
+    path = full_listener.getsockname()
+    with pytest.raises(Timeout):
+        Frontend.connect(path, timeout=0.05)
+    with pytest.raises(BlockingIOError):
+        Frontend.connect(path, timeout=0)
+
+    def make_room() -> None:
+        full_listener.accept()[0].close()
+
+    for timeout in (60, None):
+        timer = threading.Timer(0.05, make_room)
+        timer.start()
+        with Frontend.connect(path, timeout=timeout) as front:
+            assert front.fileno() >= 0
+        timer.join(60)
+
+
 def test_a_socket_with_a_timeout_of_its_own_is_taken() -> None:
     ours, theirs = socket.socketpair()
     ours.settimeout(3)

@@ -325,6 +325,26 @@ def test_the_proxy_survives_nonsense(tmp_path: Path, fds: list[int]) -> None:
     assert any(note and "cannot connect" in note for note in notes)
 
 
+@pytest.mark.usefixtures("no_fd_leak")
+@pytest.mark.timeout(90)
+def test_a_full_queue_of_connections_holds_up_nothing(
+    tmp_path: Path, full_listener: socket.socket
+) -> None:
+    """Neither the tracer, when its back-end's is full, nor its start, when its own path's is."""
+    path = full_listener.getsockname()
+    with pytest.raises(TraceError, match="in use"):
+        Proxy(path, str(tmp_path / "back"), Printer(io.StringIO(), as_json=True), None)
+    out = io.StringIO()
+    with (
+        tracing(Proxy(str(tmp_path / "front"), path, Printer(out, as_json=True), None), once=False),
+        socket.socket(socket.AF_UNIX) as front,
+    ):
+        front.settimeout(60)
+        front.connect(str(tmp_path / "front"))
+        assert front.recv(1) == b""
+    assert "cannot connect to the back-end" in out.getvalue()
+
+
 class _Reluctant(socket.socket):
     """A listener of a process that may not open more, twice."""
 
