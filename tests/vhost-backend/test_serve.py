@@ -28,6 +28,7 @@ from vhost_backend import (
     serve_all,
     serve_async,
 )
+from vhost_backend.control import Wait
 from vhost_backend.daemon.serve import _Bell, _wait_for_all
 from vhost_backend.devices.blk.device import F_FLUSH
 from vhost_backend.driver.block import DRIVER_FEATURES
@@ -367,6 +368,58 @@ def test_one_connection_over_a_socket_pair() -> None:
             return answer
 
     assert asyncio.run(main()) == b"pair"
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_worker_that_fails_ends_the_connection_that_is_served(early: bool) -> None:
+    """Its queues would stand still, and the front-end wait for ever."""
+
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            async with AsyncDaemon("test", DeviceBackend.of(Echo())) as daemon:
+                (worker,) = daemon.get_epoll_handlers()
+                if early:
+                    worker._lost(RuntimeError("asked for"))
+                serving = asyncio.create_task(daemon.serve_connection(ours))
+                while not early and daemon._connection is None:
+                    await asyncio.sleep(0)
+                if not early:
+                    worker._lost(RuntimeError("asked for"))
+                with pytest.raises(RuntimeError, match="asked for"):
+                    await asyncio.wait_for(serving, 60)
+            assert ours.fileno() < 0
+            theirs.settimeout(60)
+            assert theirs.recv(1) == b""
+
+    asyncio.run(main())
+
+
+def test_a_cancellation_is_not_lost_when_a_wait_ends_at_that_moment() -> None:
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        async with AsyncDaemon("test", DeviceBackend.of(Echo())) as daemon:
+            connection = vp.AsyncBackendConnection(ours)
+            waiting: asyncio.Task[bool]
+            looked = 0
+
+            def ready() -> bool:
+                nonlocal looked
+                looked += 1
+                if looked < 3:
+                    daemon._progress.set()
+                    return False
+                asyncio.get_running_loop().call_soon(waiting.cancel)
+                return True
+
+            wait = Wait(ready, lambda: None, "a test", range(1))
+            waiting = asyncio.create_task(daemon._wait_for(wait, connection))
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            connection.close()
+            theirs.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_asyncio_is_not_imported_before_it_is_needed() -> None:

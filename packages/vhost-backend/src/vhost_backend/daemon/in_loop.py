@@ -14,7 +14,7 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import vhost_protocol as vp
@@ -27,7 +27,7 @@ from ..adapter.device_backend import DeviceBackend
 from ..backend import VhostUserBackend
 from ..control import Answer, Outcome, Wait
 from ..device.base import VirtioDevice, close_device, name_of
-from ..errors import Refused
+from ..errors import Refused, kept
 from ..fds.listener import Listener, announce
 from ..vring.locks import VringMutex
 from .base import DaemonBase, Pause, close_lent
@@ -112,15 +112,26 @@ class AsyncDaemon(DaemonBase):
 
         The listener stays the caller's. Raises what has ended a worker that cannot go on.
         """
-        self._task = asyncio.current_task()
-        try:
+        with self._ended_by_a_worker():
             await self._accept_all(listener)
+
+    @contextlib.contextmanager
+    def _ended_by_a_worker(self) -> Iterator[None]:
+        """What serves is cancelled when a worker fails, and raises what that has failed with."""
+        if self._failure is not None:
+            raise self._failure
+        outermost = self._task is None
+        if outermost:
+            self._task = asyncio.current_task()
+        try:
+            yield
         except asyncio.CancelledError:
             if self._failure is None:
                 raise
             raise self._failure from None
         finally:
-            self._task = None
+            if outermost:
+                self._task = None
 
     async def _accept_all(self, listener: Listener) -> None:
         if listener.connected:
@@ -139,7 +150,14 @@ class AsyncDaemon(DaemonBase):
             await self.serve_connection(connection)
 
     async def serve_connection(self, sock: socket.socket) -> None:
-        """Serve one connected socket, which is taken over, until the front-end hangs up."""
+        """Serve one connected socket, which is taken over, until the front-end hangs up.
+
+        Raises what has ended a worker that cannot go on.
+        """
+        with contextlib.closing(sock), self._ended_by_a_worker():
+            await self._serve_connection(sock)
+
+    async def _serve_connection(self, sock: socket.socket) -> None:
         self._connection = sock
         connection = AsyncBackendConnection(sock)
         self._control.connect(connection.session)
@@ -166,7 +184,8 @@ class AsyncDaemon(DaemonBase):
                 log.info("%s: the front-end has gone", self.name)
 
     def _worker_failed(self, error: BaseException) -> None:
-        self._failure = error
+        if self._failure is None:
+            self._failure = kept(error)
         if self._task is not None:
             self._task.cancel()
 
@@ -231,9 +250,11 @@ class AsyncDaemon(DaemonBase):
             return True
         finally:
             if reading is not None:
-                reading.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    received = await reading  # a message may just have come
+                if reading.cancel():
+                    # Not `await reading`: its cancellation could not be told from our own.
+                    await asyncio.wait({reading})
+                else:
+                    received = reading.result()  # a message has just come
                     if received is not None and self._ahead.goes_first(received):
                         await self._serve(connection, received)
 
