@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from vhost_backend import (
     ListenError,
     Queue,
     Request,
+    VhostUserDaemon,
     VirtioDevice,
     serve_all,
     serve_async,
@@ -420,6 +422,41 @@ def test_a_cancellation_is_not_lost_when_a_wait_ends_at_that_moment() -> None:
             theirs.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.parametrize("kind", ["threads", "loop"])
+def test_a_front_end_that_reads_no_answers_does_not_keep_the_daemon(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vhost_backend.daemon.base.ANSWER_PATIENCE", 0.1)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.settimeout(60)
+
+        def flood() -> None:
+            with contextlib.suppress(OSError):  # a reset: the back-end has had enough
+                while True:
+                    theirs.sendall(struct.pack("=III", 1, 1, 0) * 100)  # GET_FEATURES
+
+        async def in_loop() -> None:
+            async with AsyncDaemon("test", DeviceBackend.of(Echo())) as daemon:
+                await daemon.serve_connection(ours)
+
+        def serve() -> None:
+            if kind == "loop":
+                asyncio.run(in_loop())
+                return
+            with VhostUserDaemon("test", DeviceBackend.of(Echo())) as daemon:
+                daemon.start_connection(ours)
+                flooding.join(60)
+
+        flooding = threading.Thread(target=flood, daemon=True)
+        serving = threading.Thread(target=serve, daemon=True)
+        serving.start()
+        flooding.start()
+        for thread in (flooding, serving):
+            thread.join(90)
+            assert not thread.is_alive()
 
 
 def test_asyncio_is_not_imported_before_it_is_needed() -> None:

@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import vhost_protocol as vp
@@ -28,6 +28,11 @@ log: logging.Logger = logging.getLogger("vhost_backend")
 _PASSING: Final = frozenset(
     (errno.ECONNABORTED, errno.EAGAIN, errno.EINTR, errno.EPROTO, errno.EPERM)
 )
+
+
+#: Seconds that a front-end may leave answers unread once its socket holds no more of them. Without
+#: a limit it could keep the daemon from ending.
+ANSWER_PATIENCE = 10.0
 
 
 class DaemonBase:
@@ -168,6 +173,16 @@ def _is_hang_up(error: BaseException) -> bool:
     return isinstance(error, ConnectionError) or (
         isinstance(error, OSError) and error.errno in (errno.ENOTCONN, errno.ESHUTDOWN)
     )
+
+
+@contextlib.contextmanager
+def answering(connection: vp.BackendConnection | vp.AsyncBackendConnection) -> Iterator[None]:
+    """Bound the time of an answer. What arrives may take as long as it likes."""
+    connection.timeout = ANSWER_PATIENCE
+    try:
+        yield
+    finally:
+        connection.timeout = None
 
 
 def close_lent(answer: Outcome) -> None:

@@ -30,7 +30,7 @@ from ..device.base import VirtioDevice, close_device, name_of
 from ..errors import Refused, kept
 from ..fds.listener import Listener, announce
 from ..vring.locks import VringMutex
-from .base import DaemonBase, Pause, close_lent
+from .base import DaemonBase, Pause, answering, close_lent
 from .waiting import WaitLog
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -202,7 +202,9 @@ class AsyncDaemon(DaemonBase):
                 outcome = await self._handle(received)
             except Refused as error:
                 # Where no answer can say "no", only hanging up can.
-                if not await connection.acknowledge(received, False):
+                with answering(connection):
+                    told = await connection.acknowledge(received, False)
+                if not told:
                     raise
                 self._refused(error)
                 return True
@@ -210,13 +212,14 @@ class AsyncDaemon(DaemonBase):
                 if not await self._wait_for(outcome, connection):
                     return False
                 outcome = outcome.finish()
-            if isinstance(outcome, Answer):
-                try:
-                    await connection.reply(received, outcome.message, outcome.fds)
-                finally:
-                    close_lent(outcome)
-            else:
-                await connection.acknowledge(received, True)
+            with answering(connection):
+                if isinstance(outcome, Answer):
+                    try:
+                        await connection.reply(received, outcome.message, outcome.fds)
+                    finally:
+                        close_lent(outcome)
+                else:
+                    await connection.acknowledge(received, True)
             return True
 
     async def _handle(self, received: vp.Received) -> Outcome:

@@ -31,7 +31,7 @@ from ..errors import BackendUsageError, Refused, VhostBackendError, is_shortage,
 from ..fds.eventfd import WakeFd
 from ..fds.listener import Listener
 from ..vring.locks import VringMutex, VringRwLock
-from .base import DaemonBase, Pause, close_lent
+from .base import DaemonBase, Pause, answering, close_lent
 from .waiting import WaitLog
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -303,7 +303,9 @@ class VhostUserDaemon(DaemonBase):
                 outcome = self._control.handle(received.message, received.fds)
             except Refused as error:
                 # Where no answer can say "no", only hanging up can.
-                if not connection.acknowledge(received, False):
+                with answering(connection):
+                    told = connection.acknowledge(received, False)
+                if not told:
                     raise
                 self._refused(error)
                 return True
@@ -311,13 +313,14 @@ class VhostUserDaemon(DaemonBase):
                 if not self._wait_for(outcome, connection):
                     return False
                 outcome = outcome.finish()
-            if isinstance(outcome, Answer):
-                try:
-                    connection.reply(received, outcome.message, outcome.fds)
-                finally:
-                    close_lent(outcome)
-            else:
-                connection.acknowledge(received, True)
+            with answering(connection):
+                if isinstance(outcome, Answer):
+                    try:
+                        connection.reply(received, outcome.message, outcome.fds)
+                    finally:
+                        close_lent(outcome)
+                else:
+                    connection.acknowledge(received, True)
             return True
 
     def _wait_for(self, wait: Wait, connection: BackendConnection) -> bool:
