@@ -468,6 +468,15 @@ def test_a_demo_in_a_folder_with_a_long_name(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_demo_does_not_follow_a_link_in_the_folder_for_everybody(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"vhost-demo-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    done = run("demo", "--size=1", environment={"TMPDIR": str(tmp_path)})
+    assert done.returncode == 1
+    assert "use --image" in done.stderr
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_demo_that_is_killed_takes_its_daemon_along(tmp_path: Path) -> None:
     with demo(tmp_path) as (process, daemon):
         process.kill()
