@@ -513,7 +513,7 @@ def test_a_device_that_fails_to_load_says_so(caplog: pytest.LogCaptureFixture) -
 
 @pytest.mark.parametrize("how", ["next front-end", "next transfer"])
 def test_state_that_comes_late_is_not_loaded(how: str, tmp_path: Path) -> None:
-    """Its sender keeps the pipe: the device is another front-end's, or another transfer's, by then."""
+    """Its sender keeps the pipe, and the device is another's by then."""
     late, device = Counter(), Counter()
     late.count, device.count = 77, 5
     stream = save(late)

@@ -66,7 +66,7 @@ def test_metrics_are_served(tmp_path: Path, image: Path, kind: str) -> None:
         try:
             if kind == "unix":
                 with socket.socket(socket.AF_UNIX) as client:
-                    client.settimeout(5)
+                    client.settimeout(60)
                     client.connect(str(tmp_path / "metrics"))
                     client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
                     text = b"".join(iter(lambda: client.recv(65536), b"")).decode()
@@ -177,7 +177,7 @@ def test_two_devices_of_one_process_are_told_apart(
 
     def ask() -> None:
         with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(30)
+            client.settimeout(60)
             client.connect(str(tmp_path / "metrics"))
             client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
             answers.append(b"".join(iter(lambda: client.recv(65536), b"")).decode())

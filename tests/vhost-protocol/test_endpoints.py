@@ -131,7 +131,7 @@ def serving(endpoint: AnsweringEndpoint, handler: Handler) -> Iterator[list[Rece
     try:
         yield seen
     finally:
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
     assert not errors, errors
 
@@ -448,10 +448,10 @@ def test_partial_writes_keep_descriptors_with_the_first_byte(
     thread.start()
     regions = [MemoryRegion(n << 20, 4096, 1 << 40) for n in range(3)]
     session = opened(ALL & ~ProtocolFeatures.REPLY_ACK)
-    with Frontend(ours, timeout=20, session=session) as front:
+    with Frontend(ours, timeout=60, session=session) as front:
         for _ in range(40):
             front.set_mem_table(regions, fds)
-        thread.join(20)
+        thread.join(60)
     assert done.is_set()
 
 

@@ -24,6 +24,7 @@ log: logging.Logger = logging.getLogger("vhost_backend")
 #: Seconds that a client may be silent.
 PATIENCE = 10.0
 
+
 class MetricsServer:
     """Serves the counters to Prometheus, on `unix:PATH` or `HOST:PORT`, from a thread of its own.
 

@@ -423,9 +423,7 @@ class BlockDevice(VirtioDevice):
             skip -= len(piece) - len(view)
             position = 0
             while position < len(view):
-                count = written(
-                    write_at(self._fd, view[position:], offset, self._durable_writes)
-                )
+                count = written(write_at(self._fd, view[position:], offset, self._durable_writes))
                 position += count
                 offset += count
         return S_OK
