@@ -12,6 +12,7 @@ from typing import Final
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
+from virtqueue import UsageError, load_engine
 
 from ..backend import VhostUserBackend
 from ..control import Answer, ControlPlane, Outcome
@@ -67,6 +68,10 @@ class DaemonBase:
         self._ahead = ReadAhead()
         self._connection: socket.socket | None = None
         self._shortages = RateLimited(log)
+        try:
+            load_engine(engine)
+        except UsageError as error:
+            raise BackendUsageError(str(error)) from None
         status_byte = bool(getattr(backend, "status_byte", False))
         self.vrings: list[Vring] = [
             vring(

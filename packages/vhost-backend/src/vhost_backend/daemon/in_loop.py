@@ -158,6 +158,9 @@ class AsyncDaemon(DaemonBase):
             await self._serve_connection(sock)
 
     async def _serve_connection(self, sock: socket.socket) -> None:
+        for worker in self._workers:
+            assert isinstance(worker, LoopWorker)
+            worker.run_in(asyncio.current_task())
         self._connection = sock
         connection = AsyncBackendConnection(sock)
         self._control.connect(connection.session)
