@@ -383,7 +383,7 @@ def test_a_worker_that_fails_ends_the_connection_that_is_served(early: bool) -> 
         ours, theirs = socket.socketpair()
         with theirs:
             async with AsyncDaemon("test", DeviceBackend.of(Echo())) as daemon:
-                (worker,) = daemon.get_epoll_handlers()
+                worker: Any = daemon.get_epoll_handlers()[0]
                 if early:
                     worker._lost(RuntimeError("asked for"))
                 serving = asyncio.create_task(daemon.serve_connection(ours))
