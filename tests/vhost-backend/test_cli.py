@@ -83,6 +83,45 @@ def test_interrupt_ends_it_without_a_traceback(tmp_path: Path, image: Path) -> N
         assert process.stderr.read() == ""
 
 
+def test_an_interrupt_before_it_serves_is_no_traceback() -> None:
+    program = (
+        "import argparse, signal, sys\n"
+        "from vhost_backend.cli import main\n"
+        "def interrupted(*_): signal.raise_signal(signal.SIGINT)\n"
+        "argparse.ArgumentParser.parse_known_args = interrupted\n"
+        "sys.exit(main(['blk']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_a_full_log_ends_no_disk(tmp_path: Path, image: Path) -> None:
+    """stderr on a full disk: the disk is served, the counters asked for, and it ends as ever."""
+    path = tmp_path / "s"
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            [*COMMAND, "blk", "-vv", f"--socket-path={path}", f"--blk-file={image}"], stderr=full
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not path.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with DriverSession.connect(path, features=DRIVER_FEATURES) as session:
+            driver = BlockDriver(session)
+            driver.write(0, b"x" * 512)
+            process.send_signal(signal.SIGUSR1)
+            assert driver.read(0, 512) == b"x" * 512
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_killed_daemon_leaves_a_socket_that_the_next_one_replaces(
     tmp_path: Path, image: Path
 ) -> None:
