@@ -577,9 +577,10 @@ def test_a_demo_whose_daemon_dies_says_so_in_one_line(tmp_path: Path) -> None:
         signal.pidfd_send_signal(daemon, signal.SIGKILL)
         assert process.wait(60) == 1
         assert process.stderr is not None
-        said = process.stderr.read()
-        assert said.startswith("vhost-backend: the daemon ended with status -9: ")
-        assert said.count("\n") == 1
+        *before, last = process.stderr.read().splitlines()
+        assert last.startswith("vhost-backend: the daemon ended with status -9: ")
+        # On a busy machine the daemon may have wondered where the requests are.
+        assert all("no request has come" in line for line in before)
 
 
 def test_the_demo_under_qemu_runs_the_guest_tests_of_the_clone_it_is_started_in(
