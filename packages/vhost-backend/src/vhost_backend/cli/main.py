@@ -71,7 +71,7 @@ def _open_standard_streams() -> None:
 
 def say(text: str) -> None:
     """Print a line on stderr. Where that cannot be written (a full disk) nothing depends on it."""
-    try:
+    try:  # noqa: SIM105
         print(f"vhost-backend: {text}", file=sys.stderr, flush=True)
     except OSError:
         pass
