@@ -28,6 +28,7 @@ from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.driver.session import GUEST_BASE, IOVA_BASE, USER_BASE, SessionError
 from vhost_backend.fds.listener import Listener
 from vhost_backend.testing import attached
+from vhost_backend.testing.harness import serving
 
 P = vp.ProtocolFeatures
 PAGE = 4096
@@ -520,8 +521,8 @@ def test_state_that_comes_late_is_not_loaded(how: str, tmp_path: Path) -> None:
     with (
         VhostUserDaemon("test", DeviceBackend.of(device)) as daemon,
         Listener(tmp_path / "socket") as listener,
+        serving(daemon, listener),
     ):
-        daemon.start(listener)
         first = DriverSession.connect(
             str(tmp_path / "socket"), timeout=60, protocol_features=P.DEVICE_STATE
         )

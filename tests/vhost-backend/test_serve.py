@@ -30,8 +30,7 @@ from vhost_backend import (
     serve_all,
     serve_async,
 )
-from vhost_backend.control import Wait
-from vhost_backend.daemon.serve import _Bell, _wait_for_all
+from vhost_backend.daemon.serve import _Bell, _Serving, _wait_for_all
 from vhost_backend.devices.blk.device import F_FLUSH
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import BlockWorkload, DriverSession, Migration
@@ -172,7 +171,9 @@ def test_the_end_does_not_hang_when_a_thread_takes_long_to_end() -> None:
     """It has rung already, and a busy machine lets it go on much later."""
 
     class Ended:
-        def wait(self) -> None:
+        name = "ended"
+
+        def serve_forever(self, listener: object) -> None:
             """As a daemon that was told to end."""
 
         def shutdown(self) -> None:
@@ -185,7 +186,9 @@ def test_the_end_does_not_hang_when_a_thread_takes_long_to_end() -> None:
 
     bell = SlowBell([])
     daemon: Any = Ended()
-    waiting = threading.Thread(target=_wait_for_all, args=([daemon], bell), daemon=True)
+    listener: Any = None
+    serving = [_Serving(daemon, listener, bell)]
+    waiting = threading.Thread(target=_wait_for_all, args=(serving, bell), daemon=True)
     waiting.start()
     waiting.join(60)
     assert not waiting.is_alive()
@@ -385,7 +388,7 @@ def test_a_worker_that_fails_ends_the_connection_that_is_served(early: bool) -> 
             async with AsyncDaemon("test", DeviceBackend.of(Echo())) as daemon:
                 worker: Any = daemon.get_epoll_handlers()[0]
                 if early:
-                    worker._lost(RuntimeError("asked for"))
+                    daemon._worker_failed(RuntimeError("asked for"))
                 serving = asyncio.create_task(daemon.serve_connection(ours))
                 while not early and daemon._connection is None:
                     await asyncio.sleep(0)
@@ -400,38 +403,11 @@ def test_a_worker_that_fails_ends_the_connection_that_is_served(early: bool) -> 
     asyncio.run(main())
 
 
-def test_a_cancellation_is_not_lost_when_a_wait_ends_at_that_moment() -> None:
-    async def main() -> None:
-        ours, theirs = socket.socketpair()
-        async with AsyncDaemon("test", DeviceBackend.of(Echo())) as daemon:
-            connection = vp.AsyncBackendConnection(ours)
-            waiting: asyncio.Task[bool]
-            looked = 0
-
-            def ready() -> bool:
-                nonlocal looked
-                looked += 1
-                if looked < 3:
-                    daemon._progress.set()
-                    return False
-                asyncio.get_running_loop().call_soon(waiting.cancel)
-                return True
-
-            wait = Wait(ready, lambda: None, "a test", range(1))
-            waiting = asyncio.create_task(daemon._wait_for(wait, connection))
-            with pytest.raises(asyncio.CancelledError):
-                await waiting
-            connection.close()
-            theirs.close()
-
-    asyncio.run(asyncio.wait_for(main(), 60))
-
-
 @pytest.mark.parametrize("kind", ["threads", "loop"])
 def test_a_front_end_that_reads_no_answers_does_not_keep_the_daemon(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vhost_backend.daemon.base.ANSWER_PATIENCE", 0.1)
+    monkeypatch.setattr("vhost_backend.daemon.conversation.ANSWER_PATIENCE", 0.1)
     ours, theirs = socket.socketpair()
     with theirs:
         theirs.settimeout(60)
