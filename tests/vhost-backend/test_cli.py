@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import vhost_protocol as vp
+from vhost_backend.cli import demo as demo_module
 from vhost_backend.cli import main
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
@@ -514,6 +515,24 @@ def test_a_demo_does_not_follow_a_link_in_the_folder_for_everybody(tmp_path: Pat
     assert done.returncode == 1
     assert "use --image" in done.stderr
     assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_demo_waits_for_its_daemons_last_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(subprocess.Popen[bytes]):
+        """It takes longer to end than anybody waits who does not wait for as long as it takes."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait()
+
+    monkeypatch.setattr(subprocess, "Popen", Slow)
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(4096))
+    with demo_module._daemon(image) as connection:
+        assert connection.fileno() >= 0
 
 
 def test_a_demo_that_is_killed_takes_its_daemon_along(tmp_path: Path) -> None:
