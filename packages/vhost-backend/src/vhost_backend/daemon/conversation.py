@@ -26,11 +26,6 @@ T = TypeVar("T")
 ANSWER_PATIENCE = 10.0
 
 
-#: Seconds that a front-end may leave answers unread once its socket holds no more of them. Without
-#: a limit it could keep the daemon from ending.
-ANSWER_PATIENCE = 10.0
-
-
 class Seen(enum.Enum):
     """What a look at the connection found."""
 
