@@ -1,3 +1,7 @@
+/*
+ * Choosing how many requests to take at once: measure each number for a window of time, keep the
+ * one with which a request takes least, and try another one now and then.  pace.h says why.
+ */
 #define _GNU_SOURCE
 #include "clock.h"
 #include "pace.h"
