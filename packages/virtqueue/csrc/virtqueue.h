@@ -23,7 +23,7 @@
 #include "guest_memory_abi.h"
 
 #define VQ_MAGIC 0x45555156u /* "VQUE" */
-#define VQ_ABI 1u
+#define VQ_ABI 2u
 #define VQ_MAX_QUEUE_SIZE 32768u
 #define VQ_CHAIN_LIMIT 1024u /* descriptors of a chain with a table, or the queue size if that is more */
 #define VQ_HEADER_SIZE 16u
@@ -129,14 +129,13 @@ struct vq_done {
     uint32_t written;
 };
 
-/* A piece of guest memory that the queue mapped on demand, 40 bytes; free when length is 0. */
+/* A piece of guest memory that the queue mapped on demand, 32 bytes; free when length is 0. */
 struct vq_provision {
     uint64_t guest_address;
     uint64_t length;
     uint64_t host_address;
     uint32_t access;
     uint32_t uses; /* pieces of taken chains that rest on it; the engine counts */
-    uint64_t token;
 };
 
 /* What a queue has done, 48 bytes; plain numbers that only whoever owns the queue adds to. */
@@ -199,9 +198,8 @@ struct vq_queue {
     uint8_t avail_wrap;
     uint8_t used_wrap;
     uint8_t signalled_valid;
-    uint8_t armed;
     uint8_t stopped;
-    uint8_t reserved[5];
+    uint8_t reserved[6];
 };
 
 #if defined(__GNUC__)

@@ -15,7 +15,7 @@ import struct
 from enum import IntEnum, IntFlag
 from typing import Final
 
-ABI: Final = 1
+ABI: Final = 2
 MAGIC: Final = 0x45555156  # "VQUE" in little-endian memory
 
 RECORD: Final = struct.Struct("=16sQQQIIHHHxxIxxxx")
@@ -220,7 +220,6 @@ class QueueBlock(ctypes.Structure):
     avail_wrap: int
     used_wrap: int
     signalled_valid: int
-    armed: int
     stopped: int
     reserved: ctypes.Array[ctypes.c_uint8]
 
@@ -282,14 +281,13 @@ class QueueBlock(ctypes.Structure):
         ("avail_wrap", ctypes.c_uint8),  # packed
         ("used_wrap", ctypes.c_uint8),  # packed
         ("signalled_valid", ctypes.c_uint8),  # the driver has been told since the queue began
-        ("armed", ctypes.c_uint8),  # the driver has been asked to kick
         ("stopped", ctypes.c_uint8),  # set by the queue: completions only release
-        ("reserved", ctypes.c_uint8 * 5),
+        ("reserved", ctypes.c_uint8 * 6),
     ]
 
 
 class Provision(ctypes.Structure):
-    """A piece of guest memory that was mapped on demand (``struct vq_provision``, 40 bytes).
+    """A piece of guest memory that was mapped on demand (``struct vq_provision``, 32 bytes).
 
     The queue fills a free entry (``length`` 0) after NEED; the engine looks here for addresses
     in regions without a host address, counts in ``uses`` the pieces of taken chains that rest on
@@ -301,7 +299,6 @@ class Provision(ctypes.Structure):
     host_address: int
     access: int
     uses: int
-    token: int
 
     _fields_ = [
         ("guest_address", ctypes.c_uint64),  # guest physical, after the IOMMU
@@ -309,5 +306,4 @@ class Provision(ctypes.Structure):
         ("host_address", ctypes.c_uint64),
         ("access", ctypes.c_uint32),
         ("uses", ctypes.c_uint32),
-        ("token", ctypes.c_uint64),
     ]

@@ -232,7 +232,6 @@ class PackedEngine(RingEngine):
             self._device_event[0] = EVENT_DESCRIPTOR << 16 | position
         else:
             self._device_event[0] = EVENT_ENABLE << 16
-        block.armed = 1
         # Partner: the driver's barrier between storing the flags of a chain and loading this
         # structure.  Either it sees that we want a kick or we see its chain.
         barrier.full_barrier()
@@ -242,7 +241,6 @@ class PackedEngine(RingEngine):
 
     def _disarm(self) -> int:
         block = self._block
-        block.armed = 0
         if block.descriptors and not block.stopped:
             self._device_event[0] = EVENT_DISABLE << 16
         return 0

@@ -186,7 +186,6 @@ class SplitEngine(RingEngine):
         else:
             self._used[0] = 0
             self._mark_ring(0, 2)
-        block.armed = 1
         # Partner: the driver's barrier between moving avail idx and loading avail_event (or
         # flags).  Either it sees that we want a kick or we see its chain.
         barrier.full_barrier()
@@ -196,7 +195,6 @@ class SplitEngine(RingEngine):
 
     def _disarm(self) -> int:
         block = self._block
-        block.armed = 0
         # With event indices the driver kicks only when it passes avail_event, which stays put.
         if not self._event_idx and block.descriptors and not block.stopped:
             self._used[0] = NO_NOTIFY
