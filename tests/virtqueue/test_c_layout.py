@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from guest_memory import abi
 from virtqueue import layout
 from virtqueue.c_library import library
 from virtqueue.counters import Counters
-from virtqueue.memory import table
 from virtqueue.native.file_handler import FileBlock
 from virtqueue.native.server import ServerBlock
 from virtqueue.native.transfer import Operation, TransferFlags, TransferItem
 
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
-    "gm_region": table.MemoryRegion,
-    "gm_iotlb_entry": table.MemoryIotlbEntry,
-    "gm_table": table.MemoryTable,
-    "gm_log": table.MemoryLog,
+    "gm_region": abi.GmRegion,
+    "gm_iotlb_entry": abi.GmIotlbEntry,
+    "gm_table": abi.GmTable,
+    "gm_log": abi.GmLog,
     "vq_queue": layout.QueueBlock,
     "vq_provision": layout.Provision,
     "vq_counters": Counters,

@@ -4,6 +4,8 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
+from guest_memory import abi
+
 from ..errors import ChainCompleted
 from ..layout import (
     DONE,
@@ -19,7 +21,7 @@ from ..layout import (
     SegmentFlags,
 )
 from ..memory.access import Shadow
-from ..memory.table import Memory, MemoryTable, Table
+from ..memory.table import Memory, Table
 
 # Any, because numpy.dtype takes no dict but one of a type that only numpy has.
 RECORD_FIELDS: Final[Any] = {
@@ -147,7 +149,7 @@ class Chain:
 
     def _views(self, writable: bool) -> list[memoryview]:
         memory = self._check()
-        table = MemoryTable.from_address(memory.table_address)
+        table = abi.GmTable.from_address(memory.table_address)
         base, size = table.window_base, table.window_size
         window = memory.window
         views: list[memoryview] = []

@@ -11,6 +11,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any, Final
 
+from guest_memory import try_copy
+
 from ..engine.inflight import (
     PACKED_ENTRY,
     PACKED_HEADER,
@@ -21,7 +23,6 @@ from ..engine.inflight import (
     SplitRegion,
 )
 from ..layout import QueueBlock
-from ..memory import access
 
 # In the lower byte of a packed descriptor's flags, and (USED) in the upper one.
 _NEXT: Final = 1
@@ -74,7 +75,7 @@ def forget(block: QueueBlock, region: InflightRegion, packed: bool) -> None:
     # One store, and nothing else has to change: what else is in a new region means nothing.
     zero = ctypes.c_uint16()
     place: Any = SplitRegion.version
-    access.copy(region.address + place.offset, ctypes.addressof(zero), 2, to_guest=True)
+    try_copy(region.address + place.offset, ctypes.addressof(zero), 2, to_guest=True)
 
 
 def _set_up_anew(block: QueueBlock, region: PackedRegion) -> bool:
@@ -96,6 +97,6 @@ def _set_up_anew(block: QueueBlock, region: PackedRegion) -> bool:
 def _copy(address: int, length: int) -> bytes:
     """What is there, or nothing where a page is missing."""
     data = (ctypes.c_char * length)()
-    if not access.copy(address, ctypes.addressof(data), length, to_guest=False):
+    if not try_copy(address, ctypes.addressof(data), length, to_guest=False):
         return b""
     return data.raw

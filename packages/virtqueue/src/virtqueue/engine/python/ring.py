@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Final
 
+from guest_memory import atomic_add
+
 from ...counters import Counters
 from ...errors import UsageError
 from ...layout import (
@@ -40,7 +42,7 @@ from ...layout import (
     Result,
     SegmentFlags,
 )
-from ...memory import access, barrier
+from ...memory import access
 from ...memory.placement import PAGE
 from ...memory.table import PINS_OFFSET, READ, WRITE, Broken, Memory, Missing, Piece, Table
 from ..inflight import region_poison
@@ -700,7 +702,7 @@ def _add_pins(table: int, count: int) -> None:
     address = table + PINS_OFFSET + (4 if sys.byteorder == "big" else 0)
     while count:
         step = max(-2048, min(2047, count))
-        barrier.atomic_add(address, step)
+        atomic_add(address, step)
         count -= step
 
 
