@@ -8,7 +8,8 @@ from typing import Any, Final, NamedTuple
 from ...layout import QueueBlock, Reason
 from ...memory import access, barrier
 from ...memory.table import Broken, Memory
-from ..inflight import PackedInflight, unguarded_poison
+from .inflight_memory import unguarded_poison
+from .packed_inflight import PackedInflight
 from .ring import INDIRECT, NEXT, WRITABLE, Descriptor, RingEngine, Taken
 from .split import needs_event
 

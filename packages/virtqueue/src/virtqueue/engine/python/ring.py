@@ -45,8 +45,8 @@ from ...layout import (
 from ...memory import access
 from ...memory.placement import PAGE
 from ...memory.table import PINS_OFFSET, READ, WRITE, Broken, Memory, Missing, Piece, Table
-from ..inflight import region_poison
 from .dirty_log import Log
+from .inflight_memory import region_poison
 
 NEXT: Final = 1
 WRITABLE: Final = 2

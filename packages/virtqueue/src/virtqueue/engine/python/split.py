@@ -8,8 +8,9 @@ from typing import Any, Final
 from ...layout import QueueBlock, Reason
 from ...memory import access, barrier
 from ...memory.table import Broken, Memory
-from ..inflight import SplitInflight, unguarded_poison
+from .inflight_memory import unguarded_poison
 from .ring import INDIRECT, NEXT, WRITABLE, RingEngine, Taken
+from .split_inflight import SplitInflight
 
 NO_INTERRUPT: Final = 1
 NO_NOTIFY: Final = 1
