@@ -20,8 +20,8 @@ from ..engine.python.packed import (
     available_flags,
     used_flags,
 )
-from ..engine.python.ring import INDIRECT, NEXT, WRITABLE
 from ..engine.python.split import NO_INTERRUPT, NO_NOTIFY, needs_event
+from ..engine.python.walk import INDIRECT, NEXT, WRITABLE
 from ..errors import QueueBroken, UsageError
 from ..layout import CHAIN_LIMIT, MAX_CHAIN_LENGTH, Reason
 from ..memory import access, barrier

@@ -8,8 +8,9 @@ from typing import Any
 from guest_memory import abi, atomic_or
 
 from ...errors import UsageError
-from ...layout import Reason
+from ...layout import QueueBlock, Reason
 from ...memory.barrier import full_barrier
+from ...memory.placement import PAGE
 from ...memory.table import MEMORY_ABI, Broken
 
 
@@ -51,3 +52,18 @@ class Log:
             if not atomic_or(word, 1 << (address - word) * 8 + (page & 7)):
                 self.poison.value = 1
                 raise Broken(Reason.TRUNCATED, guest_address)
+
+
+def mark_ring(log: Log, block: QueueBlock, offset: int, length: int) -> None:
+    """Mark a write at an offset of what `QueueBlock.log_used` stands for."""
+    position, pages = block.log_used + offset, block.log_pages
+    if not pages:
+        log.mark(position, length)
+        return
+    while length > 0:
+        page, inside = divmod(position, PAGE)
+        step = min(length, PAGE - inside)
+        guest = ctypes.c_uint64.from_address(pages + 8 * page).value
+        log.mark(guest + inside, step)
+        position += step
+        length -= step

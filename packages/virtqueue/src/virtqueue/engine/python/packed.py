@@ -10,8 +10,10 @@ from ...memory import access, barrier
 from ...memory.table import Broken, Memory
 from .inflight_memory import unguarded_poison
 from .packed_inflight import PackedInflight
-from .ring import INDIRECT, NEXT, WRITABLE, Descriptor, RingEngine, Taken
+from .ring import RingEngine
 from .split import needs_event
+from .taken import Taken
+from .walk import INDIRECT, NEXT, WRITABLE, Descriptor
 
 AVAIL: Final = 1 << 7
 USED: Final = 1 << 15
@@ -51,8 +53,8 @@ class PackedEngine(RingEngine):
         self._device_event: Any = None
 
     def _map_ring(self) -> None:
-        block, size, table = self._block, self._size, self._table
-        self._load = access.descriptors(table, block.descriptors, size, self._descriptor)
+        block, size, table = self._block, self._size, self._walk.table
+        self._load = access.descriptors(table, block.descriptors, size, self._walk.descriptor)
         # addr: words 0 to 3, len: 4 and 5, id: 6, flags: 7
         self._words = access.words16(table, block.descriptors, 8 * size, flags=True)
         self._lengths = access.words32(table, block.descriptors, 4 * size)
@@ -113,7 +115,7 @@ class PackedEngine(RingEngine):
             # Only WRITE counts in an indirect table, and its descriptors follow each other.
             chain = [
                 (start, size, bool(kind & WRITABLE))
-                for start, size, _, kind in self._indirect_table(address, length)
+                for start, size, _, kind in self._walk.indirect_table(address, length)
             ]
         else:
             chain = [(start, size, bool(kind & WRITABLE)) for start, size, _, kind in raw]
