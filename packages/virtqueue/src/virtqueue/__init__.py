@@ -24,12 +24,13 @@ from .errors import (
 )
 from .layout import DONE, RECORD, SEGMENT, DoneFlags, Reason, RecordFlags, SegmentFlags
 from .memory.sigbus_guard import SigbusGuard
-from .memory.table import Memory
+from .memory.table import DirtyLog, Memory
 from .native.file_handler import FileAction, FileHandler
 from .native.handler import CHandler
 from .native.server import Server
 from .queue.batch import DONE_FIELDS, RECORD_FIELDS, Batch, Chain, Segment
-from .queue.device import DeviceQueue, DirtyLog, RingState
+from .queue.device import DeviceQueue
+from .queue.position import RingState
 
 if _TYPE_CHECKING:
     from .native.transfer import STREAM, Operation, Transfer, TransferFlags

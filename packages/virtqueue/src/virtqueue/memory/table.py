@@ -32,6 +32,14 @@ class Memory(Protocol):
         """The flat window over all mapped regions, or None."""
 
 
+class DirtyLog(Protocol):
+    """What a queue asks of a dirty log (`guest_memory.DirtyLog` is one)."""
+
+    @property
+    def struct_address(self) -> int:
+        """Host address of its ``gm_log``."""
+
+
 PINS_OFFSET: Final[int] = abi.GmTable.pins.offset  # type: ignore[attr-defined]
 
 

@@ -6,6 +6,7 @@ import ctypes
 from typing import Any, Final
 
 from ..queue.device import DeviceQueue
+from ..queue.native_side import NativeSide
 
 _PROTOTYPE: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
@@ -35,6 +36,7 @@ class CHandler:
 
         `Batch.left` names them.
         """
-        left: int = self._call(self.context, queue.block_address)
-        queue.note_left(left)
+        side = NativeSide(queue)
+        left: int = self._call(self.context, side.block_address)
+        side.note_left(left)
         return left

@@ -11,6 +11,7 @@ from ..c_library import library
 from ..errors import EngineUnavailable, UsageError
 from ..queue.batch import Batch
 from ..queue.device import DeviceQueue
+from ..queue.native_side import NativeSide
 from .handler import CHandler
 
 
@@ -88,13 +89,14 @@ class Server:
             )
         loaded = library()
         self.queue: DeviceQueue = queue
+        side = self._side = NativeSide(queue)
         #: Kept so that what a handler in C works on stays mapped, and its context alive.
         self._memory = queue.memory
         self._handler = handler
         block = self._block = ServerBlock(
             size=ctypes.sizeof(ServerBlock),
             owner=_ENGINE,
-            queue=queue.block_address,
+            queue=side.block_address,
             handler=0 if handler is None else handler.function,
             context=0 if handler is None else handler.context,
             batch=0 if handler is None else handler.batch,
@@ -122,7 +124,7 @@ class Server:
         hostile front-end can make the write wait (see ``virtqueue.h``), and everybody with it.
         """
         self.begin: Callable[[int], Batch] = (
-            queue.begin if handler is None else lambda count: queue.begin(count, block.left)
+            side.begin if handler is None else lambda count: side.begin(count, block.left)
         )
         """The batch of as many chains that `turn` or `serve` said is there."""
         self._borrow = partial(loaded.held.vq_borrow, argument)
@@ -134,19 +136,19 @@ class Server:
 
         Returns the object that every `batch` will be.
         """
-        block, queue = self._block, self.queue
+        block, side = self._block, self._side
         block.owner = _ENGINE
         block.kick_fd = kick_fd
         block.call_fd = call_fd
-        self._memory = queue.memory
+        self._memory = side.memory
         bounded = getattr(self._memory, "bounded", True)
         self.turn = self._held_turn if bounded else self._released_turn
-        return queue.adopt()
+        return side.adopt()
 
     def leave(self) -> None:
         """Before `turn` or `serve`, when chains of the batch were used as objects
         (`Batch.built`) or completed one by one: what becomes of them."""
-        if self.queue.leave_batch():
+        if self._side.leave_batch():
             self.signal()
 
     @property

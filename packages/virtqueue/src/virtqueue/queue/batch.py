@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 
 from guest_memory import abi
 
-from ..errors import ChainCompleted
+from ..errors import ChainCompleted, UsageError
 from ..layout import (
     DONE,
     DONE_SIZE,
@@ -112,6 +112,17 @@ class Chain:
     def _close(self) -> None:
         # What the user still holds of a completed chain does not keep memory mapped.
         self._memory = self._batch = self._readable = self._writable = None
+
+    def _count_written(self, written: int | None, status_byte: bool) -> int:
+        """What a completion counts as written: what `write` wrote when None is said."""
+        room = self.writable_length
+        if written is None:
+            written = self._written
+            if status_byte and written == room - 1:
+                written = room
+        if not 0 <= written <= room:
+            raise UsageError(f"chain {self.head} has room for {room} bytes, not {written}")
+        return written
 
     def _keep(self) -> None:
         """Copy what the next take overwrites."""
@@ -388,6 +399,18 @@ class Batch:
         self.records = self._record_views[0]
         self.done = self._done_views[0]
         self.notify = False
+
+    def _begin(self, count: int, left: int | None = None) -> "Batch":
+        """The engine took ``count`` chains; ``left`` of them, or all, are for the caller."""
+        if self._count != count:
+            self._count = count
+            self.records = self._record_views[count]
+            self.done = self._done_views[count]
+        self._left = count if left is None else left
+        self.serial += 1
+        if self._gone:
+            self._gone = set()
+        return self
 
     @property
     def more(self) -> bool:

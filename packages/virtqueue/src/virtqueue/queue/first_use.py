@@ -31,7 +31,20 @@ _AVAIL: Final = 0x80
 _USED: Final = 0x80
 
 
-def at_reset(block: QueueBlock, packed: bool) -> bool:
+def has_no_past(block: QueueBlock, packed: bool, region: InflightRegion | None) -> bool:
+    """Whether a ring that was just found begins anew, and so its in-flight region, if it has one.
+
+    A region of an earlier life in which nothing is in flight becomes a new one.
+    """
+    fresh = _at_reset(block, packed)
+    if region is not None and _in_use(region):
+        if fresh:
+            _forget(block, region, packed)
+        return False
+    return fresh and _never_used(block, packed)
+
+
+def _at_reset(block: QueueBlock, packed: bool) -> bool:
     """Whether the position is the one of a ring that was never used."""
     if packed:
         used = (block.next_used, block.used_wrap)
@@ -39,7 +52,7 @@ def at_reset(block: QueueBlock, packed: bool) -> bool:
     return block.next_avail == block.next_used == 0
 
 
-def never_used(block: QueueBlock, packed: bool) -> bool:
+def _never_used(block: QueueBlock, packed: bool) -> bool:
     """Whether nothing was completed in a ring whose position is as at reset, as far as its memory
     tells.  The driver may be filling the ring meanwhile."""
     if packed:
@@ -54,13 +67,13 @@ def _first_lap(ring: bytes) -> bool:
     return not any(ring[-16:]) or all(low & _AVAIL for low in ring[14::16])
 
 
-def in_use(region: InflightRegion) -> bool:
+def _in_use(region: InflightRegion) -> bool:
     """Whether a back-end has initialised the region."""
     header = _copy(region.address, min(region.size, SPLIT_HEADER))
     return len(header) < SPLIT_HEADER or SplitRegion.from_buffer_copy(header).version != 0
 
 
-def forget(block: QueueBlock, region: InflightRegion, packed: bool) -> None:
+def _forget(block: QueueBlock, region: InflightRegion, packed: bool) -> None:
     """Make a region in use a new one when nothing is in flight in it and the ring was set up anew.
 
     The ring's position is as at reset.
