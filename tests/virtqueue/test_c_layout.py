@@ -88,6 +88,17 @@ def test_packed_formats_are_equal(compiled: dict[str, tuple[int, int]], name: st
         assert [i for i, byte in enumerate(raw) if byte] == list(range(offset, offset + size))
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"), [("vq_record", layout.RecordField), ("vq_done", layout.DoneField)]
+)
+def test_the_places_of_fields_are_those_of_the_format(name: str, fields: type) -> None:
+    packing, names = FORMATS[name]
+    places = {field: place for field, place in vars(fields).items() if field.isupper()}
+    assert places == {field.upper(): place for place, field in enumerate(names.split())}
+    assert len(packing.unpack(bytes(packing.size))) == len(places)
+    assert layout.DONE.pack(0, 0, 0xFF, 0)[layout.DONE_FLAGS_OFFSET] == 0xFF
+
+
 HEADER = Path(__file__).parents[2] / "packages" / "virtqueue" / "csrc" / "virtqueue.h"
 PREFIXES: dict[str, tuple[type[IntEnum] | type[IntFlag], ...]] = {
     "VQ_REASON_": (layout.Reason,),

@@ -22,7 +22,17 @@ from .errors import (
     UsageError,
     VirtqueueError,
 )
-from .layout import DONE, RECORD, SEGMENT, DoneFlags, Reason, RecordFlags, SegmentFlags
+from .layout import (
+    DONE,
+    RECORD,
+    SEGMENT,
+    DoneField,
+    DoneFlags,
+    Reason,
+    RecordField,
+    RecordFlags,
+    SegmentFlags,
+)
 from .memory.sigbus_guard import SigbusGuard
 from .memory.table import DirtyLog, Memory
 from .native.file_handler import FileAction, FileHandler
@@ -76,6 +86,7 @@ __all__ = [
     "Counters",
     "DeviceQueue",
     "DirtyLog",
+    "DoneField",
     "DoneFlags",
     "DriverQueue",
     "EngineUnavailable",
@@ -87,6 +98,7 @@ __all__ = [
     "Operation",
     "QueueBroken",
     "Reason",
+    "RecordField",
     "RecordFlags",
     "RingConfig",
     "RingLayout",

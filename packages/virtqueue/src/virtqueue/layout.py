@@ -31,9 +31,36 @@ gives several.  ``provision`` is 0, or 1 + the index of the `Provision` that map
 DONE: Final = struct.Struct("=HBBI")
 """One completion (8 bytes): head, status, flags, written."""
 
+
+class RecordField:
+    """Where each field is in what unpacking a `RECORD` gives."""
+
+    HEADER: Final = 0
+    READABLE: Final = 1
+    WRITABLE: Final = 2
+    STATUS: Final = 3
+    READABLE_LENGTH: Final = 4
+    WRITABLE_LENGTH: Final = 5
+    HEAD: Final = 6
+    FLAGS: Final = 7
+    SEGMENT_COUNT: Final = 8
+    FIRST_SEGMENT: Final = 9
+
+
+class DoneField:
+    """Where each field is in what unpacking a `DONE` gives."""
+
+    HEAD: Final = 0
+    STATUS: Final = 1
+    FLAGS: Final = 2
+    WRITTEN: Final = 3
+
+
 RECORD_SIZE: Final = 64
 SEGMENT_SIZE: Final = 32
 DONE_SIZE: Final = 8
+DONE_FLAGS_OFFSET: Final = 3
+"""Bytes before the flags of a `DONE`."""
 HEADER_SIZE: Final = 16
 MAX_QUEUE_SIZE: Final = 32768
 CHAIN_LIMIT: Final = 1024

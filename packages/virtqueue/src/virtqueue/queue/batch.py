@@ -10,13 +10,16 @@ from ..errors import ChainCompleted, UsageError
 from ..layout import (
     DONE,
     DONE_SIZE,
+    HEADER_SIZE,
     RECORD,
     RECORD_SIZE,
     SEGMENT,
     SEGMENT_SIZE,
+    DoneField,
     DoneFlags,
     More,
     QueueBlock,
+    RecordField,
     RecordFlags,
     SegmentFlags,
 )
@@ -61,12 +64,21 @@ class Segment(NamedTuple):
     writable: bool
 
 
-_HEADER: Final = 16
+# Bound once: a record's fields are read for each request.
+_HEADER: Final = RecordField.HEADER
+_READABLE: Final = RecordField.READABLE
+_WRITABLE: Final = RecordField.WRITABLE
+_READABLE_LENGTH: Final = RecordField.READABLE_LENGTH
+_WRITABLE_LENGTH: Final = RecordField.WRITABLE_LENGTH
+_HEAD: Final = RecordField.HEAD
+_FLAGS: Final = RecordField.FLAGS
+_SEGMENT_COUNT: Final = RecordField.SEGMENT_COUNT
+_FIRST_SEGMENT: Final = RecordField.FIRST_SEGMENT
 _READABLE_CONTIGUOUS: Final = int(RecordFlags.READABLE_CONTIGUOUS)
 _WRITABLE_CONTIGUOUS: Final = int(RecordFlags.WRITABLE_CONTIGUOUS)
 _SHORT_HEADER: Final = int(RecordFlags.SHORT_HEADER)
 _RESUBMITTED: Final = int(RecordFlags.RESUBMITTED)
-_WRITABLE: Final = int(SegmentFlags.WRITABLE)
+_SEGMENT_WRITABLE: Final = int(SegmentFlags.WRITABLE)
 _STALLED: Final = int(More.STALLED)
 _LEFT: Final = int(DoneFlags.LEFT)
 
@@ -100,13 +112,13 @@ class Chain:
         """Place in the batch it came from."""
 
     def __repr__(self) -> str:
-        state = "completed" if self._memory is None else f"{self.record[5]} writable"
-        return f"<Chain {self.record[6]} {state}>"
+        state = "completed" if self._memory is None else f"{self.record[_WRITABLE_LENGTH]} writable"
+        return f"<Chain {self.record[_HEAD]} {state}>"
 
     def _check(self) -> Memory:
         memory = self._memory
         if memory is None:
-            raise ChainCompleted(f"chain {self.record[6]} has been completed")
+            raise ChainCompleted(f"chain {self.record[_HEAD]} has been completed")
         return memory
 
     def _close(self) -> None:
@@ -134,11 +146,11 @@ class Chain:
         if segments is None:
             batch = self._batch
             assert batch is not None
-            count, start = self.record[8], self.record[9] * SEGMENT_SIZE
+            count, start = self.record[_SEGMENT_COUNT], self.record[_FIRST_SEGMENT] * SEGMENT_SIZE
             pieces = batch._segments[start : start + count * SEGMENT_SIZE]
             segments = self._segments = tuple(
                 [
-                    Segment(host, guest, length, bool(kind & _WRITABLE))
+                    Segment(host, guest, length, bool(kind & _SEGMENT_WRITABLE))
                     for host, guest, length, kind, _ in SEGMENT.iter_unpack(pieces)
                 ]
             )
@@ -150,10 +162,12 @@ class Chain:
         if segments is not None or batch is None:
             return sum([s.length for s in segments or () if not s.writable])
         total = 0
-        start = self.record[9] * SEGMENT_SIZE
-        for offset in range(start, start + self.record[8] * SEGMENT_SIZE, SEGMENT_SIZE):
+        start = self.record[_FIRST_SEGMENT] * SEGMENT_SIZE
+        for offset in range(
+            start, start + self.record[_SEGMENT_COUNT] * SEGMENT_SIZE, SEGMENT_SIZE
+        ):
             _, _, length, kind, _ = SEGMENT.unpack_from(batch._segments, offset)
-            if kind & _WRITABLE:
+            if kind & _SEGMENT_WRITABLE:
                 break
             total += length
         return total
@@ -189,13 +203,13 @@ class Chain:
     @property
     def head(self) -> int:
         """Names the chain until it is completed: head descriptor (split) or buffer id (packed)."""
-        head: int = self.record[6]
+        head: int = self.record[_HEAD]
         return head
 
     @property
     def header(self) -> bytes:
         """A copy of the first 16 device-readable bytes, zero padded."""
-        header: bytes = self.record[0]
+        header: bytes = self.record[_HEADER]
         return header
 
     @property
@@ -203,10 +217,10 @@ class Chain:
         """Bytes the driver sends, the header included."""
         total = self._total
         if total is None:
-            if not self.record[7] & _SHORT_HEADER:
-                total = _HEADER + self.record[4]
+            if not self.record[_FLAGS] & _SHORT_HEADER:
+                total = HEADER_SIZE + self.record[_READABLE_LENGTH]
             elif self._memory is None and self._segments is None:
-                raise ChainCompleted(f"chain {self.record[6]} has been completed")
+                raise ChainCompleted(f"chain {self.record[_HEAD]} has been completed")
             else:
                 total = self._sum()
             self._total = total
@@ -215,13 +229,13 @@ class Chain:
     @property
     def writable_length(self) -> int:
         """Bytes the driver has room for."""
-        length: int = self.record[5]
+        length: int = self.record[_WRITABLE_LENGTH]
         return length
 
     @property
     def resubmitted(self) -> bool:
         """Whether a back-end before us may have executed the request already."""
-        return bool(self.record[7] & _RESUBMITTED)
+        return bool(self.record[_FLAGS] & _RESUBMITTED)
 
     @property
     def completed(self) -> bool:
@@ -283,15 +297,15 @@ class Chain:
         if count < 0 or count > left:
             count = left
         end = self._position = position + count
-        header: bytes = record[0]
-        if end <= _HEADER:
+        header: bytes = record[_HEADER]
+        if end <= HEADER_SIZE:
             return header[position:end]
         window = memory.window
-        if record[7] & _READABLE_CONTIGUOUS and window is not None:
-            offset = record[1] - _HEADER
-            if position >= _HEADER:
+        if record[_FLAGS] & _READABLE_CONTIGUOUS and window is not None:
+            offset = record[_READABLE] - HEADER_SIZE
+            if position >= HEADER_SIZE:
                 return bytes(window[offset + position : offset + end])
-            return header[position:] + bytes(window[record[1] : offset + end])
+            return header[position:] + bytes(window[record[_READABLE] : offset + end])
         return _copy_out(self.readable, position, count)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
@@ -302,8 +316,12 @@ class Chain:
         end = written + len(source)
         window = memory.window
         # With a status byte the last byte may lie elsewhere.
-        if record[7] & _WRITABLE_CONTIGUOUS and end < record[5] and window is not None:
-            offset = record[2]
+        if (
+            record[_FLAGS] & _WRITABLE_CONTIGUOUS
+            and end < record[_WRITABLE_LENGTH]
+            and window is not None
+        ):
+            offset = record[_WRITABLE]
             window[offset + written : offset + end] = source
             self._written = end
             return len(source)
@@ -428,7 +446,9 @@ class Batch:
         if self._left == self._count:
             return range(self._count)
         entries = DONE.iter_unpack(self.done)
-        return [position for position, entry in enumerate(entries) if entry[2] & _LEFT]
+        return [
+            position for position, entry in enumerate(entries) if entry[DoneField.FLAGS] & _LEFT
+        ]
 
     def __len__(self) -> int:
         return self._count

@@ -6,7 +6,16 @@ from collections.abc import Iterable
 from typing import Final
 
 from ..errors import ChainCompleted, UsageError
-from ..layout import DONE, DONE_SIZE, RECORD, DoneFlags, QueueBlock
+from ..layout import (
+    DONE,
+    DONE_FLAGS_OFFSET,
+    DONE_SIZE,
+    RECORD,
+    DoneField,
+    DoneFlags,
+    QueueBlock,
+    RecordField,
+)
 from .batch import Batch, Chain
 
 _KEEP: Final = int(DoneFlags.KEEP)
@@ -37,7 +46,7 @@ class ChainObjects:
         known = self.kept.get(chain)
         if known is None and batch._count:
             # `done` is the caller's, and may name anything.
-            heads = [record[6] for record in RECORD.iter_unpack(batch.records)]
+            heads = [record[RecordField.HEAD] for record in RECORD.iter_unpack(batch.records)]
             if chain in heads:
                 index = heads.index(chain)
                 return chain, batch.built.get(index), index
@@ -67,7 +76,7 @@ class ChainObjects:
     def forget(self, gone: dict[int, Chain | None]) -> None:
         """The takes of these chains were undone."""
         for index, entry in enumerate(DONE.iter_unpack(self._batch.done)):
-            if entry[0] in gone and not entry[2] & _KEEP:
+            if entry[DoneField.HEAD] in gone and not entry[DoneField.FLAGS] & _KEEP:
                 self._leave_out(index)
         for head, known in gone.items():
             self.kept.pop(head, None)
@@ -77,7 +86,7 @@ class ChainObjects:
     def _leave_out(self, index: int) -> None:
         """A chain of the batch is not the next cycle's any more."""
         self._batch._gone.add(index)
-        self._batch.done[index * DONE_SIZE + 3] |= _KEEP
+        self._batch.done[index * DONE_SIZE + DONE_FLAGS_OFFSET] |= _KEEP
 
     def _flush(self, chain: Chain) -> None:
         """Give the driver what was written to copies of memory that must not be touched."""
@@ -95,7 +104,7 @@ class ChainObjects:
             if chain._memory is None:
                 continue
             if completing:
-                entry = index * DONE_SIZE + 3
+                entry = index * DONE_SIZE + DONE_FLAGS_OFFSET
                 if not done[entry] & _KEEP:
                     if chain._shared:
                         done[entry] |= _WROTE_ALL
@@ -112,9 +121,9 @@ class ChainObjects:
         done = DONE.iter_unpack(batch._done_views[block.count])
         records = RECORD.iter_unpack(batch._record_views[block.count])
         found = {
-            entry[0]: record[0]
+            entry[DoneField.HEAD]: record[RecordField.HEADER]
             for entry, record in zip(done, records, strict=True)
-            if not entry[2] & _KEEP
+            if not entry[DoneField.FLAGS] & _KEEP
         }
         found.update((head, chain.header) for head, chain in self.kept.items())
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from ..errors import Need, QueueBroken, UsageError
-from ..layout import DONE, RECORD, QueueBlock, Reason, Result
+from ..layout import DONE, RECORD, DoneField, QueueBlock, Reason, RecordField, Result
 from .batch import Batch
 
 
@@ -27,6 +27,7 @@ def refusal(batch: Batch, head: int) -> str:
     for record, done in zip(
         RECORD.iter_unpack(batch.records), DONE.iter_unpack(batch.done), strict=True
     ):
-        if record[6] == done[0] == head and done[3] > record[5]:
-            return f"chain {head} has room for {record[5]} bytes, not {done[3]}"
+        room, written = record[RecordField.WRITABLE_LENGTH], done[DoneField.WRITTEN]
+        if record[RecordField.HEAD] == done[DoneField.HEAD] == head and written > room:
+            return f"chain {head} has room for {room} bytes, not {written}"
     return f"head {head} is not in flight, or more was written than it has room for"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from ..errors import UsageError
-from ..layout import DONE, DONE_SIZE, DoneFlags, QueueBlock
+from ..layout import DONE, DONE_SIZE, DoneField, DoneFlags, QueueBlock
 
 _KEEP: Final = int(DoneFlags.KEEP)
 
@@ -35,7 +35,7 @@ class Staged:
     def any_of(self, heads: Iterable[int]) -> int | None:
         """One of the heads that is staged."""
         entries = DONE.iter_unpack(self._entries[: self.count * DONE_SIZE])
-        return next(iter({entry[0] for entry in entries}.intersection(heads)), None)
+        return next(iter({entry[DoneField.HEAD] for entry in entries}.intersection(heads)), None)
 
     def hand_over(self) -> None:
         """The engine takes them with its next call."""

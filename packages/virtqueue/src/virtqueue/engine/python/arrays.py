@@ -16,6 +16,7 @@ from ...layout import (
     DoneFlags,
     Features,
     QueueBlock,
+    RecordField,
     RecordFlags,
     SegmentFlags,
 )
@@ -47,7 +48,8 @@ class Arrays:
 
     def segment_count(self, position: int) -> int:
         """Segments of a chain of the batch."""
-        count: int = RECORD.unpack_from(self._records, RECORD_SIZE * position)[8]
+        record = RECORD.unpack_from(self._records, RECORD_SIZE * position)
+        count: int = record[RecordField.SEGMENT_COUNT]
         return count
 
     def describe(
