@@ -7,7 +7,7 @@
 #include "pace.h"
 
 #define WINDOW_NS 2000000u /* one measurement */
-#define PAUSE_NS 1000000u  /* longer between two batches: nobody was in a hurry */
+#define PAUSE_NS 1000000u  /* longer between two batches: the driver was in no hurry */
 #define TRY_EVERY 32u      /* windows */
 #define LARGE (UINT64_C(256) << 10) /* bytes that are enough for one batch */
 

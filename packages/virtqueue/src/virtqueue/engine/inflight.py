@@ -28,11 +28,11 @@ def inflight_size(size: int, packed: bool) -> int:
 class InflightRegion:
     """Where one queue's region is: ``address`` in this process, ``size`` in bytes.
 
-    ``owner`` is whatever keeps the mapping alive.  ``poison`` is the host address of a 32-bit word
-    that is set once the front-end has truncated the region's file and somebody has touched what is
-    missing; 0 when that cannot happen.  ``direct`` says that the memory may be touched directly:
-    its file cannot shrink, or a `SigbusGuard` watches it.  Otherwise only the Python engine takes
-    it, and every access is a system call.
+    ``owner`` keeps the mapping alive.  ``poison`` is the host address of a 32-bit word that becomes
+    not 0 when a thread touches a page that the front-end has truncated; 0 when that cannot happen.
+    ``direct`` says that the memory may be touched directly: its file cannot shrink, or a
+    `SigbusGuard` watches it.  Otherwise only the Python engine takes the region, and every access
+    is a system call.
     """
 
     __slots__ = ("address", "direct", "owner", "poison", "size")

@@ -95,7 +95,7 @@ class KernelWords(KernelMemory):
         if width != 2 or not (self._address + offset) & 2:
             self.store(offset, value.to_bytes(width, "little"))
             return
-        # One store at a time changes the upper half of a word, and nobody else stores there.
+        # One store at a time changes the upper half of a word; no other thread stores there.
         if not self._flags:
             whole = store_halfword(self._address + offset, value)
         else:

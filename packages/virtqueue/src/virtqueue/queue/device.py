@@ -26,21 +26,22 @@ _WROTE_ALL: Final = int(DoneFlags.WROTE_ALL)
 class DeviceQueue:
     """Takes the chains that a driver offers and gives them back, a batch at a time.
 
-    Not thread-safe: one thread works on a queue at a time (another may hold other queues).
+    Not thread-safe: one thread works on a queue at a time, and other threads on other queues.
 
-    ``base`` is what SET_VRING_BASE brought: for a split ring the next available index, for a
-    packed one bits 0 to 14 the next available slot, 15 its wrap counter, 16 to 30 and 31 the
-    same for used (all of them 0, as DPDK sends them: the same position); None for a ring that was
-    never used.  ``engine`` is "c", "python" or None for
-    what VIRTQUEUE_ENGINE says, else the best there is.  ``batch`` is the most chains that a take
-    returns.  ``inflight`` is this queue's part of the in-flight region: chains that a back-end
-    before us took and did not complete are taken first, and the region decides the position
-    instead of ``base``, unless nothing is in flight and the ring was set up anew.  ``log`` is the
-    dirty log.  ``state`` restores a saved position.
-    ``counters`` are added to by what the queue does.
+    ``base`` is the position that SET_VRING_BASE brought; None for a ring that was never used.  For
+    a split ring it is the next available index.  For a packed one bits 0 to 14 are the next
+    available slot and bit 15 its wrap counter, bits 16 to 30 and 31 the same for used; where all of
+    those are 0, as DPDK sends them, used is at the available position.
 
-    Raises `UsageError` for settings that cannot be, `EngineUnavailable`.  A ring outside of
-    guest memory shows at the first take.
+    ``engine`` is "c" or "python"; None means VIRTQUEUE_ENGINE's, or else the best there is.
+    ``batch`` bounds the chains of a take.  ``inflight`` is this queue's part of the in-flight
+    region.  The queue first takes the chains that an earlier back-end took and did not complete,
+    and begins at the region's position instead of ``base``, unless nothing is in flight and the
+    ring was set up anew.  ``log`` is the dirty log.  ``state`` restores a saved position.  The
+    engine adds to ``counters``.
+
+    Raises `UsageError` for impossible settings, `EngineUnavailable`.  A ring outside of guest
+    memory shows at the first take.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class DeviceQueue:
     # Set-up.
 
     def _attach(self) -> None:
-        """Find the ring in memory and tell the engine; what is missing shows at a take."""
+        """Find the ring in memory and tell the engine.  A take reports missing memory."""
         block = self._block
         # Kept for the chains, which find their own snapshot's through it.
         table = self._table = Table.of(self._memory)
@@ -102,12 +103,12 @@ class DeviceQueue:
         self._take = self._engine.take
         self._cycle = self._engine.cycle
         self._check(self._engine.attach())
-        del former  # what was mapped for the old place, which the engine knew until now
+        del former  # the mappings of the old place, which the engine knew until now
         if not self._started and block.descriptors:
             self._started = True
             self._fresh = self._fresh and has_no_past(block, self._config.packed, self._inflight)
             if self._fresh:
-                # There was nothing to tell the driver of that it may not have been told.
+                # Nothing was completed before: no signal can be missing.
                 block.signalled_valid = 1
             if self._inflight is not None:
                 self._engine.recover()
@@ -120,10 +121,10 @@ class DeviceQueue:
     # Taking.
 
     def take(self, limit: int | None = None) -> Batch:
-        """Up to ``limit`` available chains; completes nothing.
+        """Take up to ``limit`` available chains; completes nothing.
 
-        An empty batch that is not ``stalled`` has asked the driver for kicks, passed a full
-        barrier and looked again.  Raises `QueueBroken` and `Need`.
+        Before it returns an empty batch that is not ``stalled``, the queue has asked the driver for
+        kicks, passed a full barrier and looked again.  Raises `QueueBroken` and `Need`.
         """
         if self._batch.built:
             self._objects.leave_batch(completing=False)
@@ -137,7 +138,7 @@ class DeviceQueue:
         """Complete the current batch as ``batch.done`` says, publish, take the next.
 
         ``batch.notify`` of the result says whether to signal the driver.  Raises `QueueBroken`
-        and `Need`, whose ``notify`` says the same: what was completed has been published.
+        and `Need`, whose ``notify`` says the same, since the completions are published by then.
         After `UsageError` nothing was completed and the batch has ended; see `refused_batch`.
         """
         notify = False
@@ -163,7 +164,7 @@ class DeviceQueue:
             self._place.check()
         if limit is not None:
             if limit < 0:
-                raise UsageError(f"a take of {limit} chains")
+                raise UsageError(f"a take has a limit of 0 or more chains, not {limit}")
             self._block.limit = min(limit, self._limit)
 
     def _finish_batch(self) -> bool:
@@ -217,16 +218,16 @@ class DeviceQueue:
         return batch
 
     def refused_batch(self) -> Batch:
-        """The batch that `cycle` has refused to complete, current again.
+        """Make the batch that `cycle` has refused to complete current again.
 
-        Put its ``done`` right and cycle; only right after the `UsageError`.
+        Call it right after the `UsageError`, mend the batch's ``done`` and cycle.
         """
         count, self._refused = self._refused, 0
         self._block.count = count
         return self._batch._begin(count)
 
     def rewind(self, count: int) -> None:
-        """Give back the last ``count`` chains of the current batch; they are taken again."""
+        """Give back the last ``count`` chains of the batch; a later take takes them again."""
         batch, block = self._batch, self._block
         if not 0 <= count <= len(batch):
             raise UsageError(f"the batch has {len(batch)} chains, {count} cannot be given back")
@@ -247,15 +248,15 @@ class DeviceQueue:
     def give_back(self, chains: Iterable[Chain | int]) -> list[int]:
         """Undo the takes of chains, or of heads, on which no work has begun; the heads given back.
 
-        The takes of the latest chains can be undone, as far as all of them are named here and
-        nothing that was taken after them has been completed: `base` goes back before them, their
-        marks leave the in-flight region, and they are as if they had never been taken.  The other
-        chains that are named stay in flight.  The heads come in the order of the takes.
+        The queue can undo its latest takes: from the latest one back to the first chain that is not
+        named here or has been completed.  `base` goes back before these chains and their marks
+        leave the in-flight region, as if they had never been taken.  Other chains that are named
+        stay in flight.  The heads come in the order of the takes.
 
         Chains that came from the in-flight region (`Chain.resubmitted`) lie before every position
-        that `base` can name: they are given back to the region, in which they stay marked.
-        A queue that goes on takes all of them again; no kick announces them.  A queue that is
-        stopped, or broken so that it completes nothing more, gives nothing back.
+        that `base` can name.  They go back to the region and stay marked there.  A queue that goes
+        on takes all of them again; no kick announces them.  A queue that is stopped, or broken so
+        that it completes nothing more, gives nothing back.
 
         Raises `ChainCompleted` for a chain that has been completed, `UsageError` for a head that is
         not in flight; then nothing is given back.
@@ -276,10 +277,10 @@ class DeviceQueue:
     def complete(self, chain: Chain | int, written: int | None = None, status: int = 0) -> None:
         """Stage the completion of a chain, or of a head; `publish` makes it visible.
 
-        ``written`` counts bytes from the first device-writable one; None is what `Chain.write`
-        wrote, with the status byte if that is next (0 for a head).  ``status`` goes into the
-        last writable byte of rings with status bytes.  A chain that was completed before raises
-        `ChainCompleted`.
+        ``written`` counts bytes from the first device-writable one.  None means the bytes that
+        `Chain.write` wrote, and the status byte if it is the next one; 0 for a head.  ``status``
+        goes into the last writable byte of rings with status bytes.  Raises `ChainCompleted` for a
+        chain that was completed before.
         """
         head, known, index = self._objects.find(chain)
         flags = self._status_flag
@@ -307,13 +308,13 @@ class DeviceQueue:
 
     @property
     def fresh(self) -> bool:
-        """Whether the ring began without a past: nothing was completed in it before this queue, of
-        which its driver may not have been told.  False as long as the ring is not in memory."""
+        """Whether the ring began without a past: no device before this queue completed a chain in
+        it, and no signal can be missing.  False as long as the ring is not in memory."""
         return self._fresh and self._started
 
     @property
     def resolved(self) -> bool:
-        """Whether the ring was found in memory; a take looks again, or says what is wrong."""
+        """Whether the ring was found in memory.  If not, a take looks again and says why."""
         return not self._lost
 
     # Notifications.
@@ -323,14 +324,14 @@ class DeviceQueue:
         return self._check(self._engine.arm()) > 0
 
     def disable_notification(self) -> None:
-        """Tell the driver that kicks are not needed while we look at the ring anyway.
+        """Tell the driver that kicks are not needed, while the caller looks at the ring anyway.
 
         Take until a batch is empty before sleeping: that asks for kicks again.
         """
         self._check(self._engine.disarm())
 
     def ready(self) -> bool:
-        """Whether a chain is available; asks nobody for anything."""
+        """Whether a chain is available; does not ask for kicks."""
         return self._engine.ready() > 0
 
     # Memory.
@@ -357,7 +358,7 @@ class DeviceQueue:
             self._batch._memory = None
 
     def set_log(self, log: DirtyLog | None, log_used: int | None = None) -> None:
-        """Log what is written from now on; ``log_used`` as in `RingConfig`."""
+        """Log writes from now on; ``log_used`` as in `RingConfig`."""
         self._log = log
         self._config = self._config._replace(log_used=log_used)
         self._block.features = self._config.features
@@ -383,7 +384,7 @@ class DeviceQueue:
     ) -> bool:
         """Say where memory that is mapped on demand lies, after `Need`.
 
-        ``release`` is called once no chain uses the piece and its place is wanted, or at
+        The queue calls ``release`` when no chain uses the piece and its place is wanted, or in
         `reclaim` and `close`.  False when there is no place left: complete something first.
         """
         return self._provisions.provide(address, length, access, host_address, release)
@@ -416,7 +417,7 @@ class DeviceQueue:
     def working(self) -> list[tuple[int, bytes]]:
         """Head and first 16 device-readable bytes of chains in flight, for a log.
 
-        Those of the batch in hand and those kept as `Chain`; others are not remembered here.
+        It knows the chains of the current batch and those kept as `Chain`, and no others.
         """
         return [] if self._closed else list(self._objects.headers().items())
 
@@ -459,7 +460,7 @@ class DeviceQueue:
         return self._block.completed
 
     def stop(self) -> None:
-        """Touch the ring no more: takes are empty, completions only release what they hold."""
+        """Touch the ring no more: takes return nothing, completions only release their records."""
         self._block.stopped = 1
 
     def close(self) -> None:

@@ -105,9 +105,11 @@ class DriverQueue:
         if not count:
             raise UsageError("a chain has at least one buffer")
         if not indirect and count > self._config.size:
-            raise UsageError(f"a chain of {count} descriptors in a ring of {self._config.size}")
+            raise UsageError(
+                f"a chain of {count} descriptors does not fit a ring of {self._config.size}"
+            )
         if sum(length for _, length in read + write) > MAX_CHAIN_LENGTH:
-            raise UsageError("a chain of more than 4 GiB")
+            raise UsageError("a chain has less than 4 GiB")
         if any(length <= 0 for _, length in read + write):
             raise UsageError("a buffer has at least one byte")
         descriptors = [(address, length, 0) for address, length in read]

@@ -56,7 +56,9 @@ def position_base(block: QueueBlock, packed: bool) -> int:
 def saved_position(block: QueueBlock) -> RingState:
     """The position of a ring in which nothing is in flight; raises `UsageError` otherwise."""
     if block.in_flight or block.resubmit:
-        raise UsageError(f"{block.in_flight + block.resubmit} chains are in flight")
+        raise UsageError(
+            f"no position to save: {block.in_flight + block.resubmit} chains are in flight"
+        )
     return RingState(
         block.next_avail,
         block.next_used,

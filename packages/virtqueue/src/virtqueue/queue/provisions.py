@@ -34,7 +34,7 @@ class Provisions:
     ) -> bool:
         """Say where memory that is mapped on demand lies, after `Need`.
 
-        ``release`` is called once no chain uses the piece and its place is wanted, or at
+        The queue calls ``release`` when no chain uses the piece and its place is wanted, or in
         `reclaim` and `close`.  False when there is no place left: complete something first.
         """
         for attempt in range(2):
@@ -78,7 +78,7 @@ class Provisions:
             release()
 
     def close(self) -> None:
-        """Release all, whoever uses them."""
+        """Release all, also those in use."""
         for index in range(self._used):
             if self.entries[index].length:
                 self._release(index)

@@ -19,7 +19,7 @@ class KernelStructure:
     """The fields of a structure in memory that must not be touched directly.
 
     Each load and store is one copy by the kernel, which nothing interrupts half-way but a missing
-    page: as whole as a store of our own for whoever comes after the death of this process.
+    page: as whole as a store of our own for a process that comes after this one's death.
     """
 
     __slots__ = ("_kind", "_memory", "_offset")
