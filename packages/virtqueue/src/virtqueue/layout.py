@@ -1,9 +1,9 @@
 """The buffers that a queue and its engine share, byte for byte.
 
-A queue owns one `QueueBlock`, four arrays that the block points to, and nothing else that an
-engine may touch.  Both engines read and write these same buffers, so everything above them
-(`DeviceQueue`, `Batch`, `Chain`) is the same code whichever engine runs.  The C header mirrors
-this file; a test compares sizes and offsets.
+A queue owns one `QueueBlock` and five arrays that the block points to; an engine touches nothing
+else of the queue.  Both engines read and write these same buffers, so `DeviceQueue`, `Batch` and
+`Chain` are the same code over either engine.  The C header mirrors this file; a test compares
+sizes and offsets.
 
 All fields are in native byte order and naturally aligned.  Addresses of host memory are u64.
 """

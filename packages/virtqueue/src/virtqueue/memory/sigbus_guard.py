@@ -1,7 +1,7 @@
 """Surviving memory of the front-end's that is truncated under us.
 
 A front-end that shortens the file behind a mapping turns every later touch of the lost pages into
-a SIGBUS, which by default ends the process: one guest would take down the device of all others.
+a SIGBUS, which by default ends the process: one guest would take down the devices of all others.
 The guard's handler maps a zero page over the faulting page instead, marks the mapping as poisoned
 and goes on; engines look at the mark before they publish a completion and break the queue
 (`Reason.TRUNCATED`).  Mappings are the regions of guest memory, the dirty log and the in-flight

@@ -1,7 +1,7 @@
 """The driver's side of one ring: offers chains, collects the used ones.
 
-It serves an embedded front-end, tests and load generators.  It treats the device with the same
-distrust that the device's side treats a driver with.
+It serves an embedded front-end, tests and load generators.  It distrusts the device as much as the
+device's side distrusts a driver.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Offered(NamedTuple):
 
 
 class DriverQueue:
-    """Offers chains to a device (virtio 2.7.13, 2.8.21) and collects what it used.
+    """Offers chains to a device (virtio 2.7.13, 2.8.21) and collects the used ones.
 
     ``config`` and ``memory`` are those of the device's side: ring addresses are front-end user
     addresses, or IOVAs with ``iommu``.  ``tables`` is the guest address (or IOVA) of room for
@@ -139,7 +139,7 @@ class DriverQueue:
             position += piece.length
 
     def publish(self) -> bool:
-        """Expose what was added; true when the device wants a kick."""
+        """Expose the chains that were added; true when the device wants a kick."""
         try:
             return self._side.publish()
         except Broken as error:
@@ -148,8 +148,8 @@ class DriverQueue:
     def collect(self, limit: int | None = None) -> list[tuple[int, int]]:
         """(id, bytes written) of chains that the device used, in the order it returned them.
 
-        Raises `QueueBroken` (USED_RING) when the device returns what it was not given; as every
-        method does (TRUNCATED) when the ring's memory is gone and nothing guards it.
+        Raises `QueueBroken` (USED_RING) when the device returns a chain that it was not given.
+        Every method raises it (TRUNCATED) when the ring's memory is gone and nothing guards it.
         """
         try:
             return self._side.collect(self._config.size if limit is None else limit)
@@ -177,7 +177,7 @@ class DriverQueue:
 
     @property
     def tables_size(self) -> int:
-        """Bytes that ``tables`` has to have room for."""
+        """Bytes of the room that ``tables`` names."""
         return 16 * self._table_length * self._config.size
 
     @property

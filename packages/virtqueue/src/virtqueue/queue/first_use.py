@@ -1,9 +1,9 @@
 """Whether a ring is used for the first time, and what an in-flight region of its past is worth.
 
-Front-ends keep an in-flight region while the guest resets its device and sets the ring up anew.
-A back-end that dies leaves the same region, and front-ends may send a base as at reset for a ring
-that is in use (QEMU does for a packed one).  So the ring itself is looked at: drivers begin with
-zeroes.
+A front-end keeps an in-flight region while the guest resets its device and sets the ring up anew.
+A back-end that dies leaves the same region, and a front-end may send a base as at reset for a ring
+that is in use (QEMU does for a packed one).  Neither tells the two apart.  The ring itself does,
+because drivers begin with zeroes.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ def _at_reset(block: QueueBlock, packed: bool) -> bool:
 
 
 def _never_used(block: QueueBlock, packed: bool) -> bool:
-    """Whether nothing was completed in a ring whose position is as at reset, as far as its memory
-    tells.  The driver may be filling the ring meanwhile."""
+    """Whether the memory of a ring, whose position is as at reset, shows no completion.
+
+    The driver may be filling the ring meanwhile.
+    """
     if packed:
         return _first_lap(_copy(block.descriptors, 16 * block.queue_size))
     return not any(_copy(block.device + 4, 8 * block.queue_size) or b"?")
@@ -85,7 +87,7 @@ def _forget(block: QueueBlock, region: InflightRegion, packed: bool) -> None:
     # A split ring's own used index says where it stands.
     if packed and not _set_up_anew(block, PackedRegion.from_buffer_copy(raw)):
         return
-    # One store, and nothing else has to change: what else is in a new region means nothing.
+    # One store is enough: the other fields of a new region mean nothing.
     zero = ctypes.c_uint16()
     place: Any = SplitRegion.version
     try_copy(region.address + place.offset, ctypes.addressof(zero), 2, to_guest=True)
@@ -108,7 +110,7 @@ def _set_up_anew(block: QueueBlock, region: PackedRegion) -> bool:
 
 
 def _copy(address: int, length: int) -> bytes:
-    """What is there, or nothing where a page is missing."""
+    """The bytes at a host address; none when a page is missing."""
     data = (ctypes.c_char * length)()
     if not try_copy(address, ctypes.addressof(data), length, to_guest=False):
         return b""
