@@ -38,7 +38,8 @@ from .memory.table import DirtyLog, Memory
 from .native.file_handler import FileAction, FileHandler
 from .native.handler import CHandler
 from .native.server import Server
-from .queue.batch import DONE_FIELDS, RECORD_FIELDS, Batch, Chain, Segment
+from .queue.batch import DONE_FIELDS, RECORD_FIELDS, Batch
+from .queue.chain import Chain, Segment
 from .queue.device import DeviceQueue
 from .queue.position import RingState
 

@@ -16,7 +16,8 @@ from ..layout import (
     QueueBlock,
     RecordField,
 )
-from .batch import Batch, Chain
+from .batch import Batch
+from .chain import Chain
 
 _KEEP: Final = int(DoneFlags.KEEP)
 _WROTE_ALL: Final = int(DoneFlags.WROTE_ALL)

@@ -11,7 +11,8 @@ from ..engine.inflight import InflightRegion
 from ..errors import ChainCompleted, Need, QueueBroken, UsageError
 from ..layout import DoneFlags, Reason, Result
 from ..memory.table import DirtyLog, Memory, Table
-from .batch import Batch, Chain
+from .batch import Batch
+from .chain import Chain
 from .chain_objects import ChainObjects
 from .failure import fail, refusal
 from .first_use import has_no_past
