@@ -29,6 +29,7 @@ from vhost_backend import (
     VringState,
     serve_async,
 )
+from vhost_backend.adapter.ring_worker import QueueWorker
 from vhost_backend.devices.blk.device import S_IOERR, T_GET_ID
 from vhost_backend.driver.block import DRIVER_FEATURES, BlockError
 from vhost_backend.epoll_handler import MOST_FAILURES
@@ -40,6 +41,7 @@ from vhost_backend.testing import (
     attached,
     expect_errors,
     served,
+    serving,
 )
 from virtqueue import DONE, Batch, Chain, CHandler
 
@@ -416,11 +418,70 @@ def test_a_listener_that_only_fails_does_not_keep_its_worker(error: BaseExceptio
         worker.register_listener(fd, select.EPOLLIN, callback=fail)
         until(lambda: any("not watched any more" in text for text in errors), "it goes on")
         assert len(calls) == MOST_FAILURES
+        assert not worker._listeners, "the worker serves its queue the long way for ever"
         worker.unregister_listener(fd)
+        with pytest.raises(BackendUsageError, match="not a listener"):
+            worker.unregister_listener(fd)
         # Registered anew it has its chance again.
         worker.register_listener(fd, select.EPOLLIN, callback=lambda _: os.eventfd_read(fd))
         until(lambda: not select.select([fd], [], [], 0)[0], "it is not watched again")
     os.close(fd)
+
+
+def test_a_listeners_descriptor_that_is_closed_too_early_ends_no_worker() -> None:
+    fd = os.eventfd(0)
+    device = Raising(ValueError())
+    with (
+        expect_errors(f"descriptor {fd} was closed before it was unregistered") as errors,
+        VhostUserDaemon("test", DeviceBackend.of(device), vring=VringMutex) as daemon,
+    ):
+        (worker,) = daemon.get_epoll_handlers()
+        assert isinstance(worker, QueueWorker)
+        worker.register_listener(fd, select.EPOLLIN, callback=lambda events: None)
+        os.close(fd)
+        worker._show_again()  # what the worker does after it has served its queue from C
+        assert len(errors) == 1
+        worker.unregister_listener(fd)
+
+
+class CancelsItself(VirtioDevice):
+    """Cancels the task of its second request, and keeps the third."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.kept: list[asyncio.Task[Any]] = []
+
+    async def handle(self, queue: Queue, request: Request) -> None:
+        self.seen += 1
+        task = asyncio.current_task()
+        assert task is not None
+        if self.seen == 2:
+            task.cancel()
+            await asyncio.sleep(0)
+        if self.seen == 3:
+            self.kept.append(task)
+            await asyncio.sleep(3600)
+        if self.seen == 4:
+            self.kept.pop().cancel()
+        request.write(b"ok")
+
+
+def test_a_device_that_cancels_its_own_coroutine_fails_that_request() -> None:
+    with expect_errors("CancelsItself") as errors, attached(CancelsItself()) as session:
+        assert answers(session, 4) == [(0, 2), (1, 0), (2, 0), (3, 2)]
+    assert len(errors) == 2
+
+
+def test_in_a_loop_a_device_that_cancels_its_own_coroutine_fails_that_request(
+    tmp_path: Path,
+) -> None:
+    def use() -> None:
+        with DriverSession.connect(tmp_path / "s", timeout=20) as session:
+            assert answers(session, 4) == [(0, 2), (1, 0), (2, 0), (3, 2)]
+
+    with expect_errors("CancelsItself") as errors:
+        in_loop(CancelsItself(), tmp_path / "s", use)
+    assert len(errors) == 2
 
 
 # -- workers ------------------------------------------------------------------------------------
@@ -430,10 +491,8 @@ def test_a_listener_that_only_fails_does_not_keep_its_worker(error: BaseExceptio
 def test_a_worker_that_cannot_go_on_ends_its_daemon(tmp_path: Path, kind: type[Raising]) -> None:
     with (
         expect_errors("worker test-0 has ended") as errors,
-        Listener(tmp_path / "socket") as listener,
         VhostUserDaemon("test", DeviceBackend.of(kind(ValueError()))) as daemon,
     ):
-        daemon.start(listener)
         (worker,) = daemon.get_epoll_handlers()
 
         def fail(timeout: float | None) -> float | None:
@@ -442,7 +501,7 @@ def test_a_worker_that_cannot_go_on_ends_its_daemon(tmp_path: Path, kind: type[R
         worker._round = fail  # type: ignore[method-assign]
         worker.wake()
         with pytest.raises(SystemExit, match="no more"):
-            daemon.wait()
+            daemon.serve_forever(tmp_path / "socket")
         assert errors
 
 
@@ -573,16 +632,16 @@ def test_the_references_loop_signals(
     with (
         Listener(tmp_path / "socket") as listener,
         VhostUserDaemon("test", kind(), engine=engine, vring=flavour) as daemon,
+        serving(daemon, listener),
+        DriverSession.connect(tmp_path / "socket", features=features) as session,
     ):
-        daemon.start(listener)
-        with DriverSession.connect(tmp_path / "socket", features=features) as session:
-            vring = session.vrings[0]
-            buffer = session.allocate(8)
-            for _ in range(50):
-                vring.submit([(buffer, 8)], [])
-                vring.kick()
-                # Raises when completions came without the signal that was asked for.
-                assert len(vring.completions(20)) == 1
+        vring = session.vrings[0]
+        buffer = session.allocate(8)
+        for _ in range(50):
+            vring.submit([(buffer, 8)], [])
+            vring.kick()
+            # Raises when completions came without the signal that was asked for.
+            assert len(vring.completions(20)) == 1
 
 
 def test_a_signal_that_is_owed_is_not_lost_with_the_ring() -> None:

@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import itertools
 import os
+import select
 import signal
 import socket
 import struct
@@ -30,10 +31,12 @@ from vhost_backend import (
     Request,
     VhostUserDaemon,
     VirtioDevice,
+    VirtioFeature,
 )
 from vhost_backend.devices.blk.device import T_GET_ID, T_IN, T_OUT
 from vhost_backend.driver import DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
+from vhost_backend.testing import serving
 from virtqueue import CHandler
 
 CONTENT, SENTINEL = b"D", b"N"
@@ -67,10 +70,9 @@ def served(tmp_path: Path) -> Iterator[Callable[..., tuple[VhostUserDaemon, str]
                 drain_warning=0.05,
                 **options,  # type: ignore[arg-type]
             )
-            stack.enter_context(daemon)
+            stack.enter_context(serving(daemon, listener))
             if isinstance(device, Held):
                 stack.callback(device.go_on.set)
-            daemon.start(listener)
             return daemon, path
 
         yield serve
@@ -324,6 +326,34 @@ def test_a_ring_that_waits_for_the_last_front_end_can_be_stopped_and_left(
     until(lambda: device.stops == 1, "the device was not told that its rings have stopped")
 
 
+def test_a_ring_that_waits_and_that_later_features_forbid_does_not_start(
+    served: Callable[..., tuple[VhostUserDaemon, str]],
+    engine: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """48 descriptors, as packed rings may have; then SET_FEATURES comes without packed rings."""
+    device = Held()
+    _, path = served(device, engine=engine)
+    with DriverSession.connect(path, timeout=PATIENCE) as session:
+        submit(session)
+        assert device.taken.wait(PATIENCE)
+    err = os.eventfd(0)
+    with DriverSession.connect(path, timeout=PATIENCE, packed=True, queue_size=48) as session:
+        session.frontend.set_vring_err(0, err)
+        session.frontend.set_features(session.features & ~VirtioFeature.RING_PACKED)
+        device.go_on.set()
+        until(lambda: select.select([err], [], [], 0)[0], "the front-end is not told")
+        assert "queue 0 cannot start" in caplog.text
+        assert session.frontend.get_features()
+        # Set up anew it starts.
+        session.frontend.set_features(session.features)
+        session.start_ring(0)
+        submit(session)
+        assert len(session.vrings[0].completions(PATIENCE)) == 1
+    assert not [record for record in caplog.records if record.exc_info]
+    os.close(err)
+
+
 def test_a_hang_up_is_noticed_while_a_stop_waits(
     served: Callable[..., tuple[VhostUserDaemon, str]], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -411,26 +441,28 @@ def test_a_daemon_that_is_closed_waits_for_the_device(
 ) -> None:
     device = Held()
     daemon = VhostUserDaemon("test", DeviceBackend(device), drain_warning=0.05)
-    with Listener(tmp_path / "s") as listener:
-        daemon.start(listener)
-        with DriverSession.connect(tmp_path / "s", timeout=PATIENCE) as session:
-            target = submit(session)
-            assert device.taken.wait(PATIENCE)
-            if how == "hang up and shutdown":
-                session.close()
-            closing = threading.Thread(target=daemon.close)
-            closing.start()
-            until(lambda: "the end of the daemon waits" in caplog.text, "the log says nothing")
-            assert closing.is_alive()
-            stops = [device.stops]
-            device.go_on.set()
-            closing.join(PATIENCE)
-            assert not closing.is_alive()
-            assert [*stops, device.stops] == [0, 1]
-            if how == "shutdown":
-                # Its front-end finds it completed.
-                assert session.memory.read(target, 4) == b"done"
-                assert len(session.vrings[0].queue.collect()) == 1
+    with (
+        Listener(tmp_path / "s") as listener,
+        serving(daemon, listener),
+        DriverSession.connect(tmp_path / "s", timeout=PATIENCE) as session,
+    ):
+        target = submit(session)
+        assert device.taken.wait(PATIENCE)
+        if how == "hang up and shutdown":
+            session.close()
+        closing = threading.Thread(target=daemon.close)
+        closing.start()
+        until(lambda: "the end of the daemon waits" in caplog.text, "the log says nothing")
+        assert closing.is_alive()
+        stops = [device.stops]
+        device.go_on.set()
+        closing.join(PATIENCE)
+        assert not closing.is_alive()
+        assert [*stops, device.stops] == [0, 1]
+        if how == "shutdown":
+            # Its front-end finds it completed.
+            assert session.memory.read(target, 4) == b"done"
+            assert len(session.vrings[0].queue.collect()) == 1
 
 
 @contextlib.contextmanager
@@ -556,12 +588,12 @@ def test_the_loops_daemon_waits_for_a_thread_of_a_coroutine(
     async def main() -> None:
         with Listener(path) as listener:
             async with AsyncDaemon("test", DeviceBackend.of(Slow()), drain_warning=0.05) as daemon:
-                serving = asyncio.create_task(daemon.serve(listener))
+                task = asyncio.create_task(daemon.serve_forever(listener))
                 await asyncio.to_thread(use)
-                serving.cancel()
+                task.cancel()
                 asyncio.get_running_loop().call_later(0.3, go_on.set)
                 with contextlib.suppress(asyncio.CancelledError):
-                    await serving
+                    await task
             assert go_on.is_set()
 
     asyncio.run(main())
