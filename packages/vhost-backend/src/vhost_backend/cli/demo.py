@@ -365,8 +365,9 @@ def _some_ran(results: str) -> bool:
 def _default_image() -> Path:
     directory = Path(tempfile.gettempdir()) / f"vhost-demo-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
-    if directory.stat().st_uid != os.getuid():
-        raise VhostBackendError(f"{directory} belongs to somebody else: use --image")
+    status = directory.lstat()  # a link could lead to any folder of ours
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise VhostBackendError(f"{directory} is no folder of this user's: use --image")
     return directory / "disk.img"
 
 
