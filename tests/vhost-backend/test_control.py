@@ -112,7 +112,7 @@ def test_a_second_owner_is_taken_and_counted(caplog: pytest.LogCaptureFixture) -
         frontend.set_owner()
         frontend.set_owner()
         assert frontend.get_queue_num() == 1
-    assert "broke a rule 2 times: SET_OWNER: comes once" in caplog.text
+    assert "test: the front-end broke a rule 2 times: SET_OWNER: comes once" in caplog.text
 
 
 @pytest.mark.parametrize("features", [0, VirtioFeature.PROTOCOL_FEATURES])

@@ -506,8 +506,11 @@ def test_a_device_that_fails_to_load_says_so(caplog: pytest.LogCaptureFixture) -
             raise ValueError("not today")
 
     Refusing.__name__ = "Counter"
+    device = Refusing()
+    device.name = "the left one"
     with pytest.raises(vp.RequestFailed):
-        load(Refusing(), save(Counter()))
+        load(device, save(Counter()))
+    assert "the left one failed to load its state" in caplog.text
     assert "not today" in caplog.text
 
 

@@ -21,7 +21,6 @@ from .waiting import ReadAhead, Remains, WaitLog
 
 T = TypeVar("T")
 
-
 #: Seconds that a front-end may leave answers unread once its socket holds no more of them. Without
 #: a limit it could keep the daemon from ending.
 ANSWER_PATIENCE = 10.0

@@ -219,6 +219,7 @@ class _Serving(threading.Thread):
         super().__init__(name=f"{daemon.name}-control", daemon=True)
         self.served = daemon
         self.failure: BaseException | None = None
+        #: Set before the bell rings: one that has rung is never waited for again.
         self.ended = False
         self._listener = listener
         self._bell = bell
@@ -232,23 +233,25 @@ class _Serving(threading.Thread):
                 log.critical("%s: the daemon ends", self.served.name, exc_info=error)
             self.failure = kept(error)
         finally:
-            self.ended = True  # before the bell: one that has rung is never waited for again
+            self.ended = True
             self._bell.ring()
 
 
 def _wait_for_all(serving: Sequence[_Serving], bell: _Bell) -> None:
     """Wait until every daemon has ended; the failure of one ends the others."""
-    failures: list[BaseException] = []
+    failure: BaseException | None = None
     while not all(thread.ended for thread in serving):
         bell.wait()
-        failures = [thread.failure for thread in serving if thread.failure is not None]
-        if failures:
-            for thread in serving:
-                thread.served.shutdown()
+        for thread in serving:
+            if failure is None and thread.failure is not None:
+                failure = thread.failure
+                for other in serving:
+                    other.served.shutdown()
     for thread in serving:
         thread.join()
-    if failures:
-        raise failures[0]
+        failure = failure or thread.failure
+    if failure is not None:
+        raise failure
 
 
 @contextlib.contextmanager

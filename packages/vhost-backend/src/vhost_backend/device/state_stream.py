@@ -19,7 +19,7 @@ from typing import Final
 
 from ..errors import VhostBackendError
 from ..fds.eventfd import WakeFd
-from .base import VirtioDevice
+from .base import VirtioDevice, name_of
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -116,9 +116,9 @@ class StateTransfer:
             target()
             self._done = True
         except (StateError, OSError) as error:
-            log.warning("the state of %s was not moved: %s", type(self._device).__name__, error)
+            log.warning("%s: its state was not moved: %s", name_of(self._device), error)
         except BaseException:
-            log.exception("%s failed to load its state", type(self._device).__name__)
+            log.exception("%s failed to load its state", name_of(self._device))
         finally:
             os.close(self._fd)
             self._wake.close()
