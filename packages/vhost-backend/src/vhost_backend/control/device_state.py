@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import vhost_protocol as vp
 
+from ..backend import STATE_TRANSFER
 from ..errors import Refused
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome
@@ -27,8 +28,9 @@ class DeviceState:
         }
 
     def offers(self) -> vp.ProtocolFeatures:
-        """DEVICE_STATE, for a back-end that asks for it."""
-        return self._context.backend.protocol_features() & vp.ProtocolFeatures.DEVICE_STATE
+        """DEVICE_STATE, for a back-end that has the hooks."""
+        backend = self._context.backend
+        return STATE_TRANSFER.offers(backend, backend.protocol_features())
 
     def disconnect(self) -> None:
         """A transfer under way ends with its channel."""

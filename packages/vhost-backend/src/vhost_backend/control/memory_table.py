@@ -10,6 +10,7 @@ import logging
 import mmap
 import os
 from collections.abc import Callable
+from typing import Final, Protocol
 
 import vhost_protocol as vp
 from guest_memory import (
@@ -22,11 +23,21 @@ from guest_memory import (
     Userfault,
 )
 
+from ..backend import HookGroup
 from ..errors import Refused
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome
 
 log: logging.Logger = logging.getLogger("vhost_backend")
+
+
+class XenMapper(Protocol):
+    """A mapper that says whether it makes Xen's mappings."""
+
+    xen_mmap: bool
+
+
+_XEN_MAPPER: Final = HookGroup[XenMapper](XenMapper)
 
 
 class MemoryTable:
@@ -68,7 +79,8 @@ class MemoryTable:
         therefore served, too.
         """
         features = vp.ProtocolFeatures.GPA_ADDRESSES
-        if getattr(self._context.mapper, "xen_mmap", False):
+        xen = _XEN_MAPPER.of(self._context.mapper)
+        if xen is not None and xen.xen_mmap:
             features |= vp.ProtocolFeatures.XEN_MMAP
         if self._slots:
             features |= vp.ProtocolFeatures.CONFIGURE_MEM_SLOTS

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import vhost_protocol as vp
 from virtqueue import UsageError
 
+from ..backend import VhostUserBackendBase, provided
 from ..errors import Refused
 from ..fds import eventfd
 from ..features import VirtioFeature
@@ -125,7 +126,7 @@ class Rings:
         """
         context = self._context
         recalled = []
-        if context.hook("suspend_queue") is not None:
+        if provided(context.backend, VhostUserBackendBase.suspend_queue) is not None:
             for index, vring in enumerate(context.vrings):
                 with vring.get_ref() as state:
                     unsettled = not state.settled
@@ -161,11 +162,10 @@ class Rings:
 
     def _ended(self, index: int, *, keep: bool = True) -> Callable[[], bool]:
         context = self._context
-        suspend = context.hook("suspend_queue")
+        suspend = provided(context.backend, VhostUserBackendBase.suspend_queue)
         if suspend is None:
             return lambda: not self._in_flight(index)
-        ended: Callable[[], bool] = suspend(index, context.wake, keep)
-        return ended
+        return suspend(index, context.wake, keep)
 
     def _device_stopped(self) -> None:
         if not self._remains:

@@ -13,7 +13,7 @@ from typing import Final
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
 
-from ..backend import VhostUserBackend
+from ..backend import STATUS_BYTE, VhostUserBackend
 from ..control import Answer, ControlPlane, Outcome
 from ..epoll_handler import VringEpollHandler
 from ..errors import BackendUsageError, Refused, is_shortage
@@ -62,7 +62,8 @@ class DaemonBase:
         self._ahead = ReadAhead()
         self._connection: socket.socket | None = None
         self._shortages = RateLimited(log)
-        status_byte = bool(getattr(backend, "status_byte", False))
+        own = STATUS_BYTE.of(backend)
+        status_byte = own is not None and own.status_byte
         self.vrings: list[Vring] = [
             vring(
                 VringState(index, backend.max_queue_size(), engine=engine, status_byte=status_byte)

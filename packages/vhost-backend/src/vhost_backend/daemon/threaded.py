@@ -26,7 +26,7 @@ from vhost_protocol import BackendConnection, Received  # by name: before anybod
 from ..adapter.checks import check_backend
 from ..backend import VhostUserBackend
 from ..control import Answer, Wait
-from ..epoll_handler import VringEpollHandler
+from ..epoll_handler import worker_type
 from ..errors import BackendUsageError, Refused, VhostBackendError, is_shortage, kept
 from ..fds.eventfd import WakeFd
 from ..fds.listener import Listener
@@ -89,9 +89,7 @@ class VhostUserDaemon(DaemonBase):
             vring=vring,
             memory_slots=memory_slots,
             drain_warning=drain_warning,
-            # A back-end of this package says which kind of worker it needs; any other gets plain
-            # threads.
-            worker_type=getattr(backend, "worker_type", VringEpollHandler),
+            worker_type=worker_type(backend),
             wake=self._progress.wake,
             busy_poll=busy_poll,
             cpus=cpus,

@@ -36,8 +36,9 @@ from virtqueue import (
 )
 
 from ..counters import QueueCounters
-from ..errors import BackendUsageError, Refused
+from ..errors import BackendUsageError, DeviceRefused
 from ..rate_limited_log import RateLimited
+from .hooks import defaults
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -225,6 +226,7 @@ class Recall(enum.Enum):
     """Completed with nothing written (and `error_status`, where there is a status byte)."""
 
 
+@defaults
 class VirtioDevice:
     """A virtio device: what it is, and what it does with a request.
 
@@ -236,10 +238,9 @@ class VirtioDevice:
 
     `protocol_features` are what the device uses on `channel` by itself: HOST_NOTIFIER, or
     SHARED_OBJECT to look up others' objects. What follows from a hook needs no mention there.
-    A device has the hooks of its type by defining them: `send_rarp(mac)`, `net_set_mtu(mtu)`,
-    `create_crypto_session(op_code, session)` (returns the session's id, negative for failure) with
-    `close_crypto_session(id)`, `get_shared_object(uuid)` (16 bytes; a descriptor that stays the
-    device's, or None), `get_shmem_config()` (sizes in bytes by id), `set_gpu_socket(channel)`.
+    A device has the hooks of its type by defining them. Protocols of the package name them:
+    `Rarp`, `Mtu`, `CryptoSessions`, `SharedObjects`, `SharedMemory`, `GpuSocket`. Half of one is
+    refused when the device is served.
     """
 
     device_id: int = 0
@@ -341,7 +342,7 @@ class VirtioDevice:
         """Told which feature bits the driver accepted."""
 
     def started(self) -> None:
-        """The first ring is about to start. Raise `Refused` if the device cannot run now."""
+        """The first ring is about to start. Raise `DeviceRefused` if the device cannot run now."""
 
     def stopped(self) -> None:
         """The last ring has stopped: the device is suspended and may run elsewhere."""
@@ -358,7 +359,7 @@ class VirtioDevice:
 
     def set_config(self, offset: int, data: bytes) -> None:
         """Refuse: no field is writable."""
-        raise Refused("SET_CONFIG", "no field of this device's configuration is writable")
+        raise DeviceRefused("no field of this device's configuration is writable")
 
     def config_changed(self) -> None:
         """Tell the driver that the configuration space has changed, if the front-end can."""
@@ -391,6 +392,11 @@ class VirtioDevice:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def asked_features(device: VirtioDevice) -> ProtocolFeatures:
+    """Protocol features that the device asks for beside its hooks."""
+    return device.protocol_features | (ProtocolFeatures.CONFIG if device.config else 0)
 
 
 def close_device(device: VirtioDevice) -> None:

@@ -30,9 +30,9 @@ from virtqueue import (
 )
 
 from ...device.base import Queue, VirtioDevice
-from ...errors import DeviceError, Refused
+from ...errors import REFUSALS, DeviceError, DeviceRefused
 from ...rate_limited_log import RateLimited
-from .file_io import REFUSALS, read_at, write_at
+from .file_io import read_at, write_at
 from .image_lock import ImageLock, Locking
 
 log: logging.Logger = logging.getLogger("vhost_backend.blk")
@@ -228,7 +228,7 @@ class BlockDevice(VirtioDevice):
         try:
             self._lock.acquire()
         except DeviceError as error:
-            raise Refused("SET_VRING_KICK", str(error)) from None
+            raise DeviceRefused(str(error)) from None
         self._running = True
 
     def stopped(self) -> None:
@@ -276,7 +276,7 @@ class BlockDevice(VirtioDevice):
 
     def set_config(self, offset: int, data: bytes) -> None:
         """No field is writable: the writeback field belongs to CONFIG_WCE, which is not offered."""
-        raise Refused("SET_CONFIG", "no field of this disk's configuration is writable")
+        raise DeviceRefused("no field of this disk's configuration is writable")
 
     # -- requests -------------------------------------------------------------------------------
 
