@@ -162,11 +162,11 @@ class MemoryTable:
     def _acknowledged(self, message: vp.Message, fds: Descriptors) -> Outcome:
         memory, self._pending = self._pending, None
         if memory is None or self._userfault is None:
-            raise Refused("SET_MEM_TABLE", "there is no table to acknowledge")
+            raise Refused(message.request_name, "there is no table to acknowledge")
         try:
             self._userfault.register(memory)
         except GuestMemoryError as error:
-            raise Refused("SET_MEM_TABLE", str(error)) from error
+            raise Refused(message.request_name, str(error)) from error
         self._context.use_memory(memory.with_postcopy(True))
         return None
 

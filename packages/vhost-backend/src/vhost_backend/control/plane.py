@@ -106,7 +106,10 @@ class ControlPlane:
         outcome = _refusing(request, lambda: handler(message, fds))
         if isinstance(outcome, Wait):
             finish = outcome.finish
-            return outcome._replace(finish=lambda: _refusing(request, finish))
+            return outcome._replace(
+                finish=lambda: _refusing(request, finish),
+                what=f"{request} of {outcome.what}" if outcome.what else request,
+            )
         return outcome
 
     def _features_changed(self) -> None:
