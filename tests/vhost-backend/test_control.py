@@ -172,6 +172,30 @@ def test_a_packed_position_without_the_devices_half_is_that_of_both() -> None:
             assert frontend.get_vring_base(0) == both
 
 
+def test_with_an_inflight_region_a_used_half_of_zero_is_meant() -> None:
+    """A device that stands at 0 in its second round, with five requests that it has not used."""
+    with attached(Echo(), packed=True, inflight=True) as session:
+        session.stop_ring(0)
+        for base, both in ((5, 5), (0x8005, 0x8005_8005)):
+            # The front-end here would refuse to send what looks like DPDK's.
+            header = vp.FrontendRequest.SET_VRING_BASE, 1, 8
+            session.frontend.send_raw(struct.pack("<5I", *header, 0, base))
+            assert session.frontend.get_vring_base(0) == both
+
+
+def test_a_packed_ring_whose_position_was_never_set_begins_as_the_driver_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its wrap counters are 1 (virtio 2.8.1), and it goes on where it was after a stop."""
+    monkeypatch.setattr(vp.Frontend, "set_vring_base", lambda frontend, index, base: None)
+    with attached(Echo(), packed=True) as session:
+        exchange(session, b"first")
+        assert session.stop_ring(0) == 0x8002_8002  # two descriptors each
+        session.start_ring(0)
+        exchange(session, b"second")
+        assert session.stop_ring(0) == 0x8004_8004
+
+
 def test_what_the_device_advises_is_no_limit() -> None:
     with raw() as frontend:
         frontend.set_vring_num(0, 32768)

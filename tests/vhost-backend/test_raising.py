@@ -29,6 +29,7 @@ from vhost_backend import (
     VringState,
     serve_async,
 )
+from vhost_backend.adapter.ring_worker import QueueWorker
 from vhost_backend.devices.blk.device import S_IOERR, T_GET_ID
 from vhost_backend.driver.block import DRIVER_FEATURES, BlockError
 from vhost_backend.epoll_handler import MOST_FAILURES
@@ -416,11 +417,70 @@ def test_a_listener_that_only_fails_does_not_keep_its_worker(error: BaseExceptio
         worker.register_listener(fd, select.EPOLLIN, callback=fail)
         until(lambda: any("not watched any more" in text for text in errors), "it goes on")
         assert len(calls) == MOST_FAILURES
+        assert not worker._listeners, "the worker serves its queue the long way for ever"
         worker.unregister_listener(fd)
+        with pytest.raises(BackendUsageError, match="not a listener"):
+            worker.unregister_listener(fd)
         # Registered anew it has its chance again.
         worker.register_listener(fd, select.EPOLLIN, callback=lambda _: os.eventfd_read(fd))
         until(lambda: not select.select([fd], [], [], 0)[0], "it is not watched again")
     os.close(fd)
+
+
+def test_a_listeners_descriptor_that_is_closed_too_early_ends_no_worker() -> None:
+    fd = os.eventfd(0)
+    device = Raising(ValueError())
+    with (
+        expect_errors(f"descriptor {fd} was closed before it was unregistered") as errors,
+        VhostUserDaemon("test", DeviceBackend.of(device), vring=VringMutex) as daemon,
+    ):
+        (worker,) = daemon.get_epoll_handlers()
+        assert isinstance(worker, QueueWorker)
+        worker.register_listener(fd, select.EPOLLIN, callback=lambda events: None)
+        os.close(fd)
+        worker._show_again()  # what the worker does after it has served its queue from C
+        assert len(errors) == 1
+        worker.unregister_listener(fd)
+
+
+class CancelsItself(VirtioDevice):
+    """Cancels the task of its second request, and keeps the third."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.kept: list[asyncio.Task[Any]] = []
+
+    async def handle(self, queue: Queue, request: Request) -> None:
+        self.seen += 1
+        task = asyncio.current_task()
+        assert task is not None
+        if self.seen == 2:
+            task.cancel()
+            await asyncio.sleep(0)
+        if self.seen == 3:
+            self.kept.append(task)
+            await asyncio.sleep(3600)
+        if self.seen == 4:
+            self.kept.pop().cancel()
+        request.write(b"ok")
+
+
+def test_a_device_that_cancels_its_own_coroutine_fails_that_request() -> None:
+    with expect_errors("CancelsItself") as errors, attached(CancelsItself()) as session:
+        assert answers(session, 4) == [(0, 2), (1, 0), (2, 0), (3, 2)]
+    assert len(errors) == 2
+
+
+def test_in_a_loop_a_device_that_cancels_its_own_coroutine_fails_that_request(
+    tmp_path: Path,
+) -> None:
+    def use() -> None:
+        with DriverSession.connect(tmp_path / "s", timeout=20) as session:
+            assert answers(session, 4) == [(0, 2), (1, 0), (2, 0), (3, 2)]
+
+    with expect_errors("CancelsItself") as errors:
+        in_loop(CancelsItself(), tmp_path / "s", use)
+    assert len(errors) == 2
 
 
 # -- workers ------------------------------------------------------------------------------------

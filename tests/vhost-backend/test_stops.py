@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import itertools
 import os
+import select
 import signal
 import socket
 import struct
@@ -30,6 +31,7 @@ from vhost_backend import (
     Request,
     VhostUserDaemon,
     VirtioDevice,
+    VirtioFeature,
 )
 from vhost_backend.devices.blk.device import T_GET_ID, T_IN, T_OUT
 from vhost_backend.driver import DriverSession
@@ -322,6 +324,34 @@ def test_a_ring_that_waits_for_the_last_front_end_can_be_stopped_and_left(
         assert device.ended == 1
         assert not device.stops  # the device went from one front-end to the other
     until(lambda: device.stops == 1, "the device was not told that its rings have stopped")
+
+
+def test_a_ring_that_waits_and_that_later_features_forbid_does_not_start(
+    served: Callable[..., tuple[VhostUserDaemon, str]],
+    engine: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """48 descriptors, as packed rings may have; then SET_FEATURES comes without packed rings."""
+    device = Held()
+    _, path = served(device, engine=engine)
+    with DriverSession.connect(path, timeout=PATIENCE) as session:
+        submit(session)
+        assert device.taken.wait(PATIENCE)
+    err = os.eventfd(0)
+    with DriverSession.connect(path, timeout=PATIENCE, packed=True, queue_size=48) as session:
+        session.frontend.set_vring_err(0, err)
+        session.frontend.set_features(session.features & ~VirtioFeature.RING_PACKED)
+        device.go_on.set()
+        until(lambda: select.select([err], [], [], 0)[0], "the front-end is not told")
+        assert "queue 0 cannot start" in caplog.text
+        assert session.frontend.get_features()
+        # Set up anew it starts.
+        session.frontend.set_features(session.features)
+        session.start_ring(0)
+        submit(session)
+        assert len(session.vrings[0].completions(PATIENCE)) == 1
+    assert not [record for record in caplog.records if record.exc_info]
+    os.close(err)
 
 
 def test_a_hang_up_is_noticed_while_a_stop_waits(

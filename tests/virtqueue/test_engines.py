@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from virtqueue import (
@@ -10,6 +13,7 @@ from virtqueue import (
     available_engines,
     c_library,
     default_engine,
+    load_engine,
 )
 from virtqueue.engine import c as c_engine
 
@@ -34,6 +38,25 @@ def test_a_name_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("VIRTQUEUE_ENGINE", "fortran")
     with pytest.raises(UsageError, match="VIRTQUEUE_ENGINE is c or python"):
         default_engine()
+    with pytest.raises(UsageError, match="no engine is called 'cobol'"):
+        load_engine("cobol")
+
+
+@pytest.mark.parametrize("name", ["c", "python"])
+def test_an_engine_that_is_loaded_is_imported_whole(name: str) -> None:
+    code = (
+        "import sys, virtqueue\n"
+        f"assert virtqueue.load_engine({name!r}) == {name!r}\n"
+        "before = set(sys.modules)\n"
+        "from virtqueue.engine.choose import make_engine\n"
+        "block = virtqueue.layout.QueueBlock()\n"
+        "try:\n"
+        f"    make_engine({name!r}, block, None)\n"
+        "except (virtqueue.VirtqueueError, AttributeError):\n"
+        "    pass  # there is no ring behind the block\n"
+        "assert not set(sys.modules) - before, set(sys.modules) - before\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.usefixtures("no_library")

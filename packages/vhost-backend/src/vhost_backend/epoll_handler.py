@@ -16,6 +16,7 @@ listeners go on. A worker that cannot go on itself tells its daemon, which ends 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -99,6 +100,8 @@ class VringEpollHandler:
         self._listeners: dict[int, _Listener] = {}
         #: How often each has failed in a row.
         self._failures: dict[int, int] = {}
+        #: Those that are not watched any more, and were not unregistered.
+        self._given_up: set[int] = set()
         #: Kick descriptors that need no reading.
         self._edges: set[int] = set()
         self._scan: set[int] = set()
@@ -219,6 +222,7 @@ class VringEpollHandler:
                 raise FileExistsError(f"descriptor {fd} is registered already")
             # Known first: the thread may see what there is at once, and an edge comes only once.
             self._listeners[fd] = _Listener(events, data or 0, callback)
+            self._given_up.discard(fd)
             try:
                 self._epoll.register(fd, events)
             except BaseException:
@@ -229,11 +233,13 @@ class VringEpollHandler:
     def unregister_listener(self, fd: int) -> None:
         """Undo `register_listener`; call it before the descriptor is closed."""
         with self._lock:
+            if fd in self._given_up:
+                self._given_up.remove(fd)
+                return
             if fd not in self._listeners:
                 raise BackendUsageError(f"descriptor {fd} is not a listener")
-            del self._listeners[fd]
-            if self._failures.pop(fd, 0) < MOST_FAILURES:
-                self._epoll.unregister(fd)
+            self._drop(fd)
+            self._given_up.remove(fd)
 
     # -- the thread -----------------------------------------------------------------------------
 
@@ -365,7 +371,7 @@ class VringEpollHandler:
                 return
             count = self._failures[fd] = self._failures.get(fd, 0) + 1
             if count == MOST_FAILURES:
-                self._epoll.unregister(fd)
+                self._drop(fd)
         if count == MOST_FAILURES:
             log.error(
                 "worker %s: descriptor %d is not watched any more: its listener has failed %d times"
@@ -374,6 +380,14 @@ class VringEpollHandler:
                 fd,
                 count,
             )
+
+    def _drop(self, fd: int) -> None:
+        """Watch a listener's descriptor no more. With the lock."""
+        del self._listeners[fd]
+        self._failures.pop(fd, None)
+        self._given_up.add(fd)
+        with contextlib.suppress(OSError):  # its owner has closed it already
+            self._epoll.unregister(fd)
 
     def _call(
         self, what: str, number: int, function: Callable[..., object], *args: object

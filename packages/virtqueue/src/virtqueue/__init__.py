@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from ._version import __version__
 from .config import RingConfig, RingLayout, ring_layout
 from .counters import Counters
-from .engine.choose import available_engines, default_engine
+from .engine.choose import available_engines, default_engine, load_engine
 from .engine.inflight import InflightRegion, inflight_size
 from .errors import (
     ChainCompleted,
@@ -103,5 +103,6 @@ __all__ = [
     "available_engines",
     "default_engine",
     "inflight_size",
+    "load_engine",
     "ring_layout",
 ]

@@ -34,6 +34,7 @@ class AsyncVringEpollHandler(VringEpollHandler):
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
+        self.run_in(asyncio.current_task())
         self._loop.add_reader(self._epoll.fileno(), self._turn)
         self._turn()
         await self._ended.wait()
@@ -56,6 +57,11 @@ class AsyncVringEpollHandler(VringEpollHandler):
             self._ended.set()
         elif timeout is not None:
             self._timer = self._loop.call_later(timeout, self._turn)
+
+    def run_in(self, host: asyncio.Task[object] | None) -> None:
+        """The worker lives as long as this task: a loop that ends cancels it with the others."""
+        if isinstance(self._backend, AsyncDeviceBackend):
+            self._backend.hosts[self._loop] = host
 
     def _lost(self, error: BaseException) -> None:
         """The worker cannot go on."""
@@ -99,6 +105,8 @@ class AsyncDeviceBackend(DeviceBackend):
     def __init__(self, device: VirtioDevice) -> None:
         super().__init__(device)
         self._served: dict[int, _Served] = {}
+        #: By loop: the task that its worker lives in, None when there is none.
+        self.hosts: dict[asyncio.AbstractEventLoop, asyncio.Task[object] | None] = {}
 
     def handle_event(
         self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
@@ -225,14 +233,18 @@ class AsyncDeviceBackend(DeviceBackend):
         except GeneratorExit:
             raise
         except BaseException as error:
-            # Whoever cancels the task wants it gone; a handler may raise the same by mistake.
-            task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and (
-                request._recalled or (task and task.cancelling())
+                request._recalled or self._loop_ends(served.loop)
             ):
                 raise
+            # The device has raised it, or has cancelled the request's task itself.
             status, written = fail_request(self.device, queue, error), flags
         self._complete(served, request.chain, written, status)
+
+    def _loop_ends(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether a loop cancels whatever is left in it: then requests stay for a successor."""
+        host = self.hosts.get(loop)
+        return host is None or host.done() or host.cancelling() > 0
 
     def _complete(self, served: _Served, chain: Chain, written: int, status: int) -> None:
         with served.vring.get_mut() as state:

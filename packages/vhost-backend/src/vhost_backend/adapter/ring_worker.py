@@ -97,9 +97,16 @@ class QueueWorker(VringEpollHandler):
 
     def _show_again(self) -> None:
         """Have epoll tell once more which listeners are ready."""
+        closed = []
         with self._lock:
-            for fd, listener in self._listeners.items():
-                self._epoll.modify(fd, listener.events)
+            for fd, listener in list(self._listeners.items()):
+                try:
+                    self._epoll.modify(fd, listener.events)
+                except OSError:
+                    self._drop(fd)
+                    closed.append(fd)
+        for fd in closed:
+            log.error("%s: descriptor %d was closed before it was unregistered", self._name, fd)
 
     def _serve(self, vring: VringMutex) -> bool:
         """Serve the queue from C until there is something else to do; False when it cannot be."""

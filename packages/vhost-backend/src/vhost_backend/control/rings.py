@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import vhost_protocol as vp
 from virtqueue import UsageError
@@ -12,11 +13,17 @@ from ..backend import VhostUserBackendBase, provided
 from ..errors import Refused
 from ..fds import eventfd
 from ..features import VirtioFeature
+from ..vring.locks import Vring
 from ..vring.state import VringState
 from .context import MAX_RING_SIZE, Context
 from .outcome import Answer, Descriptors, Outcome, Wait
 
 log: logging.Logger = logging.getLogger("vhost_backend")
+
+#: A packed ring's wrap counter, in both halves of its base.
+_WRAP: Final = 0x8000
+#: Where a packed ring begins (virtio 2.8.1): both indices 0, both wrap counters 1.
+_PACKED_BEGIN: Final = _WRAP << 16 | _WRAP
 
 
 class Rings:
@@ -26,6 +33,8 @@ class Rings:
         self._context = context
         #: By ring: whether the device has ended what it works on for a front-end that has gone.
         self._remains: dict[int, Callable[[], bool]] = {}
+        #: Rings whose position the front-end has set, or that have run.
+        self._placed: set[int] = set()
         self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
             vp.SetVringNum: self._set_num,
             vp.SetVringAddr: self._set_addr,
@@ -61,6 +70,7 @@ class Rings:
         `settle`.
         """
         context = self._context
+        self._placed.clear()
         for index, vring in enumerate(context.vrings):
             context.unwatch(index)
             with vring.get_mut() as state:
@@ -90,10 +100,8 @@ class Rings:
         waited = []
         for index, vring in enumerate(context.vrings):
             with vring.get_mut() as state:
-                if state.deferred:
+                if state.deferred and self._start_late(state):
                     waited.append(index)
-                    self._make_queue(state)
-                    state.signal_call()
         if waited:
             log.warning("requests of the last front-end have ended: vrings %s start", waited)
         elif not self._any_started():
@@ -260,16 +268,26 @@ class Rings:
         vring = context.vring("SET_VRING_BASE", message.index)
         base = message.base
         if context.features & VirtioFeature.RING_PACKED:
-            if 0 < base <= 0xFFFF:
-                # DPDK's virtio-user gives the driver's half alone, of a ring that is drained.
-                base |= base << 16
+            base = self._whole_base(vring, base)
         elif base > 0xFFFF:
             raise Refused("SET_VRING_BASE", f"{base:#x} is no index of a split ring")
         with vring.get_mut() as state:
             if state.started:
                 raise Refused("SET_VRING_BASE", f"vring {message.index} is started")
             state.set_queue_next_avail(base)
+        self._placed.add(message.index)
         return None
+
+    def _whole_base(self, vring: Vring, base: int) -> int:
+        """DPDK's virtio-user gives the driver's half alone, of a ring that is drained.
+
+        A used half of 0 can also be meant: the device stands at 0 with a wrap counter of 0, and
+        what it has not used is in the in-flight region.
+        """
+        with vring.get_ref() as state:
+            recorded = state.inflight is not None
+        meant = recorded and not base & _WRAP
+        return base if not 0 < base <= 0xFFFF or meant else base | base << 16
 
     def _set_endian(self, message: vp.SetVringEndian, fds: Descriptors) -> Outcome:
         with self._context.vring("SET_VRING_ENDIAN", message.index).get_mut() as state:
@@ -328,6 +346,9 @@ class Rings:
     def _start(self, request: str, state: VringState) -> None:
         context = self._context
         context.device_started()
+        if state.index not in self._placed and state.features & VirtioFeature.RING_PACKED:
+            state.set_queue_next_avail(_PACKED_BEGIN)
+        self._placed.add(state.index)
         if context.has(vp.ProtocolFeatures.INBAND_NOTIFICATIONS):
             state.channel = context.channel
         try:
@@ -362,6 +383,24 @@ class Rings:
             )
             return
         state.set_queue_ready(self._context.memory.current)
+
+    def _start_late(self, state: VringState) -> bool:
+        """Start a ring that has waited; False where a later SET_FEATURES allows no such ring.
+
+        SET_VRING_KICK was acknowledged meanwhile, so the error descriptor tells the front-end.
+        """
+        try:
+            self._make_queue(state)
+        except UsageError as error:
+            log.warning(
+                "%s: queue %d cannot start: %s; the driver has to set it up anew",
+                *(self._context.name, state.index, error),
+            )
+            state.stop()
+            state.signal_err()
+            return False
+        state.signal_call()
+        return True
 
     def _get_base(self, message: vp.GetVringBase, fds: Descriptors) -> Outcome:
         # Before there was a message of its own for it, bit 20 alone meant not to drain: what that

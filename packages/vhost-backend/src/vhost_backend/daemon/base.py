@@ -12,6 +12,7 @@ from typing import Final
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
+from virtqueue import UsageError, load_engine
 
 from ..backend import STATUS_BYTE, VhostUserBackend
 from ..control import Answer, ControlPlane, Outcome
@@ -62,6 +63,10 @@ class DaemonBase:
         self._ahead = ReadAhead()
         self._connection: socket.socket | None = None
         self._shortages = RateLimited(log)
+        try:
+            load_engine(engine)
+        except UsageError as error:
+            raise BackendUsageError(str(error)) from None
         own = STATUS_BYTE.of(backend)
         status_byte = own is not None and own.status_byte
         self.vrings: list[Vring] = [

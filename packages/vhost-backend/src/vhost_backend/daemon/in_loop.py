@@ -140,6 +140,9 @@ class AsyncDaemon(DaemonBase):
 
     async def serve_connection(self, sock: socket.socket) -> None:
         """Serve one connected socket, which is taken over, until the front-end hangs up."""
+        for worker in self._workers:
+            assert isinstance(worker, LoopWorker)
+            worker.run_in(asyncio.current_task())
         self._connection = sock
         connection = AsyncBackendConnection(sock)
         self._control.connect(connection.session)

@@ -563,6 +563,10 @@ class VringState:
             error,
             _ADVICE.get(error.reason, _NEW_START),
         )
+        self.signal_err()
+
+    def signal_err(self) -> None:
+        """Signal the error descriptor, or send the message that stands for it."""
         if self.err_fd >= 0:
             eventfd.signal(self.err_fd)
         elif self.channel is not None:

@@ -54,21 +54,34 @@ def available_engines() -> tuple[EngineName, ...]:
     return ("c", "python")
 
 
+def load_engine(name: str | None = None) -> EngineName:
+    """Import what the engine called `name` needs (None: the default), and tell which one it is.
+
+    Otherwise the first queue imports it, and a disk that stands still holds it up. Raises
+    `UsageError` for a name of no engine, `EngineUnavailable` where there is no C engine.
+    """
+    wanted = wanted_engine(name)
+    if wanted != "python":
+        try:
+            from .c import check
+
+            check()
+            return "c"
+        except (ImportError, EngineUnavailable) as error:
+            if wanted == "c":
+                raise _unavailable(error) from error
+    from .python import create  # noqa: F401
+
+    return "python"
+
+
 def default_engine() -> EngineName:
     """The engine that a queue gets when nothing else is said: VIRTQUEUE_ENGINE's, or the best.
 
     Raises `UsageError` when VIRTQUEUE_ENGINE names no engine, and `EngineUnavailable` when it asks
     for the C engine in vain.
     """
-    wanted = wanted_engine(None)
-    if wanted == "c":
-        try:
-            from .c import check
-
-            check()
-        except (ImportError, EngineUnavailable) as error:
-            raise _unavailable(error) from error
-    return wanted or available_engines()[0]
+    return load_engine()
 
 
 def _unavailable(error: Exception) -> EngineUnavailable:
