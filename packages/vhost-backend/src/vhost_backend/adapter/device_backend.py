@@ -13,18 +13,9 @@ from collections.abc import Callable, Sequence
 from vhost_protocol import BackendChannel, ProtocolFeatures
 from virtqueue import DONE, RECORD, Batch, CHandler, DoneFlags, UsageError
 
-from ..backend import VhostUserBackendBase
+from ..backend import STATE_TRANSFER, VhostUserBackendBase
 from ..device.base import Queue, VirtioDevice, asked_features, fail_request
-from ..device.hooks import (
-    SAVED_STATE,
-    CryptoSessions,
-    GpuSocket,
-    Mtu,
-    Rarp,
-    SharedMemory,
-    SharedObjects,
-    provided,
-)
+from ..device.hooks import OF_A_TYPE, SAVED_STATE, provided
 from ..device.state_stream import StateTransfers
 from ..epoll_handler import VringEpollHandler
 from ..errors import BackendUsageError
@@ -32,7 +23,7 @@ from ..features import RING_FEATURES, VirtioFeature
 from ..vring.locks import Vring
 from ..vring.state import VringState
 from .checks import check_device
-from .passing import passed_on
+from .passing import passes_on
 from .ring_worker import QueueWorker
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -43,6 +34,14 @@ BATCH = 128
 TURN = 8
 
 
+@passes_on(
+    *("acked_features", "update_memory", "queues_per_thread"),
+    *(hook for group in (*OF_A_TYPE, STATE_TRANSFER) for hook in group.hooks),
+    reset_device=VirtioDevice.reset,
+    device_started=VirtioDevice.started,
+    device_stopped=VirtioDevice.stopped,
+    describe_request=VirtioDevice.describe,
+)
 class DeviceBackend(VhostUserBackendBase):
     """A device as a back-end. `DeviceBackend.of(device)` picks the kind its `handle` needs."""
 
@@ -68,32 +67,13 @@ class DeviceBackend(VhostUserBackendBase):
         self.parts: tuple[object, ...] = (device,)
         if SAVED_STATE.of(device) is not None:
             self.parts = device, StateTransfers(device)
-        self.status_byte, self.error_status = device.status_byte, device.error_status
+        self.status_byte: bool = device.status_byte
+        self.error_status: int = device.error_status
         self._queues: dict[int, Queue] = {}
         #: Handlers in C by queue, where the device has them.
         self._handlers: dict[int, CHandler | None] = {}
         #: In an event loop of the caller's: what ends that when a handler raises to end it.
         self.on_exit: Callable[[BaseException], None] | None = None
-
-    # What the device does itself, under its own name for it; without it, what the base does.
-    acked_features = passed_on(VirtioDevice.acked_features)
-    reset_device = passed_on(VirtioDevice.reset)
-    get_config = passed_on(VirtioDevice.get_config)
-    set_config = passed_on(VirtioDevice.set_config)
-    update_memory = passed_on(VirtioDevice.update_memory)
-    queues_per_thread = passed_on(VirtioDevice.queues_per_thread)
-    device_started = passed_on(VirtioDevice.started)
-    device_stopped = passed_on(VirtioDevice.stopped)
-    describe_request = passed_on(VirtioDevice.describe)
-    send_rarp = passed_on(Rarp.send_rarp)
-    net_set_mtu = passed_on(Mtu.net_set_mtu)
-    create_crypto_session = passed_on(CryptoSessions.create_crypto_session)
-    close_crypto_session = passed_on(CryptoSessions.close_crypto_session)
-    get_shared_object = passed_on(SharedObjects.get_shared_object)
-    get_shmem_config = passed_on(SharedMemory.get_shmem_config)
-    set_gpu_socket = passed_on(GpuSocket.set_gpu_socket)
-    set_device_state_fd = passed_on(StateTransfers.set_device_state_fd)
-    check_device_state = passed_on(StateTransfers.check_device_state)
 
     def num_queues(self) -> int:
         """The device's."""

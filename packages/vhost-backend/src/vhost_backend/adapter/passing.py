@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from typing import Any, Protocol, TypeVar
 
 
 class Adapter(Protocol):
-    """Has its methods from `parts`."""
+    """Has methods from its parts."""
 
     @property
     def parts(self) -> Sequence[object]:
         """Those that may have a method, in the order in which they are asked."""
 
 
+A = TypeVar("A", bound=type[Adapter])
+
+
 class _PassedOn:
-    """The method `name` of the first part that has it, in the place of the adapter's own."""
+    """The method `name` of the first part that has it, or else `owner`'s base's method `own`.
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    What comes out is the part's own bound method, so `device.hooks.provided` sees through it.
+    """
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._owner, self._own = owner, name
+    def __init__(self, owner: type, own: str, name: str) -> None:
+        self._owner, self._own, self._name = owner, own, name
 
     def __get__(self, adapter: Adapter | None, kind: type) -> Any:
         if adapter is None:
@@ -36,9 +36,13 @@ class _PassedOn:
         return getattr(super(self._owner, adapter), self._own)
 
 
-def passed_on(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Stands for `method` of one of the adapter's parts; without one, for the base's method.
+def passes_on(*same: str, **renamed: Callable[..., object]) -> Callable[[A], A]:
+    """Class decorator: these methods come from the adapter's parts, some under another name."""
 
-    What is got from the adapter is the part's own bound method, so `provided` sees through it.
-    """
-    return cast("Callable[Concatenate[Any, P], R]", _PassedOn(method.__name__))
+    def install(kind: A) -> A:
+        names = dict.fromkeys(same) | renamed
+        for own, method in names.items():
+            setattr(kind, own, _PassedOn(kind, own, own if method is None else method.__name__))
+        return kind
+
+    return install
