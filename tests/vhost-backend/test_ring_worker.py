@@ -37,7 +37,7 @@ from vhost_backend.testing import attached, expect_errors, served
 from vhost_backend.vring import locks as vring_locks
 from vhost_backend.vring.state import VringState
 from vhost_protocol import ProtocolFeatures
-from virtqueue import Batch, Chain, CHandler, available_engines
+from virtqueue import Batch, Chain, CHandler, EngineName, available_engines
 from virtqueue.layout import QueueBlock
 
 pytestmark = pytest.mark.skipif(
@@ -573,7 +573,7 @@ def test_a_signal_that_a_visitor_read_is_given_again(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_workers_look_before_they_sleep(tmp_path: Path, together: bool, engine: str) -> None:
+def test_workers_look_before_they_sleep(tmp_path: Path, together: bool, engine: EngineName) -> None:
     class Pair(Echo):
         num_queues = 2
 
@@ -683,7 +683,7 @@ def test_a_subclass_with_batches_of_its_own_is_asked_for_all(image: Path) -> Non
     assert device.seen == 6
 
 
-def test_past_the_page_cache(image: Path, engine: str) -> None:
+def test_past_the_page_cache(image: Path, engine: EngineName) -> None:
     """Requests that are not aligned for it go through the page cache, and see the same bytes."""
     with (
         served(BlockDevice(image, direct=True), engine=engine) as path,
@@ -711,7 +711,7 @@ def test_past_the_page_cache(image: Path, engine: str) -> None:
 
 @pytest.mark.parametrize("disk", [False, True])
 def test_memory_goes_with_its_front_end(
-    tmp_path: Path, engine: str, image: Path, disk: bool
+    tmp_path: Path, engine: EngineName, image: Path, disk: bool
 ) -> None:
     """What serves a queue does not keep memory mapped when there is nothing to serve."""
     device = BlockDevice(image, num_queues=2) if disk else Echo()

@@ -31,6 +31,7 @@ from vhost_backend import (
 from vhost_backend.devices.blk.device import F_FLUSH
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import BlockWorkload, DriverSession, Migration
+from virtqueue import EngineName
 
 
 class Echo(VirtioDevice):
@@ -195,7 +196,7 @@ def in_a_loop(
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("make", [Echo, Patient])
 def test_a_device_in_the_callers_loop(
-    tmp_path: Path, engine: str, packed: bool, make: type[Echo]
+    tmp_path: Path, engine: EngineName, packed: bool, make: type[Echo]
 ) -> None:
     device = make()
 

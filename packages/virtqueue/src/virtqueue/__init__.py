@@ -13,6 +13,7 @@ from .config import RingConfig, RingLayout, ring_layout
 from .counters import Counters
 from .engine.choose import available_engines, default_engine, load_engine
 from .engine.inflight import InflightRegion, inflight_size
+from .engine.interface import EngineName
 from .errors import (
     ChainCompleted,
     EngineUnavailable,
@@ -77,6 +78,7 @@ __all__ = [
     "DirtyLog",
     "DoneFlags",
     "DriverQueue",
+    "EngineName",
     "EngineUnavailable",
     "FileAction",
     "FileHandler",

@@ -12,7 +12,7 @@ from typing import Final
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
-from virtqueue import UsageError, load_engine
+from virtqueue import EngineName, UsageError, load_engine
 
 from ..backend import STATUS_BYTE, VhostUserBackend
 from ..control import Answer, ControlPlane, Outcome
@@ -45,7 +45,7 @@ class DaemonBase:
         memory: MemoryHolder | None,
         *,
         mapper: Mapper | None,
-        engine: str | None,
+        engine: EngineName | None,
         vring: type[VringMutex] | type[VringRwLock],
         memory_slots: bool,
         drain_warning: float,

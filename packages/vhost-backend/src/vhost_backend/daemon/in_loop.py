@@ -20,6 +20,7 @@ from typing import Any
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
 from vhost_protocol import AsyncBackendConnection  # by name: imported before anybody connects
+from virtqueue import EngineName
 
 from ..adapter.checks import check_backend, check_device
 from ..adapter.coroutines import AsyncVringEpollHandler
@@ -81,7 +82,7 @@ class AsyncDaemon(DaemonBase):
         memory: MemoryHolder | None = None,
         *,
         mapper: Mapper | None = None,
-        engine: str | None = None,
+        engine: EngineName | None = None,
         memory_slots: bool = True,
         drain_warning: float = 10.0,
     ) -> None:
@@ -312,7 +313,7 @@ async def serve_async(
     device: VirtioDevice,
     path: str | os.PathLike[str] | Listener,
     *,
-    engine: str | None = None,
+    engine: EngineName | None = None,
     mapper: Mapper | None = None,
     memory_slots: bool = True,
     ready: Callable[[], None] | None = None,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 
 from guest_memory import Mapper
+from virtqueue import EngineName
 
 from ..adapter.checks import check_device
 from ..adapter.device_backend import DeviceBackend
@@ -29,7 +30,7 @@ def serve(
     device: VirtioDevice,
     path: str | os.PathLike[str] | Listener,
     *,
-    engine: str | None = None,
+    engine: EngineName | None = None,
     mapper: Mapper | None = None,
     memory_slots: bool = True,
     metrics: str | None = None,
@@ -71,7 +72,7 @@ def serve(
 def serve_all(
     devices: Iterable[tuple[VirtioDevice, str | os.PathLike[str] | Listener]],
     *,
-    engine: str | None = None,
+    engine: EngineName | None = None,
     mapper: Mapper | None = None,
     memory_slots: bool = True,
     metrics: str | None = None,

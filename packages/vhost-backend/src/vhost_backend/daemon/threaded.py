@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 
 from guest_memory import Mapper, MemoryHolder
 from vhost_protocol import BackendConnection, Received  # by name: before anybody connects
+from virtqueue import EngineName
 
 from ..adapter.checks import check_backend
 from ..backend import VhostUserBackend
@@ -66,7 +67,7 @@ class VhostUserDaemon(DaemonBase):
         memory: MemoryHolder | None = None,
         *,
         mapper: Mapper | None = None,
-        engine: str | None = None,
+        engine: EngineName | None = None,
         vring: type[VringMutex] | type[VringRwLock] = VringMutex,
         memory_slots: bool = True,
         drain_warning: float = 10.0,

@@ -44,6 +44,7 @@ from ...memory import access, barrier
 from ...memory.placement import PAGE
 from ...memory.table import PINS_OFFSET, READ, WRITE, Broken, Memory, Missing, Piece, Table
 from ..inflight import region_poison
+from ..interface import EngineName
 from .dirty_log import Log
 
 NEXT: Final = 1
@@ -123,7 +124,7 @@ class Taken:
 class RingEngine:
     """One queue's engine; the subclasses know the format."""
 
-    name: str = "python"
+    name: EngineName = "python"
 
     def __init__(self, block: QueueBlock, memory: Memory) -> None:
         if (block.magic, block.abi, block.size) != (MAGIC, ABI, ctypes.sizeof(QueueBlock)):
