@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .daemon.report import QueueReport, report
     from .daemon.serve import serve, serve_all
     from .daemon.threaded import VhostUserDaemon
-    from .device.base import Queue, Recall, Request, VirtioDevice
+    from .device.base import VirtioDevice
     from .device.hooks import (
         CryptoSessions,
         GpuSocket,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         SharedMemory,
         SharedObjects,
     )
+    from .device.request import Queue, Recall, Request
     from .device.state_stream import StateError
     from .devices import BlockDevice
     from .epoll_handler import VringEpollHandler
@@ -59,13 +60,13 @@ _LAZY = {
     "Listener": "fds.listener",
     "Mtu": "device.hooks",
     "MetricsServer": "daemon.prometheus",
-    "Queue": "device.base",
+    "Queue": "device.request",
     "QueueCounters": "counters",
     "QueueReport": "daemon.report",
     "Rarp": "device.hooks",
-    "Recall": "device.base",
+    "Recall": "device.request",
     "Refused": "errors",
-    "Request": "device.base",
+    "Request": "device.request",
     "SharedMemory": "device.hooks",
     "SharedObjects": "device.hooks",
     "StateError": "device.state_stream",

@@ -12,7 +12,8 @@ from functools import partial
 
 from virtqueue import Chain
 
-from ..device.base import Queue, Recall, Request, VirtioDevice, check_use, fail_request
+from ..device.base import VirtioDevice, fail_request
+from ..device.request import Queue, Recall, Request, check_use
 from ..epoll_handler import VringEpollHandler
 from ..features import RING_FEATURES
 from ..vring.locks import Vring

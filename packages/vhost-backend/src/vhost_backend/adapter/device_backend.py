@@ -14,8 +14,9 @@ from vhost_protocol import BackendChannel, ProtocolFeatures
 from virtqueue import DONE, RECORD, Batch, CHandler, DoneFlags, UsageError
 
 from ..backend import STATE_TRANSFER, VhostUserBackendBase
-from ..device.base import Queue, VirtioDevice, asked_features, fail_request
+from ..device.base import VirtioDevice, asked_features, fail_request
 from ..device.hooks import OF_A_TYPE, SAVED_STATE, provided
+from ..device.request import Queue
 from ..device.state_stream import StateTransfers
 from ..epoll_handler import VringEpollHandler
 from ..errors import BackendUsageError

@@ -29,7 +29,8 @@ from virtqueue import (
     UringUnavailable,
 )
 
-from ...device.base import Queue, VirtioDevice
+from ...device.base import VirtioDevice
+from ...device.request import Queue
 from ...errors import REFUSALS, DeviceError, DeviceRefused
 from ...rate_limited_log import RateLimited
 from .file_io import read_at, write_at
