@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import vhost_protocol as vp
 from guest_memory import GuestAddress, GuestMemoryError, allocate_memfd
 from vhost_backend import BlockDevice, VhostBackendError, VirtioFeature
-from vhost_backend.devices.blk.device import F_FLUSH, F_MQ
+from vhost_backend.devices.blk import F_FLUSH, F_MQ
 from vhost_backend.testing import BLOCK, BlockWorkload, DeviceProcess, DriverSession
 from virtqueue import EngineName, VirtqueueError
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import vhost_protocol as vp
 from vhost_backend import BlockDevice, VirtioFeature
-from vhost_backend.devices.blk.device import F_FLUSH
+from vhost_backend.devices.blk import F_FLUSH
 from vhost_backend.testing import BLOCK, BlockWorkload, DeviceProcess
 from virtqueue import EngineName
 

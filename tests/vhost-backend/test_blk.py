@@ -12,7 +12,8 @@ import pytest
 
 import vhost_protocol as vp
 from vhost_backend import BlockDevice, DeviceError
-from vhost_backend.devices.blk import device as blk
+from vhost_backend.devices import blk
+from vhost_backend.devices.blk import store
 from vhost_backend.driver import BlockDriver, BlockError
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import attached
@@ -292,8 +293,8 @@ def test_what_the_disk_fails_is_said_with_its_place(
     with attached(device, engine=engine, features=DRIVER_FEATURES) as session:
         driver = BlockDriver(session)
         with monkeypatch.context() as patch:
-            patch.setattr(blk, "read_at", fail)
-            patch.setattr(blk, "write_at", fail)
+            patch.setattr(store, "read_at", fail)
+            patch.setattr(store, "write_at", fail)
             patch.setattr(os, "fdatasync", fail)
             for request in (
                 lambda: driver.read(4096, 1024),

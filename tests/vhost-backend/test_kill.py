@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from vhost_backend import BlockDevice
-from vhost_backend.devices.blk.device import T_FLUSH
+from vhost_backend.devices.blk import T_FLUSH
 from vhost_backend.testing import BlockDriver, DeviceProcess
 from virtqueue import EngineName
 

@@ -13,7 +13,7 @@ import pytest
 import vhost_protocol as vp
 from guest_memory import GuestAddress, allocate_memfd
 from vhost_backend import BlockDevice, Queue, Request, VirtioDevice, VirtioFeature
-from vhost_backend.devices.blk import device as blk
+from vhost_backend.devices import blk
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.driver.session import GUEST_BASE, IOVA_BASE, USER_BASE, SessionError

@@ -12,7 +12,7 @@ import pytest
 import vhost_protocol as vp
 from guest_memory import GuestMemoryError, MappingFailed, Region, SharedMapping
 from vhost_backend import BlockDevice, DeviceBackend, Queue, Request, VhostUserDaemon, VirtioDevice
-from vhost_backend.devices.blk import device as blk
+from vhost_backend.devices import blk
 from vhost_backend.driver import BlockDriver, BlockError, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from virtqueue import EngineName

@@ -30,7 +30,7 @@ from vhost_backend import (
     serve_async,
 )
 from vhost_backend.adapter.ring_worker import QueueWorker
-from vhost_backend.devices.blk.device import S_IOERR, T_GET_ID
+from vhost_backend.devices.blk import S_IOERR, T_GET_ID
 from vhost_backend.driver.block import DRIVER_FEATURES, BlockError
 from vhost_backend.epoll_handler import MOST_FAILURES
 from vhost_backend.errors import BackendUsageError

@@ -28,7 +28,7 @@ from vhost_backend import (
 )
 from vhost_backend.adapter.ring_worker import QueueWorker
 from vhost_backend.control.dirty_log import Logging
-from vhost_backend.devices.blk.device import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT
+from vhost_backend.devices.blk import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.fds import eventfd

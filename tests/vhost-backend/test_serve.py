@@ -28,7 +28,7 @@ from vhost_backend import (
     serve_all,
     serve_async,
 )
-from vhost_backend.devices.blk.device import F_FLUSH
+from vhost_backend.devices.blk import F_FLUSH
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import BlockWorkload, DriverSession, Migration
 from virtqueue import EngineName

@@ -33,7 +33,7 @@ from vhost_backend import (
     VirtioDevice,
     VirtioFeature,
 )
-from vhost_backend.devices.blk.device import T_GET_ID, T_IN, T_OUT
+from vhost_backend.devices.blk import T_GET_ID, T_IN, T_OUT
 from vhost_backend.driver import DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from virtqueue import CHandler, EngineName

@@ -17,7 +17,7 @@ import pytest
 import vhost_protocol as vp
 from guest_memory import GuestAddress
 from vhost_backend import BlockDevice, Queue, Request, VirtioDevice
-from vhost_backend.devices.blk.device import T_OUT
+from vhost_backend.devices.blk import T_OUT
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import (
     BLOCK,
