@@ -4,10 +4,10 @@ The daemon speaks vhost-user and owns rings and threads; a back-end says what it
 on its queues when they are kicked. Most devices are easier to write as a `VirtioDevice`, which is
 adapted to this interface; implement it directly for full control of the rings.
 
-The Protocol is frozen: a hook that is added later goes to `VhostUserBackendBase` only. What is
-offered follows from the hooks that a back-end defines, here and in `device.hooks`: a method of the
-base's does not count as defined. A back-end without that base says the same by taking a method
-from there: `get_shmem_config = VhostUserBackendBase.get_shmem_config`.
+The Protocol is frozen: a hook that is added later goes to `VhostUserBackendBase` only. The hooks
+that a back-end defines, here and in `device.hooks`, decide what is offered. A method of the base's
+does not count as defined, also where a back-end without that base takes it from there:
+`get_shmem_config = VhostUserBackendBase.get_shmem_config`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class VhostUserBackend(Protocol):
     def protocol_features(self) -> ProtocolFeatures:
         """Features to use on the channel: HOST_NOTIFIER, or SHARED_OBJECT to look up objects.
 
-        What follows from a hook needs no mention here.
+        Features that have hooks need no mention here.
         """
 
     def reset_device(self) -> None:

@@ -20,7 +20,7 @@ A = TypeVar("A", bound=type[Adapter])
 class _PassedOn:
     """The method `name` of the first part that has it, or else `owner`'s base's method `own`.
 
-    What comes out is the part's own bound method, so `device.hooks.provided` sees through it.
+    It gives the part's own bound method, so `device.hooks.provided` sees through it.
     """
 
     def __init__(self, owner: type, own: str, name: str) -> None:

@@ -1,6 +1,6 @@
 """What concerns the device itself: configuration space, status, reset, and its type's messages.
 
-What is offered follows from the back-end's hooks: see `device.hooks`.
+The back-end's hooks decide what is offered: see `device.hooks`.
 """
 
 from __future__ import annotations
