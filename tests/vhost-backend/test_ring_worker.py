@@ -33,7 +33,7 @@ from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.fds import eventfd
 from vhost_backend.fds.listener import Listener
-from vhost_backend.testing import attached, expect_errors, served
+from vhost_backend.testing import attached, expect_errors, served, serving
 from vhost_backend.vring import locks as vring_locks
 from vhost_backend.vring.state import VringState
 from vhost_protocol import ProtocolFeatures
@@ -58,7 +58,8 @@ class Daemon:
     def __init__(self, device: VirtioDevice, path: Path, **options: object) -> None:
         self.listener = Listener(str(path / "device.sock"))
         self.daemon = VhostUserDaemon("test", DeviceBackend.of(device), **options)  # type: ignore[arg-type]
-        self.daemon.start(self.listener)
+        self._serving = serving(self.daemon, self.listener)
+        self._serving.__enter__()
         self.path = str(path / "device.sock")
 
     @property
@@ -74,7 +75,7 @@ class Daemon:
         return vring.server is not None
 
     def close(self) -> None:
-        self.daemon.close()
+        self._serving.__exit__(None, None, None)
         self.listener.close()
 
 
@@ -646,11 +647,11 @@ def test_a_flush_that_failed_is_not_tried_again(image: Path, tmp_path: Path) -> 
 
     class Failing(BlockDevice):
         def batch_handler(self, queue: int) -> CHandler | None:
-            good, self._fd = self._fd, os.eventfd(0)  # that cannot be synced: EINVAL
+            good, self._store.fd = self._store.fd, os.eventfd(0)  # that cannot be synced: EINVAL
             try:
                 return super().batch_handler(queue)
             finally:
-                self.bad, self._fd = self._fd, good
+                self.bad, self._store.fd = self._store.fd, good
 
     device = Failing(image)
     with attached(device, features=DRIVER_FEATURES) as session:

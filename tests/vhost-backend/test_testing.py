@@ -309,7 +309,7 @@ def test_the_workload_notices(attach: Attach, image: Path, fault: str) -> None:
                     "torn": (offset + 2048, bytes(2048)),
                     "elsewhere": (offset, chain.read().replace(b"\1", b"\2")),
                 }[fault]
-                os.pwrite(self._fd, wrong[1], wrong[0])
+                os.pwrite(self._store.fd, wrong[1], wrong[0])
 
     work = BlockWorkload(attach(Faulty(image), features=DRIVER_FEATURES), blocks=32)
 
