@@ -33,7 +33,7 @@ from vhost_backend import (
 from vhost_backend.device.hooks import OF_A_DEVICE, HookGroup, provided
 from vhost_backend.driver import DriverSession
 from vhost_backend.features import RING_FEATURES
-from vhost_backend.testing import attached, expect_errors
+from vhost_backend.testing import attached, expect_errors, serving
 
 P = vp.ProtocolFeatures
 PATIENCE = 60.0
@@ -521,15 +521,15 @@ def test_a_refusal_after_a_wait_names_the_message_too(
     with (
         Listener(tmp_path / "s") as listener,
         VhostUserDaemon("test", DeviceBackend.of(Busy()), drain_warning=0.05) as daemon,
+        serving(daemon, listener),
+        DriverSession.connect(tmp_path / "s", timeout=PATIENCE) as session,
     ):
-        daemon.start(listener)
-        with DriverSession.connect(tmp_path / "s", timeout=PATIENCE) as session:
-            session.vrings[0].submit([], [(session.allocate(1), 1)])
-            session.vrings[0].kick()
-            assert taken.wait(PATIENCE)
-            resetting = threading.Thread(target=reset, args=(session,))
-            resetting.start()
-            until(lambda: "test: RESET_DEVICE waits for" in caplog.text, "the reset does not wait")
-            go_on.set()
-            resetting.join(PATIENCE)
-            until(lambda: "RESET_DEVICE refused: not now" in caplog.text, "nothing is said")
+        session.vrings[0].submit([], [(session.allocate(1), 1)])
+        session.vrings[0].kick()
+        assert taken.wait(PATIENCE)
+        resetting = threading.Thread(target=reset, args=(session,))
+        resetting.start()
+        until(lambda: "test: RESET_DEVICE waits for" in caplog.text, "the reset does not wait")
+        go_on.set()
+        resetting.join(PATIENCE)
+        until(lambda: "RESET_DEVICE refused: not now" in caplog.text, "nothing is said")
