@@ -218,6 +218,9 @@ class VhostUserBackendBase:
     def device_stopped(self) -> None:
         """The last ring has stopped: the device is suspended and may run elsewhere."""
 
+    def abandon_device_state(self) -> None:
+        """The front-end has gone: no state that it still sends must reach the device."""
+
     def device_name(self) -> str:
         """What the log calls the device: the class's name."""
         return type(self).__name__

@@ -13,6 +13,7 @@ from functools import partial
 from virtqueue import Chain
 
 from ..device.base import VirtioDevice, fail_request
+from ..device.hooks import provided
 from ..device.request import Queue, Recall, Request, check_use
 from ..epoll_handler import VringEpollHandler
 from ..features import RING_FEATURES
@@ -108,6 +109,14 @@ class AsyncDeviceBackend(DeviceBackend):
         self._served: dict[int, _Served] = {}
         #: By loop: the task that its worker lives in, None when there is none.
         self.hosts: dict[asyncio.AbstractEventLoop, asyncio.Task[object] | None] = {}
+
+    def queues_per_thread(self) -> Sequence[int]:
+        """One worker for all queues, unless the device chooses: what its coroutines share of
+        asyncio (a Queue, an Event) belongs to one loop.
+        """
+        if provided(self.device, VirtioDevice.queues_per_thread) is None:
+            return [(1 << self.device.num_queues) - 1]
+        return super().queues_per_thread()
 
     def handle_event(
         self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int

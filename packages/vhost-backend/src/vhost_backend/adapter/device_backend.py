@@ -36,7 +36,7 @@ TURN = 8
 
 
 @passes_on(
-    *("acked_features", "update_memory", "queues_per_thread"),
+    *("acked_features", "update_memory", "queues_per_thread", "abandon_device_state"),
     *(hook for group in (*OF_A_TYPE, STATE_TRANSFER) for hook in group.hooks),
     reset_device=VirtioDevice.reset,
     device_started=VirtioDevice.started,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import vhost_protocol as vp
 
-from ..backend import STATE_TRANSFER
+from ..backend import STATE_TRANSFER, VhostUserBackendBase, provided
 from ..errors import Refused
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome
@@ -33,7 +33,13 @@ class DeviceState:
         return STATE_TRANSFER.offers(backend, backend.protocol_features())
 
     def disconnect(self) -> None:
-        """A transfer under way ends with its channel."""
+        """State that this front-end still sends must not reach the device under the next one.
+
+        A back-end that lacks the method does its own transfers.
+        """
+        abandon = provided(self._context.backend, VhostUserBackendBase.abandon_device_state)
+        if abandon is not None:
+            abandon()
 
     def _set_fd(self, message: vp.SetDeviceStateFd, fds: Descriptors) -> Outcome:
         context = self._context

@@ -120,36 +120,45 @@ class BlockDevice(VirtioDevice):
         direct: bool = False,
         locking: Locking = "auto",
     ) -> None:
-        self.path: str = os.fspath(path)
+        self.path: str = os.fsdecode(path)
         self.name: str = self.path
         self.read_only = read_only
         self.num_queues = num_queues
         self.queue_size = queue_size
+        for name, number, most in (
+            ("num_queues", num_queues, 0xFFFF),
+            ("queue_size", queue_size, 1 << 15),
+            ("seg_max", seg_max, 0xFFFF_FFFF),
+        ):
+            if not isinstance(number, int) or not 0 <= number <= most:
+                raise DeviceError(f"{name} is {number!r}: a number up to {most}")
+        if not isinstance(serial, str):
+            raise DeviceError(f"serial {serial!r} is not text")
         try:
             self.serial: bytes = serial.encode("ascii")
         except UnicodeEncodeError:
             raise DeviceError(f"serial {serial!r} is not ASCII") from None
         if len(self.serial) > ID_LENGTH:
             raise DeviceError(f"serial {serial!r} is longer than {ID_LENGTH} bytes")
-        self._store = FileStore(self.path, read_only=read_only, direct=direct)
-        try:
-            size = self._store.size()
-            self._lock = ImageLock(self._store.fd, self.path, writes=not read_only, locking=locking)
-        except BaseException:
-            self._store.close()
-            raise
-        self._running = False
-        self.capacity: int = size // SECTOR
-        self._warn_about(size)
         # A request without an indirect table has to fit into the ring, header and status included.
         self.seg_max: int = max(1, min(seg_max, queue_size - 2))
         # Until the driver accepts FLUSH it knows no way to ask for durability (5.2.6.2).
         self._durable_writes = True
         self._handlers: list[FileHandler] = []
         self._faults = RateLimited(log)
+        self._running = False
         self.features: int = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ
         self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
-        self._config = self._build_config()
+        self._store = FileStore(self.path, read_only=read_only, direct=direct)
+        try:
+            size = self._store.size()
+            self._lock = ImageLock(self._store.fd, self.path, writes=not read_only, locking=locking)
+            self.capacity: int = size // SECTOR
+            self._config = self._build_config()
+            self._warn_about(size)
+        except BaseException:
+            self._store.close()
+            raise
 
     def _build_config(self) -> bytes:
         ranges = 0 if self.read_only else _MAX_RANGE_SECTORS
@@ -165,11 +174,13 @@ class BlockDevice(VirtioDevice):
 
     def close(self) -> None:
         """Close the image."""
-        if not self._store.closed:
-            self._lock.close()
-        self._faults.flush()
-        self._handlers.clear()
-        self._store.close()
+        try:
+            if not self._store.closed:
+                self._lock.close()
+        finally:
+            self._faults.flush()
+            self._handlers.clear()
+            self._store.close()
 
     def _warn_about(self, size: int) -> None:
         """Whatever looks like a mistake, though it may be none."""

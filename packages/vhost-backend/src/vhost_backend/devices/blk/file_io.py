@@ -6,6 +6,7 @@ seccomp filter lets through; then the older calls do the same.
 
 from __future__ import annotations
 
+import errno
 import os
 
 from ...errors import REFUSALS
@@ -41,4 +42,14 @@ def write_at(fd: int, view: memoryview, offset: int, durable: bool) -> int:
             raise
     count = os.pwrite(fd, view, offset)
     os.fdatasync(fd)
+    return count
+
+
+def written(count: int) -> int:
+    """`count`, what a write has returned.
+
+    Raises OSError for 0: a FUSE file system can answer that as often as it is asked.
+    """
+    if not count:
+        raise OSError(errno.EIO, "the file takes nothing")
     return count

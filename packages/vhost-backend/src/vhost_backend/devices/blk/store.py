@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from ...errors import REFUSALS, DeviceError
-from .file_io import read_at, write_at
+from .file_io import read_at, write_at, written
 from .virtio_blk import SECTOR
 
 _KEEP_SIZE: Final = 1
@@ -88,7 +88,7 @@ class FileStore:
         for view in pieces:
             position = 0
             while position < len(view):
-                count = write_at(self.fd, view[position:], offset, durable)
+                count = written(write_at(self.fd, view[position:], offset, durable))
                 position += count
                 offset += count
 
@@ -113,6 +113,8 @@ def _open(path: str, read_only: bool) -> int:
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         fd = os.open(path, flags)
+    except ValueError as error:  # it has a zero byte
+        raise DeviceError(f"{path!r}: {error}") from None
     except OSError as error:
         raise DeviceError(f"{path or repr(path)}: {error.strerror}") from None
     os.set_blocking(fd, True)
@@ -143,6 +145,6 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
 def _write_zeroes(fd: int, offset: int, length: int) -> None:
     zeroes = bytes(min(length, 1 << 20))
     while length:
-        count = os.pwrite(fd, zeroes[:length], offset)
+        count = written(os.pwrite(fd, zeroes[:length], offset))
         offset += count
         length -= count
