@@ -22,6 +22,7 @@ from virtqueue import (
     RECORD,
     DeviceQueue,
     DriverQueue,
+    EngineName,
     RingConfig,
     available_engines,
     ring_layout,
@@ -77,7 +78,9 @@ def chains(device: DeviceQueue) -> None:
         batch = device.cycle()
 
 
-def measure(memory: GuestMemory, engine: str, batch: int, seconds: float) -> dict[str, float]:
+def measure(
+    memory: GuestMemory, engine: EngineName, batch: int, seconds: float
+) -> dict[str, float]:
     """Return the median nanoseconds per chain of each way."""
     layout = ring_layout(SIZE)
     config = RingConfig(

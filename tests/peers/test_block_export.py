@@ -23,7 +23,7 @@ from tests.support.guest import (
     skip_or_fail,
 )
 
-from vhost_backend.devices.blk.device import F_FLUSH, F_RO, S_IOERR, S_OK, SECTOR, T_IN, T_OUT
+from vhost_backend.devices.blk import F_FLUSH, F_RO, S_IOERR, S_OK, SECTOR, T_IN, T_OUT
 from vhost_backend.driver import BlockDriver, BlockError, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_protocol import ProtocolFeatures

@@ -18,7 +18,14 @@ from typing import Any
 import pytest
 
 from guest_memory import GuestMemory
-from virtqueue import DeviceQueue, DriverQueue, RingConfig, available_engines, ring_layout
+from virtqueue import (
+    DeviceQueue,
+    DriverQueue,
+    EngineName,
+    RingConfig,
+    available_engines,
+    ring_layout,
+)
 
 HERE = Path(__file__).parent
 GUEST = 1 << 32
@@ -185,7 +192,7 @@ def serve(device: DeviceQueue, shared: Shared, process: Any, chains: int) -> Non
 @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event_idx"])
 @pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
 def test_our_device_serves_their_driver(
-    program: Path, shared: Shared, engine: str, event_idx: bool, indirect: bool
+    program: Path, shared: Shared, engine: EngineName, event_idx: bool, indirect: bool
 ) -> None:
     if engine not in available_engines():
         pytest.skip("this installation has no C engine")
@@ -198,7 +205,9 @@ def test_our_device_serves_their_driver(
 
 
 @pytest.mark.parametrize("engine", available_engines())
-def test_our_device_serves_their_mock_driver(program: Path, shared: Shared, engine: str) -> None:
+def test_our_device_serves_their_mock_driver(
+    program: Path, shared: Shared, engine: EngineName
+) -> None:
     with shared.peer(program, "mock", chains=8, queue=16) as process:
         places = [int(place) for place in process.stdout.readline().split()]
         with DeviceQueue(shared.config(places, 16), shared.memory, engine=engine) as device:

@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import vhost_protocol as vp
 from guest_memory import GuestAddress, GuestMemoryError, allocate_memfd
 from vhost_backend import BlockDevice, VhostBackendError, VirtioFeature
-from vhost_backend.devices.blk.device import F_FLUSH, F_MQ
+from vhost_backend.devices.blk import F_FLUSH, F_MQ
 from vhost_backend.testing import BLOCK, BlockWorkload, DeviceProcess, DriverSession
-from virtqueue import VirtqueueError
+from virtqueue import EngineName, VirtqueueError
 
 BLOCKS = 256
 #: A part of the disk for front-ends whose writes nobody checks.
@@ -372,7 +372,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def soak(seconds: float, *, engine: str | None = None, seed: int = 1) -> str:
+def soak(seconds: float, *, engine: EngineName | None = None, seed: int = 1) -> str:
     """Make trouble for `seconds`; a report. Raises what went wrong."""
     with quiet(), tempfile.TemporaryDirectory() as folder:
         image = Path(folder, "disk.img")

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from virtqueue import available_engines
+from virtqueue import EngineName, available_engines
 
 
 def _load() -> ModuleType:
@@ -32,7 +32,7 @@ def test_the_command_ends_with_a_verdict(
     faults = (module.Grown("threads"), module.VhostBackendError("lost"), SystemExit("510"))
     outcomes = iter((None, *faults))
 
-    def soak(seconds: float, *, engine: str, seed: int) -> str:
+    def soak(seconds: float, *, engine: EngineName, seed: int) -> str:
         assert (seconds, engine, seed) == (30, "python", 1)
         outcome = next(outcomes)
         if outcome is not None:

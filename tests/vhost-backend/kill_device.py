@@ -19,8 +19,9 @@ from pathlib import Path
 
 import vhost_protocol as vp
 from vhost_backend import BlockDevice, VirtioFeature
-from vhost_backend.devices.blk.device import F_FLUSH
+from vhost_backend.devices.blk import F_FLUSH
 from vhost_backend.testing import BLOCK, BlockWorkload, DeviceProcess
+from virtqueue import EngineName
 
 BLOCKS = 192
 
@@ -30,7 +31,7 @@ def kill_repeatedly(
     kills: int,
     *,
     packed: bool,
-    engine: str | None,
+    engine: EngineName | None,
     seed: int,
     queue_size: int = 64,
     in_order: bool = False,

@@ -13,15 +13,17 @@ import pytest
 
 import vhost_protocol as vp
 from vhost_backend import BlockDevice, DeviceError
-from vhost_backend.devices.blk import device as blk
+from vhost_backend.devices import blk
+from vhost_backend.devices.blk import store
 from vhost_backend.driver import BlockDriver, BlockError
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import attached
+from virtqueue import EngineName
 
 SIZE = 4 << 20
 
 
-def test_write_read_back_and_what_the_image_holds(image: Path, engine: str) -> None:
+def test_write_read_back_and_what_the_image_holds(image: Path, engine: EngineName) -> None:
     data = random.Random(1).randbytes(1 << 20)
     with attached(BlockDevice(image), engine=engine, features=DRIVER_FEATURES) as session:
         driver = BlockDriver(session)
@@ -36,7 +38,7 @@ def test_write_read_back_and_what_the_image_holds(image: Path, engine: str) -> N
 @pytest.mark.parametrize("event_idx", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_many_requests_in_flight(
-    image: Path, engine: str, indirect: bool, event_idx: bool, packed: bool
+    image: Path, engine: EngineName, indirect: bool, event_idx: bool, packed: bool
 ) -> None:
     rng = random.Random(2)
     model = bytearray(SIZE)
@@ -77,7 +79,7 @@ def test_many_requests_in_flight(
     assert image.read_bytes() == model
 
 
-def test_identity_discard_and_write_zeroes(image: Path, engine: str) -> None:
+def test_identity_discard_and_write_zeroes(image: Path, engine: EngineName) -> None:
     device = BlockDevice(image, serial="serial-0123456789abc")
     with attached(device, engine=engine, features=DRIVER_FEATURES) as session:
         driver = BlockDriver(session)
@@ -91,7 +93,7 @@ def test_identity_discard_and_write_zeroes(image: Path, engine: str) -> None:
         assert os.path.getsize(image) == SIZE
 
 
-def test_a_read_only_disk_refuses_every_change(image: Path, engine: str) -> None:
+def test_a_read_only_disk_refuses_every_change(image: Path, engine: EngineName) -> None:
     device = BlockDevice(image, read_only=True)
     with attached(device, engine=engine, features=DRIVER_FEATURES) as session:
         driver = BlockDriver(session)
@@ -130,7 +132,13 @@ def test_a_read_only_disk_refuses_every_change(image: Path, engine: str) -> None
     ],
 )
 def test_bad_requests_fail_alone(
-    image: Path, engine: str, kind: int, sector: int, payload: bytes, length: int, status: int
+    image: Path,
+    engine: EngineName,
+    kind: int,
+    sector: int,
+    payload: bytes,
+    length: int,
+    status: int,
 ) -> None:
     with attached(BlockDevice(image), engine=engine, features=DRIVER_FEATURES) as session:
         driver = BlockDriver(session)
@@ -141,7 +149,7 @@ def test_bad_requests_fail_alone(
         assert driver.read(0, 512) == b"y" * 512
 
 
-def test_an_image_that_shrinks_under_us_is_an_io_error(image: Path, engine: str) -> None:
+def test_an_image_that_shrinks_under_us_is_an_io_error(image: Path, engine: EngineName) -> None:
     with attached(BlockDevice(image), engine=engine, features=DRIVER_FEATURES) as session:
         driver = BlockDriver(session)
         os.truncate(image, 4096)
@@ -152,7 +160,7 @@ def test_an_image_that_shrinks_under_us_is_an_io_error(image: Path, engine: str)
             driver.read(2048, 4096)
 
 
-def test_two_queues_work_side_by_side(image: Path, engine: str) -> None:
+def test_two_queues_work_side_by_side(image: Path, engine: EngineName) -> None:
     device = BlockDevice(image, num_queues=2)
     with attached(device, engine=engine, features=DRIVER_FEATURES, num_queues=2) as session:
         drivers = [BlockDriver(session, queue=index, max_io=4096) for index in range(2)]
@@ -167,7 +175,7 @@ def test_two_queues_work_side_by_side(image: Path, engine: str) -> None:
     assert content[: 100 * 4096] == (b"\1" * 4096 + b"\2" * 4096) * 50
 
 
-def test_the_image_is_let_go_of_with_the_device(image: Path, engine: str) -> None:
+def test_the_image_is_let_go_of_with_the_device(image: Path, engine: EngineName) -> None:
     gc.disable()  # nothing may be left to it
     try:
         device = BlockDevice(image, num_queues=2)
@@ -237,7 +245,7 @@ def test_a_serial_has_to_fit(image: Path, serial: str) -> None:
 
 @pytest.mark.parametrize("direct", [False, True])
 def test_an_image_that_has_grown_has_its_new_size_for_the_next_front_end(
-    image: Path, engine: str, direct: bool
+    image: Path, engine: EngineName, direct: bool
 ) -> None:
     device = BlockDevice(image, direct=direct)
     content = b"n" * 512
@@ -271,7 +279,10 @@ def test_a_request_without_a_table_fits_into_the_ring(
 
 
 def test_what_the_disk_fails_is_said_with_its_place(
-    image: Path, engine: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    image: Path,
+    engine: EngineName,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -283,8 +294,8 @@ def test_what_the_disk_fails_is_said_with_its_place(
     with attached(device, engine=engine, features=DRIVER_FEATURES) as session:
         driver = BlockDriver(session)
         with monkeypatch.context() as patch:
-            patch.setattr(blk, "read_at", fail)
-            patch.setattr(blk, "write_at", fail)
+            patch.setattr(store, "read_at", fail)
+            patch.setattr(store, "write_at", fail)
             patch.setattr(os, "fdatasync", fail)
             for request in (
                 lambda: driver.read(4096, 1024),
@@ -305,7 +316,7 @@ def test_what_the_disk_fails_is_said_with_its_place(
 
 
 def test_a_file_that_takes_nothing_fails_the_request(
-    image: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+    image: Path, engine: EngineName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A FUSE file system can answer 0 as often as it is asked."""
 
@@ -319,9 +330,9 @@ def test_a_file_that_takes_nothing_fails_the_request(
     with attached(device, engine=engine, features=DRIVER_FEATURES) as session:
         driver = BlockDriver(session)
         with monkeypatch.context() as patch:
-            patch.setattr(blk, "write_at", nothing)
+            patch.setattr(store, "write_at", nothing)
             patch.setattr(os, "pwrite", nothing)
-            patch.setattr(blk, "_fallocate", lambda *_: False)
+            patch.setattr(store, "_fallocate", lambda *_: False)
             with pytest.raises(BlockError):
                 driver.write(0, bytes(512))
             with pytest.raises(BlockError):

@@ -35,7 +35,7 @@ from vhost_backend.daemon.threaded import RECONNECT_INTERVAL
 from vhost_backend.driver import BlockDriver, DriverSession, SessionError
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import attached, served
-from virtqueue import inflight_size
+from virtqueue import EngineName, inflight_size
 
 pytestmark = pytest.mark.usefixtures("every_flavour")
 
@@ -400,7 +400,7 @@ def test_a_new_call_descriptor_is_signalled_at_once() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
-def test_a_ring_that_was_never_used_has_nothing_to_signal(engine: str, packed: bool) -> None:
+def test_a_ring_that_was_never_used_has_nothing_to_signal(engine: EngineName, packed: bool) -> None:
     with attached(Echo(), engine=engine, packed=packed) as session:
         vring = session.vrings[0]
         with pytest.raises(BlockingIOError):
@@ -650,7 +650,7 @@ def reset_by_status(frontend: vp.Frontend) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("reset", [reset_by_request, reset_by_status])
 def test_a_reset_loses_no_request_in_flight(
-    engine: str, reset: Callable[[vp.Frontend], None], packed: bool, kind: type[Gate]
+    engine: EngineName, reset: Callable[[vp.Frontend], None], packed: bool, kind: type[Gate]
 ) -> None:
     """The position that is told afterwards counts the request, so nobody would take it again."""
     device = kind()
@@ -681,7 +681,7 @@ def test_a_reset_loses_no_request_in_flight(
         assert session.memory.read(target, 4) == b"done"
 
 
-def test_a_ring_that_is_moved_completes_what_is_in_flight_where_it_was(engine: str) -> None:
+def test_a_ring_that_is_moved_completes_what_is_in_flight_where_it_was(engine: EngineName) -> None:
     device = Gate()
     with attached(device, engine=engine) as session:
         frontend, vring = session.frontend, session.vrings[0]

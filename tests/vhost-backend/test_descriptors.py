@@ -14,6 +14,7 @@ import vhost_protocol as vp
 from guest_memory import GuestAddress
 from vhost_backend import Queue, Request, VirtioDevice
 from vhost_backend.testing import DriverSession, attached
+from virtqueue import EngineName
 
 FULL = (1 << 64) - 2
 
@@ -30,7 +31,7 @@ class Echo(VirtioDevice):
 
 
 @pytest.fixture(params=[False, True], ids=["split", "packed"])
-def session(engine: str, request: pytest.FixtureRequest) -> Iterator[DriverSession]:
+def session(engine: EngineName, request: pytest.FixtureRequest) -> Iterator[DriverSession]:
     with attached(
         Echo(), engine=engine, num_queues=2, packed=bool(request.param), timeout=60
     ) as opened:
@@ -213,7 +214,7 @@ def test_the_front_end_may_make_its_copy_blocking_again(session: DriverSession) 
         os.close(event)
 
 
-def test_signals_as_messages_wait_for_nobody(engine: str) -> None:
+def test_signals_as_messages_wait_for_nobody(engine: EngineName) -> None:
     """A front-end that never acknowledges a VRING_CALL holds up neither worker nor connection."""
     silent = threading.Event()
 

@@ -8,7 +8,7 @@ import pytest
 from vhost_backend import DeviceBackend, Queue, Request, VirtioDevice, VirtioFeature
 from vhost_backend.driver import DriverSession
 from vhost_backend.testing import attached, expect_errors
-from virtqueue import DONE, Batch, ChainCompleted
+from virtqueue import DONE, Batch, ChainCompleted, EngineName
 
 pytestmark = pytest.mark.usefixtures("every_flavour")
 
@@ -32,7 +32,7 @@ class Pieces:
         return self.session.memory.read(self.targets[index], self.size).rstrip(b"\0")
 
 
-def test_a_plain_handler(engine: str) -> None:
+def test_a_plain_handler(engine: EngineName) -> None:
     class Upper(VirtioDevice):
         def handle(self, queue: Queue, request: Request) -> None:
             assert request.readable_length == request.writable_length == 16
@@ -59,7 +59,7 @@ def test_order_is_promised_by_devices_that_keep_it() -> None:
     assert [bool(features & VirtioFeature.IN_ORDER) for features in offered] == [True, False]
 
 
-def test_written_may_be_set_after_filling_the_buffer_in_place(engine: str) -> None:
+def test_written_may_be_set_after_filling_the_buffer_in_place(engine: EngineName) -> None:
     class InPlace(VirtioDevice):
         def handle(self, queue: Queue, request: Request) -> None:
             request.writable[0][:3] = b"abc"
@@ -74,7 +74,7 @@ def test_written_may_be_set_after_filling_the_buffer_in_place(engine: str) -> No
 
 
 def test_a_handler_that_raises_fails_its_request_only(
-    engine: str, caplog: pytest.LogCaptureFixture
+    engine: EngineName, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Picky(VirtioDevice):
         status_byte = True
@@ -116,7 +116,7 @@ def test_a_storm_of_exceptions_is_logged_a_few_times(caplog: pytest.LogCaptureFi
     assert 1 <= len(errors) <= 10
 
 
-def test_a_batch_handler_that_raises_fails_the_batch(engine: str) -> None:
+def test_a_batch_handler_that_raises_fails_the_batch(engine: EngineName) -> None:
     class Wrong(VirtioDevice):
         status_byte = True
 
@@ -134,7 +134,7 @@ def test_a_batch_handler_that_raises_fails_the_batch(engine: str) -> None:
         assert [session.memory.read(target, 16)[15] for target in pieces.targets] == [1, 1]
 
 
-def test_a_batch_handler_with_records(engine: str) -> None:
+def test_a_batch_handler_with_records(engine: EngineName) -> None:
     class Lengths(VirtioDevice):
         def handle_batch(self, queue: Queue, batch: Batch) -> None:
             for position, chain in enumerate(batch):
@@ -163,7 +163,7 @@ class Sleeper(VirtioDevice):
         request.write(text.encode())
 
 
-def test_asynchronous_requests_complete_out_of_order(engine: str) -> None:
+def test_asynchronous_requests_complete_out_of_order(engine: EngineName) -> None:
     with attached(Sleeper(), engine=engine) as session:
         pieces = Pieces(session, 3)
         slow, quick, middle = (
@@ -177,7 +177,7 @@ def test_asynchronous_requests_complete_out_of_order(engine: str) -> None:
         assert [pieces.answer(index) for index in range(3)] == [b"300", b"001", b"150"]
 
 
-def test_many_asynchronous_requests(engine: str) -> None:
+def test_many_asynchronous_requests(engine: EngineName) -> None:
     with attached(Sleeper(), engine=engine) as session:
         pieces = Pieces(session, 32)
         for round_ in range(10):
@@ -191,7 +191,9 @@ def test_many_asynchronous_requests(engine: str) -> None:
                     sent.remove(identity)
 
 
-def test_an_asynchronous_handler_that_raises(engine: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_asynchronous_handler_that_raises(
+    engine: EngineName, caplog: pytest.LogCaptureFixture
+) -> None:
     class Picky(VirtioDevice):
         status_byte = True
 
@@ -212,7 +214,7 @@ def test_an_asynchronous_handler_that_raises(engine: str, caplog: pytest.LogCapt
     assert caplog.text.count("ValueError: this one is bad") == 1
 
 
-def test_a_ring_drains_its_asynchronous_requests_before_it_stops(engine: str) -> None:
+def test_a_ring_drains_its_asynchronous_requests_before_it_stops(engine: EngineName) -> None:
     with attached(Sleeper(), engine=engine) as session:
         pieces = Pieces(session, 1)
         pieces.submit(0, b"200")
@@ -225,7 +227,7 @@ def test_a_ring_drains_its_asynchronous_requests_before_it_stops(engine: str) ->
         assert [pieces.answer(0)] == ([b"200"] if done else [b""])
 
 
-def test_requests_end_with_the_daemon(engine: str) -> None:
+def test_requests_end_with_the_daemon(engine: EngineName) -> None:
     kept: list[Request] = []
 
     class Keeper(VirtioDevice):

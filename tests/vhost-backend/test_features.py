@@ -30,6 +30,7 @@ from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.driver.session import GUEST_BASE
 from vhost_backend.testing import attached
+from virtqueue import EngineName
 
 P = vp.ProtocolFeatures
 PAGE = 4096
@@ -307,7 +308,7 @@ def test_a_device_that_is_no_gpu_refuses_the_socket(image: Path) -> None:
 @pytest.mark.parametrize("iommu", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_front_end_that_has_no_user_addresses(
-    image: Path, engine: str, packed: bool, iommu: bool
+    image: Path, engine: EngineName, packed: bool, iommu: bool
 ) -> None:
     """GPA_ADDRESSES: rings, regions and IOTLB entries are told by guest addresses."""
     rng = random.Random(5)
@@ -329,7 +330,9 @@ def test_a_front_end_that_has_no_user_addresses(
         assert int(region.user_address) == int(region.guest_address) == GUEST_BASE
 
 
-def test_memory_slots_come_and_go_while_requests_are_in_flight(image: Path, engine: str) -> None:
+def test_memory_slots_come_and_go_while_requests_are_in_flight(
+    image: Path, engine: EngineName
+) -> None:
     """To 509 and back; a request that touches memory which is gone breaks its queue, no other."""
     content = random.Random(4).randbytes(4 << 20)
     image.write_bytes(content)

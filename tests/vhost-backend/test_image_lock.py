@@ -95,7 +95,7 @@ def test_the_bytes_are_held_while_rings_run(
 def test_nothing_is_held_by_what_outlives_a_closed_device(image: Path) -> None:
     """A handler in C keeps a descriptor of its own of the same open file."""
     device = BlockDevice(image)
-    copy = os.dup(device._fd)
+    copy = os.dup(device._store.fd)
     device.started()
     device.close()
     assert held_bytes(image) == []

@@ -18,6 +18,7 @@ import pytest
 import vhost_backend
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
+from virtqueue import EngineName
 
 OURS = ("guest_memory", "vhost_backend", "vhost_protocol", "virtqueue")
 #: Each costs some hundred KiB or, with OpenSSL, megabytes.
@@ -57,7 +58,7 @@ def of_ours(modules: set[str]) -> set[str]:
 
 
 def test_an_idle_daemon_holds_what_it_uses_and_nothing_else(
-    tmp_path: Path, image: Path, engine: str
+    tmp_path: Path, image: Path, engine: EngineName
 ) -> None:
     path, errors = tmp_path / "s", tmp_path / "errors"
     with errors.open("w") as file:

@@ -11,8 +11,9 @@ from types import ModuleType
 import pytest
 
 from vhost_backend import BlockDevice
-from vhost_backend.devices.blk.device import T_FLUSH
+from vhost_backend.devices.blk import T_FLUSH
 from vhost_backend.testing import BlockDriver, DeviceProcess
+from virtqueue import EngineName
 
 
 def _load() -> ModuleType:
@@ -29,7 +30,7 @@ def _load() -> ModuleType:
 @pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_request_is_lost_or_repeated(
-    tmp_path: Path, engine: str, packed: bool, in_order: bool
+    tmp_path: Path, engine: EngineName, packed: bool, in_order: bool
 ) -> None:
     """Fifty kills each way, thirty in order."""
     kills = 30 if in_order else 50
@@ -46,7 +47,7 @@ def test_no_request_is_lost_or_repeated(
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_was_completed_and_never_signalled_is_announced(
-    tmp_path: Path, engine: str, packed: bool
+    tmp_path: Path, engine: EngineName, packed: bool
 ) -> None:
     """A back-end may die between used ring and signal, and the driver wait for just that."""
     image = tmp_path / "disk.img"

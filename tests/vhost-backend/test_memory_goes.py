@@ -42,7 +42,7 @@ from vhost_backend import (
 from vhost_backend.driver import DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.driver.session import GUEST_BASE, USER_BASE, DriverVring
-from virtqueue import Batch, SigbusGuard
+from virtqueue import Batch, EngineName, SigbusGuard
 
 SIZE = 4 << 20
 DEADLINE = 60.0
@@ -174,7 +174,9 @@ DEVICES: dict[str, Any] = {"plain": Plain, "batch": Batched, "async": Async}
 class Rig:
     """A device, its daemon and a driver, and a look at what is mapped of the driver's memory."""
 
-    def __init__(self, daemon: str, device: VirtioDevice, engine: str, **options: Any) -> None:
+    def __init__(
+        self, daemon: str, device: VirtioDevice, engine: EngineName, **options: Any
+    ) -> None:
         self.device: Any = device
         ours, theirs = socket.socketpair()
         mapper = options.pop("mapper", None)
@@ -428,7 +430,7 @@ def no_gc(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def rigged(daemon: str, device: VirtioDevice, engine: str, **options: Any) -> Iterator[Rig]:
+def rigged(daemon: str, device: VirtioDevice, engine: EngineName, **options: Any) -> Iterator[Rig]:
     """A rig, and what has to hold in the end: the device's memory has gone, the daemon lives on."""
     rig = Rig(daemon, device, engine, **options)
     try:
@@ -446,14 +448,18 @@ def rigged(daemon: str, device: VirtioDevice, engine: str, **options: Any) -> It
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("daemon", DAEMONS)
-def test_memory_goes(daemon: str, device: str, end: Callable[[Rig], None], engine: str) -> None:
+def test_memory_goes(
+    daemon: str, device: str, end: Callable[[Rig], None], engine: EngineName
+) -> None:
     with rigged(daemon, DEVICES[device](), engine) as rig:
         end(rig)
 
 
 @pytest.mark.parametrize("daemon", DAEMONS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_memory_goes_after_a_disk(daemon: str, packed: bool, engine: str, image: Path) -> None:
+def test_memory_goes_after_a_disk(
+    daemon: str, packed: bool, engine: EngineName, image: Path
+) -> None:
     """Requests that C serves, and a flush that fails."""
     device = BlockDevice(image)
     if packed and engine == "python":
@@ -495,7 +501,7 @@ class Mute(Silent):
 @pytest.mark.parametrize("daemon", DAEMONS)
 @pytest.mark.parametrize("answer", ["answered", "pending", "timed out", "ring pending", "denied"])
 def test_memory_goes_behind_an_iommu(
-    answer: str, daemon: str, device: str, engine: str, monkeypatch: pytest.MonkeyPatch
+    answer: str, daemon: str, device: str, engine: EngineName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session_type = Mute if answer == "ring pending" else Silent
     with rigged(daemon, DEVICES[device](), engine, iommu=True, session=session_type) as rig:
@@ -529,7 +535,7 @@ def test_memory_goes_behind_an_iommu(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("daemon", DAEMONS)
-def test_memory_goes_that_was_truncated(daemon: str, device: str, engine: str) -> None:
+def test_memory_goes_that_was_truncated(daemon: str, device: str, engine: EngineName) -> None:
     if not SigbusGuard.available():
         pytest.skip("this installation has no C engine")
     fd = os.memfd_create("guest", os.MFD_CLOEXEC)
@@ -593,7 +599,7 @@ class PinningMapper:
     "end", [clean, with_a_request_in_flight, with_a_handler_that_raised, with_a_broken_ring]
 )
 def test_memory_goes_that_is_mapped_on_demand(
-    daemon: str, device: str, end: Callable[[Rig], None], engine: str
+    daemon: str, device: str, end: Callable[[Rig], None], engine: EngineName
 ) -> None:
     mapper: Mapper = PinningMapper()
     with rigged(daemon, DEVICES[device](), engine, mapper=mapper) as rig:
@@ -601,7 +607,7 @@ def test_memory_goes_that_is_mapped_on_demand(
 
 
 @pytest.mark.parametrize("daemon", DAEMONS)
-def test_memory_goes_whose_page_cannot_be_mapped(daemon: str, engine: str) -> None:
+def test_memory_goes_whose_page_cannot_be_mapped(daemon: str, engine: EngineName) -> None:
     mapper = PinningMapper()
     with rigged(daemon, Plain(), engine, mapper=mapper) as rig:
         rig.work()

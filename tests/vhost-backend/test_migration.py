@@ -22,12 +22,13 @@ from vhost_backend import (
     VirtioDevice,
     VirtioFeature,
 )
-from vhost_backend.devices.blk import device as blk
+from vhost_backend.devices import blk
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.driver.session import GUEST_BASE, IOVA_BASE, USER_BASE, SessionError
 from vhost_backend.fds.listener import Listener
 from vhost_backend.testing import attached, serving
+from virtqueue import EngineName
 
 P = vp.ProtocolFeatures
 PAGE = 4096
@@ -78,7 +79,7 @@ def whole(session: DriverSession) -> bytes:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("indirect", [False, True])
 def test_the_log_holds_every_page_that_changed_and_no_more_than_the_writes_explain(
-    image: Path, engine: str, packed: bool, indirect: bool
+    image: Path, engine: EngineName, packed: bool, indirect: bool
 ) -> None:
     """Byte for byte: each byte that the device changed lies in a page with its bit set, and each
     bit is explained by a buffer, a status byte or the device's part of the ring."""
@@ -138,7 +139,7 @@ def test_the_log_holds_every_page_that_changed_and_no_more_than_the_writes_expla
         log.close()
 
 
-def test_logging_stops_when_it_is_switched_off(image: Path, engine: str) -> None:
+def test_logging_stops_when_it_is_switched_off(image: Path, engine: EngineName) -> None:
     with attached(
         BlockDevice(image),
         engine=engine,
@@ -190,7 +191,9 @@ def test_a_log_that_is_too_small_is_refused(image: Path) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("indirect", [False, True])
-def test_requests_behind_an_iommu(image: Path, engine: str, packed: bool, indirect: bool) -> None:
+def test_requests_behind_an_iommu(
+    image: Path, engine: EngineName, packed: bool, indirect: bool
+) -> None:
     """Every entry is asked for; a random workload of taking them away goes on meanwhile."""
     rng = random.Random(11)
     with attached(
@@ -213,7 +216,7 @@ def test_requests_behind_an_iommu(image: Path, engine: str, packed: bool, indire
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_behind_an_iommu_the_used_ring_is_logged_at_an_iova(
-    image: Path, engine: str, packed: bool
+    image: Path, engine: EngineName, packed: bool
 ) -> None:
     """QEMU sends the ring's own address, which is an IOVA; the log is of guest addresses."""
     with attached(
@@ -258,7 +261,7 @@ def test_behind_an_iommu_the_used_ring_is_logged_at_an_iova(
         log.close()
 
 
-def test_logging_of_the_used_ring_is_switched_live(image: Path, engine: str) -> None:
+def test_logging_of_the_used_ring_is_switched_live(image: Path, engine: EngineName) -> None:
     """By SET_VRING_ADDR with and without VHOST_VRING_F_LOG, and the ring goes on at its index."""
     with attached(
         BlockDevice(image),
@@ -292,7 +295,7 @@ def test_logging_of_the_used_ring_is_switched_live(image: Path, engine: str) -> 
         log.close()
 
 
-def test_an_entry_outside_of_the_memory_table_is_refused(image: Path, engine: str) -> None:
+def test_an_entry_outside_of_the_memory_table_is_refused(image: Path, engine: EngineName) -> None:
     with attached(
         BlockDevice(image), engine=engine, features=DRIVER_FEATURES, iommu=True, memory_size=SIZE
     ) as session:
@@ -310,7 +313,7 @@ def test_an_entry_outside_of_the_memory_table_is_refused(image: Path, engine: st
         frontend.iotlb_update(1 << 50, SIZE, USER_BASE)
 
 
-def test_an_access_that_is_not_granted_is_reported(image: Path, engine: str) -> None:
+def test_an_access_that_is_not_granted_is_reported(image: Path, engine: EngineName) -> None:
     """The entry comes, and forbids it: the ring must not ask for it again and again."""
     with attached(
         BlockDevice(image, num_queues=2),
@@ -342,7 +345,9 @@ def test_an_access_that_is_not_granted_is_reported(image: Path, engine: str) -> 
         os.close(error)
 
 
-def test_an_address_that_means_nothing_breaks_the_queue_only(engine: str, image: Path) -> None:
+def test_an_address_that_means_nothing_breaks_the_queue_only(
+    engine: EngineName, image: Path
+) -> None:
     device = BlockDevice(image, num_queues=2)
     with attached(
         device, engine=engine, features=DRIVER_FEATURES, iommu=True, num_queues=2
@@ -363,7 +368,7 @@ def test_an_address_that_means_nothing_breaks_the_queue_only(engine: str, image:
 
 
 def test_an_entry_that_does_not_come_is_not_waited_for_for_ever(
-    engine: str, image: Path, monkeypatch: pytest.MonkeyPatch
+    engine: EngineName, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with attached(
         BlockDevice(image), engine=engine, features=DRIVER_FEATURES, iommu=True
@@ -382,7 +387,7 @@ def test_an_entry_that_does_not_come_is_not_waited_for_for_ever(
         os.close(error)
 
 
-def test_an_invalidation_waits_for_requests_that_rest_on_the_entry(engine: str) -> None:
+def test_an_invalidation_waits_for_requests_that_rest_on_the_entry(engine: EngineName) -> None:
     release = threading.Event()
     started = threading.Event()
 
@@ -592,7 +597,7 @@ def test_the_driver_is_told_of_a_new_configuration() -> None:
         assert session.frontend.get_config(0, 3) == b"new"
 
 
-def test_notifications_as_messages(engine: str) -> None:
+def test_notifications_as_messages(engine: EngineName) -> None:
     calls = threading.Semaphore(0)
 
     def called(message: vp.Message) -> bool:
@@ -621,7 +626,7 @@ def test_notifications_as_messages(engine: str) -> None:
         assert device.count == 3
 
 
-def test_a_broken_ring_is_reported_as_a_message(engine: str) -> None:
+def test_a_broken_ring_is_reported_as_a_message(engine: EngineName) -> None:
     reported = threading.Event()
 
     def told(message: vp.Message) -> bool:
@@ -653,7 +658,7 @@ def test_notifications_as_messages_need_their_prerequisites(image: Path) -> None
         session.frontend.set_protocol_features(P.INBAND_NOTIFICATIONS | P.MQ)
 
 
-def test_a_stop_without_a_drain_calls_back_what_waits(engine: str) -> None:
+def test_a_stop_without_a_drain_calls_back_what_waits(engine: EngineName) -> None:
     """SKIP_DRAIN stops at once; the one that goes on takes the request again.
 
     Not before the first one has let go of it: it would act when others have acted already.
@@ -697,7 +702,7 @@ def test_a_stop_without_a_drain_calls_back_what_waits(engine: str) -> None:
         fd.close()
 
 
-def test_what_cannot_be_called_back_is_waited_for_also_without_a_drain(engine: str) -> None:
+def test_what_cannot_be_called_back_is_waited_for_also_without_a_drain(engine: EngineName) -> None:
     started, release = threading.Event(), threading.Event()
 
     class Plain(VirtioDevice):

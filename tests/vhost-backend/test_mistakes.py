@@ -20,6 +20,7 @@ from vhost_backend import (
 )
 from vhost_backend.errors import BackendUsageError
 from vhost_backend.testing import DriverSession, attached, expect_errors, served
+from virtqueue import EngineName
 
 
 def handle(self: object, queue: object, request: object) -> None:
@@ -220,7 +221,7 @@ def count(self: object, queue: object, request: Any) -> object:
         (status, "request.status is 2, but the device has no status byte"),
     ],
 )
-def test_a_misuse_of_a_request_fails_it(engine: str, wrong: object, message: str) -> None:
+def test_a_misuse_of_a_request_fails_it(engine: EngineName, wrong: object, message: str) -> None:
     with (
         expect_errors(f"Dev failed a request of queue 0(.|\n)*{message}"),
         attached(kind(handle=wrong)(), engine=engine) as session,

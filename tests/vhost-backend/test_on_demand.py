@@ -12,9 +12,10 @@ import pytest
 import vhost_protocol as vp
 from guest_memory import GuestMemoryError, MappingFailed, Region, SharedMapping
 from vhost_backend import BlockDevice, DeviceBackend, Queue, Request, VhostUserDaemon, VirtioDevice
-from vhost_backend.devices.blk import device as blk
+from vhost_backend.devices import blk
 from vhost_backend.driver import BlockDriver, BlockError, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
+from virtqueue import EngineName
 
 PAGE = 4096
 
@@ -68,7 +69,7 @@ class PinningMapper:
 
 
 def attach(
-    device: VirtioDevice, mapper: PinningMapper, engine: str, **options: Any
+    device: VirtioDevice, mapper: PinningMapper, engine: EngineName, **options: Any
 ) -> tuple[VhostUserDaemon, DriverSession]:
     ours, theirs = socket.socketpair()
     daemon = VhostUserDaemon("test", DeviceBackend.of(device), mapper=mapper, engine=engine)
@@ -78,7 +79,7 @@ def attach(
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_requests_are_mapped_for_as_long_as_they_run(
-    image: Path, engine: str, packed: bool
+    image: Path, engine: EngineName, packed: bool
 ) -> None:
     mapper = PinningMapper()
     daemon, session = attach(
@@ -97,7 +98,7 @@ def test_requests_are_mapped_for_as_long_as_they_run(
     assert mapper.pinned == 0
 
 
-def test_a_request_that_cannot_be_mapped_fails_alone(image: Path, engine: str) -> None:
+def test_a_request_that_cannot_be_mapped_fails_alone(image: Path, engine: EngineName) -> None:
     mapper = PinningMapper()
     daemon, session = attach(BlockDevice(image), mapper, engine, features=DRIVER_FEATURES)
     with daemon, session:
@@ -119,7 +120,7 @@ def test_a_request_that_cannot_be_mapped_fails_alone(image: Path, engine: str) -
     assert mapper.pinned == 0
 
 
-def test_asynchronous_requests_keep_their_pages(engine: str) -> None:
+def test_asynchronous_requests_keep_their_pages(engine: EngineName) -> None:
     class Slow(VirtioDevice):
         async def handle(self, queue: Queue, request: Request) -> None:
             await asyncio.sleep(0.05)

@@ -30,7 +30,7 @@ from vhost_backend import (
     serve_async,
 )
 from vhost_backend.adapter.ring_worker import QueueWorker
-from vhost_backend.devices.blk.device import S_IOERR, T_GET_ID
+from vhost_backend.devices.blk import S_IOERR, T_GET_ID
 from vhost_backend.driver.block import DRIVER_FEATURES, BlockError
 from vhost_backend.epoll_handler import MOST_FAILURES
 from vhost_backend.errors import BackendUsageError
@@ -43,7 +43,7 @@ from vhost_backend.testing import (
     served,
     serving,
 )
-from virtqueue import DONE, Batch, Chain, CHandler
+from virtqueue import DONE, Batch, Chain, CHandler, EngineName
 
 pytestmark = pytest.mark.usefixtures("every_flavour")
 
@@ -115,7 +115,7 @@ class RaisingBatch(Raising):
 @pytest.mark.parametrize("error", ESCAPES, ids=named)
 @pytest.mark.parametrize("kind", [Raising, RaisingLater])
 def test_a_handler_fails_its_request_only(
-    engine: str, kind: type[Raising], error: BaseException
+    engine: EngineName, kind: type[Raising], error: BaseException
 ) -> None:
     with (
         expect_errors(rf"{kind.__name__} failed a request of queue 0\n(.|\n)*{named(error)}"),
@@ -127,7 +127,7 @@ def test_a_handler_fails_its_request_only(
 
 
 @pytest.mark.parametrize("error", ESCAPES, ids=named)
-def test_a_batch_handler_fails_its_batch_only(engine: str, error: BaseException) -> None:
+def test_a_batch_handler_fails_its_batch_only(engine: EngineName, error: BaseException) -> None:
     with (
         expect_errors(f"RaisingBatch failed a request of queue 0\n(.|\n)*{named(error)}"),
         attached(RaisingBatch(error), engine=engine) as session,
@@ -171,7 +171,7 @@ def test_a_handler_in_c_that_cannot_be_made(error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("status_byte", [False, True])
-def test_more_written_than_there_is_room_for(engine: str, status_byte: bool) -> None:
+def test_more_written_than_there_is_room_for(engine: EngineName, status_byte: bool) -> None:
     class Greedy(VirtioDevice):
         device_id = 42
         served = 0
@@ -192,7 +192,7 @@ def test_more_written_than_there_is_room_for(engine: str, status_byte: bool) -> 
         assert len(errors) == 1
 
 
-def test_more_written_than_there_is_room_for_by_a_coroutine(engine: str) -> None:
+def test_more_written_than_there_is_room_for_by_a_coroutine(engine: EngineName) -> None:
     class Greedy(VirtioDevice):
         device_id = 42
         served = 0
@@ -217,7 +217,7 @@ def test_more_written_than_there_is_room_for_by_a_coroutine(engine: str) -> None
 )
 @pytest.mark.parametrize("in_order", [False, True])
 def test_a_batch_that_is_filled_in_wrongly_fails_there_only(
-    engine: str, entry: tuple[int | None, int, int, int], message: str, in_order: bool
+    engine: EngineName, entry: tuple[int | None, int, int, int], message: str, in_order: bool
 ) -> None:
     class Wrong(VirtioDevice):
         device_id = 42
@@ -273,7 +273,9 @@ class Taking(VhostUserBackendBase):
 
 @pytest.mark.parametrize("take", ["take", "cycle"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_chains_of_a_back_end_that_raises_go_back(engine: str, take: str, packed: bool) -> None:
+def test_chains_of_a_back_end_that_raises_go_back(
+    engine: EngineName, take: str, packed: bool
+) -> None:
     with (
         expect_errors("the back-end failed on queue 0"),
         served(Taking(take), engine=engine) as path,
@@ -623,7 +625,7 @@ class SignalOnly(Reference):
 @pytest.mark.parametrize("event_idx", [False, True])
 def test_the_references_loop_signals(
     tmp_path: Path,
-    engine: str,
+    engine: EngineName,
     kind: type[Reference],
     flavour: type[VringMutex] | type[VringRwLock],
     event_idx: bool,

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import vhost_backend
 from vhost_backend import (
     VhostUserBackendBase,
     VhostUserDaemon,
@@ -13,6 +14,7 @@ from vhost_backend import (
     VringRwLock,
     VringState,
 )
+from vhost_backend.device.hooks import CONFIGURATION, OF_A_TYPE
 from vhost_backend.testing import attached
 
 # In a checkout the tests lie beside the packages, in an sdist inside of the package.
@@ -80,3 +82,15 @@ def test_what_has_the_same_name_is_there() -> None:
             assert owners, name
             if "flavours" in right:
                 assert set(owners) >= {VringMutex, VringRwLock, VringState}, name
+
+
+def test_the_table_of_hooks_is_that_of_the_library() -> None:
+    text = README.read_text()
+    table = text[text.index("| Protocol | methods | offered |") :].split("\n\n")[0]
+    rows = [[cell.strip() for cell in row.split("|")[1:4]] for row in table.splitlines()[2:]]
+    said = {}
+    for kind, methods, offered in rows:
+        assert hasattr(vhost_backend, kind.strip("`"))
+        said[tuple(re.findall(r"`(\w+)\(", methods))] = offered
+    groups = [group for group in OF_A_TYPE if group is not CONFIGURATION]
+    assert said == {group.hooks: group.features.name or "\N{EN DASH}" for group in groups}

@@ -28,7 +28,7 @@ from vhost_backend import (
 )
 from vhost_backend.adapter.ring_worker import QueueWorker
 from vhost_backend.control.dirty_log import Logging
-from vhost_backend.devices.blk.device import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT
+from vhost_backend.devices.blk import S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.fds import eventfd
@@ -37,7 +37,7 @@ from vhost_backend.testing import attached, expect_errors, served, serving
 from vhost_backend.vring import locks as vring_locks
 from vhost_backend.vring.state import VringState
 from vhost_protocol import ProtocolFeatures
-from virtqueue import Batch, Chain, CHandler, available_engines
+from virtqueue import Batch, Chain, CHandler, EngineName, available_engines
 from virtqueue.layout import QueueBlock
 
 pytestmark = pytest.mark.skipif(
@@ -574,7 +574,7 @@ def test_a_signal_that_a_visitor_read_is_given_again(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_workers_look_before_they_sleep(tmp_path: Path, together: bool, engine: str) -> None:
+def test_workers_look_before_they_sleep(tmp_path: Path, together: bool, engine: EngineName) -> None:
     class Pair(Echo):
         num_queues = 2
 
@@ -647,11 +647,11 @@ def test_a_flush_that_failed_is_not_tried_again(image: Path, tmp_path: Path) -> 
 
     class Failing(BlockDevice):
         def batch_handler(self, queue: int) -> CHandler | None:
-            good, self._fd = self._fd, os.eventfd(0)  # that cannot be synced: EINVAL
+            good, self._store.fd = self._store.fd, os.eventfd(0)  # that cannot be synced: EINVAL
             try:
                 return super().batch_handler(queue)
             finally:
-                self.bad, self._fd = self._fd, good
+                self.bad, self._store.fd = self._store.fd, good
 
     device = Failing(image)
     with attached(device, features=DRIVER_FEATURES) as session:
@@ -684,7 +684,7 @@ def test_a_subclass_with_batches_of_its_own_is_asked_for_all(image: Path) -> Non
     assert device.seen == 6
 
 
-def test_past_the_page_cache(image: Path, engine: str) -> None:
+def test_past_the_page_cache(image: Path, engine: EngineName) -> None:
     """Requests that are not aligned for it go through the page cache, and see the same bytes."""
     with (
         served(BlockDevice(image, direct=True), engine=engine) as path,
@@ -712,7 +712,7 @@ def test_past_the_page_cache(image: Path, engine: str) -> None:
 
 @pytest.mark.parametrize("disk", [False, True])
 def test_memory_goes_with_its_front_end(
-    tmp_path: Path, engine: str, image: Path, disk: bool
+    tmp_path: Path, engine: EngineName, image: Path, disk: bool
 ) -> None:
     """What serves a queue does not keep memory mapped when there is nothing to serve."""
     device = BlockDevice(image, num_queues=2) if disk else Echo()

@@ -32,9 +32,10 @@ from vhost_backend import (
     serve_async,
 )
 from vhost_backend.daemon.serve import _Bell, _Serving, _wait_for_all
-from vhost_backend.devices.blk.device import F_FLUSH
+from vhost_backend.devices.blk import F_FLUSH
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import BlockWorkload, DriverSession, Migration
+from virtqueue import EngineName
 
 
 class Echo(VirtioDevice):
@@ -221,7 +222,7 @@ def in_a_loop(
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("make", [Echo, Patient])
 def test_a_device_in_the_callers_loop(
-    tmp_path: Path, engine: str, packed: bool, make: type[Echo]
+    tmp_path: Path, engine: EngineName, packed: bool, make: type[Echo]
 ) -> None:
     device = make()
 

@@ -33,11 +33,11 @@ from vhost_backend import (
     VirtioDevice,
     VirtioFeature,
 )
-from vhost_backend.devices.blk.device import T_GET_ID, T_IN, T_OUT
+from vhost_backend.devices.blk import T_GET_ID, T_IN, T_OUT
 from vhost_backend.driver import DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import serving
-from virtqueue import CHandler
+from virtqueue import CHandler, EngineName
 
 CONTENT, SENTINEL = b"D", b"N"
 LENGTH = 4096
@@ -137,7 +137,7 @@ FEATURES = (
 def test_a_stop_waits_for_what_storage_holds_up(
     disk: HeldFile,
     served: Callable[..., tuple[VhostUserDaemon, str]],
-    engine: str,
+    engine: EngineName,
     kind: int,
     direct: bool,
     stop: Callable[[DriverSession], None],
@@ -248,7 +248,7 @@ def submit(session: DriverSession, queue: int = 0) -> GuestAddress:
 
 def test_an_iotlb_update_is_taken_while_a_stop_waits(
     served: Callable[..., tuple[VhostUserDaemon, str]],
-    engine: str,
+    engine: EngineName,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """As QEMU 5.2 to 7.2 send it: from inside of their wait for the answer."""
@@ -276,7 +276,7 @@ def test_an_iotlb_update_is_taken_while_a_stop_waits(
 def test_after_a_hang_up_nothing_is_let_go_of_before_the_request_ends(
     disk: HeldFile,
     served: Callable[..., tuple[VhostUserDaemon, str]],
-    engine: str,
+    engine: EngineName,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     device = BlockDevice(disk.path)
@@ -303,7 +303,7 @@ def test_after_a_hang_up_nothing_is_let_go_of_before_the_request_ends(
 
 
 def test_a_ring_that_waits_for_the_last_front_end_can_be_stopped_and_left(
-    served: Callable[..., tuple[VhostUserDaemon, str]], engine: str
+    served: Callable[..., tuple[VhostUserDaemon, str]], engine: EngineName
 ) -> None:
     device = Held()
     _, path = served(device, engine=engine)
@@ -328,7 +328,7 @@ def test_a_ring_that_waits_for_the_last_front_end_can_be_stopped_and_left(
 
 def test_a_ring_that_waits_and_that_later_features_forbid_does_not_start(
     served: Callable[..., tuple[VhostUserDaemon, str]],
-    engine: str,
+    engine: EngineName,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """48 descriptors, as packed rings may have; then SET_FEATURES comes without packed rings."""
@@ -514,7 +514,7 @@ def test_sigterm_waits_for_the_device_and_a_second_one_does_not(
 
 def test_a_ring_that_breaks_ends_with_what_the_device_works_on(
     served: Callable[..., tuple[VhostUserDaemon, str]],
-    engine: str,
+    engine: EngineName,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A guest that breaks its ring does not get it back while a coroutine uses its memory."""

@@ -17,7 +17,7 @@ import pytest
 import vhost_protocol as vp
 from guest_memory import GuestAddress
 from vhost_backend import BlockDevice, Queue, Request, VirtioDevice
-from vhost_backend.devices.blk.device import T_OUT
+from vhost_backend.devices.blk import T_OUT
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import (
     BLOCK,
@@ -40,6 +40,7 @@ from vhost_backend.testing.pytest_plugin import (
     attach,
     device_process,
 )
+from virtqueue import EngineName
 
 __all__ = ["attach", "device_process"]
 
@@ -85,7 +86,7 @@ def test_the_fixtures(attach: Attach, device_process: StartProcess, image: Path)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_requests_complete_out_of_order(attach: Attach, engine: str, packed: bool) -> None:
+def test_requests_complete_out_of_order(attach: Attach, engine: EngineName, packed: bool) -> None:
     class Backwards(VirtioDevice):
         """Holds requests until four are there, and answers the last one first."""
 
@@ -132,7 +133,7 @@ def test_raw_bytes_end_the_connection_and_not_the_device() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_hostile_ring_breaks_alone(attach: Attach, engine: str, packed: bool) -> None:
+def test_a_hostile_ring_breaks_alone(attach: Attach, engine: EngineName, packed: bool) -> None:
     class Two(Echo):
         num_queues = 2
 
@@ -173,7 +174,7 @@ def test_ring_areas_are_guest_addresses(attach: Attach) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_nothing_is_lost_when_the_device_is_killed(
-    device_process: StartProcess, image: Path, engine: str, packed: bool
+    device_process: StartProcess, image: Path, engine: EngineName, packed: bool
 ) -> None:
     process = device_process(lambda: BlockDevice(image), engine=engine)
     with process.connect(features=DRIVER_FEATURES, packed=packed, inflight=True) as session:
@@ -308,7 +309,7 @@ def test_the_workload_notices(attach: Attach, image: Path, fault: str) -> None:
                     "torn": (offset + 2048, bytes(2048)),
                     "elsewhere": (offset, chain.read().replace(b"\1", b"\2")),
                 }[fault]
-                os.pwrite(self._fd, wrong[1], wrong[0])
+                os.pwrite(self._store.fd, wrong[1], wrong[0])
 
     work = BlockWorkload(attach(Faulty(image), features=DRIVER_FEATURES), blocks=32)
 
@@ -342,7 +343,9 @@ class Counter(Echo):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_session_moves_with_its_memory_and_the_devices_state(engine: str, packed: bool) -> None:
+def test_a_session_moves_with_its_memory_and_the_devices_state(
+    engine: EngineName, packed: bool
+) -> None:
     source, target = Counter(), Counter()
     with (
         served(target, engine=engine) as path,
@@ -364,7 +367,9 @@ def test_a_session_moves_with_its_memory_and_the_devices_state(engine: str, pack
 
 @pytest.mark.parametrize("iommu", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_disk_moves_under_load(image: Path, engine: str, packed: bool, iommu: bool) -> None:
+def test_a_disk_moves_under_load(
+    image: Path, engine: EngineName, packed: bool, iommu: bool
+) -> None:
     """The copy is complete though reads and writes go on: every answer lands in memory once."""
     with (
         served(BlockDevice(image), engine=engine) as path,

@@ -24,6 +24,7 @@ from vhost_backend import (
 )
 from vhost_backend.driver import DriverSession, Migration
 from vhost_backend.testing import attached, served, serving
+from virtqueue import EngineName
 
 PATIENCE = 60.0
 
@@ -124,7 +125,7 @@ class Buffers:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_buffers_that_wait_are_there_after_a_stop(engine: str, packed: bool) -> None:
+def test_buffers_that_wait_are_there_after_a_stop(engine: EngineName, packed: bool) -> None:
     device = News()
     with attached(device, engine=engine, packed=packed, timeout=PATIENCE) as session:
         buffers = Buffers(session)
@@ -167,7 +168,7 @@ STOPS = (
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("stop", [get_base, skip_drain, reset_and_get_base])
 def test_what_cannot_be_given_back_is_recorded_or_completes_empty(
-    engine: str, stop: Callable[[DriverSession], int], packed: bool, recorded: bool
+    engine: EngineName, stop: Callable[[DriverSession], int], packed: bool, recorded: bool
 ) -> None:
     device = News()
     with attached(
@@ -200,7 +201,9 @@ def test_what_cannot_be_given_back_is_recorded_or_completes_empty(
         buffers.wait_for(0, 1, 2, 3)
 
 
-def test_the_driver_sees_no_status_but_an_errors_in_what_completes_empty(engine: str) -> None:
+def test_the_driver_sees_no_status_but_an_errors_in_what_completes_empty(
+    engine: EngineName,
+) -> None:
     class Status(News):
         status_byte = True
         error_status = 9
@@ -224,7 +227,7 @@ def test_the_driver_sees_no_status_but_an_errors_in_what_completes_empty(engine:
         assert session.memory.read(targets[0], 5)[4] == 9
 
 
-def test_a_request_that_has_begun_is_not_given_back(engine: str) -> None:
+def test_a_request_that_has_begun_is_not_given_back(engine: EngineName) -> None:
     class Begun(News):
         async def handle(self, queue: Queue, request: Request) -> None:
             request.write(b"x")
@@ -240,7 +243,7 @@ def test_a_request_that_has_begun_is_not_given_back(engine: str) -> None:
         assert [written for _, written in session.vrings[0].queue.collect()] == [0]
 
 
-def test_a_coroutine_may_complete_its_request_when_it_is_called_back(engine: str) -> None:
+def test_a_coroutine_may_complete_its_request_when_it_is_called_back(engine: EngineName) -> None:
     class Polite(News):
         async def handle(self, queue: Queue, request: Request) -> None:
             with contextlib.suppress(asyncio.CancelledError):
@@ -257,7 +260,9 @@ def test_a_coroutine_may_complete_its_request_when_it_is_called_back(engine: str
         assert [written for _, written in session.vrings[0].queue.collect()] == [4]
 
 
-def test_a_coroutine_that_comes_to_wait_while_its_ring_stops_is_called_back(engine: str) -> None:
+def test_a_coroutine_that_comes_to_wait_while_its_ring_stops_is_called_back(
+    engine: EngineName,
+) -> None:
     first, go_on = threading.Event(), threading.Event()
 
     class Late(News):
@@ -281,7 +286,7 @@ def test_a_coroutine_that_comes_to_wait_while_its_ring_stops_is_called_back(engi
         assert device.fates == [(0, Recall.GIVEN_BACK)]
 
 
-def test_whole_queues_that_wait(engine: str) -> None:
+def test_whole_queues_that_wait(engine: EngineName) -> None:
     class Marked(VirtioDevice):
         num_queues = 2
         waiting_queues = frozenset((0,))
@@ -313,7 +318,7 @@ def test_whole_queues_that_wait(engine: str) -> None:
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_after_a_hang_up_the_next_front_end_has_the_requests(
-    tmp_path: Path, engine: str, recorded: bool, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, engine: EngineName, recorded: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     device = News()
     with (
@@ -341,7 +346,9 @@ def test_after_a_hang_up_the_next_front_end_has_the_requests(
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_a_daemon_ends_though_requests_wait(engine: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_daemon_ends_though_requests_wait(
+    engine: EngineName, caplog: pytest.LogCaptureFixture
+) -> None:
     device = News()
     with attached(device, engine=engine, timeout=PATIENCE) as session:
         Buffers(session).submit(0, 1)
@@ -350,7 +357,7 @@ def test_a_daemon_ends_though_requests_wait(engine: str, caplog: pytest.LogCaptu
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_a_ring_moves_with_what_waits(engine: str) -> None:
+def test_a_ring_moves_with_what_waits(engine: EngineName) -> None:
     device = News()
     with attached(device, engine=engine, timeout=PATIENCE) as session:
         buffers = Buffers(session)
@@ -371,7 +378,7 @@ def test_a_ring_moves_with_what_waits(engine: str) -> None:
         assert session.stop_ring(0) == 0
 
 
-def test_an_iotlb_invalidation_does_not_wait_for_news(engine: str) -> None:
+def test_an_iotlb_invalidation_does_not_wait_for_news(engine: EngineName) -> None:
     device = News()
     with attached(device, engine=engine, iommu=True, timeout=PATIENCE) as session:
         buffers = Buffers(session)
@@ -386,7 +393,7 @@ def test_an_iotlb_invalidation_does_not_wait_for_news(engine: str) -> None:
         buffers.wait_for(0, 1)
 
 
-def test_a_move_to_another_back_end_takes_the_waiting_requests_along(engine: str) -> None:
+def test_a_move_to_another_back_end_takes_the_waiting_requests_along(engine: EngineName) -> None:
     source, target = News(), News()
     with (
         attached(source, engine=engine, memory_size=4 << 20, timeout=PATIENCE) as session,
@@ -454,7 +461,7 @@ def test_the_loops_daemon_calls_back_what_waits(
 @pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
 @pytest.mark.parametrize("seed", range(4))
 def test_completions_stops_and_starts_in_any_order_lose_nothing(
-    tmp_path: Path, engine: str, packed: bool, recorded: bool, seed: int
+    tmp_path: Path, engine: EngineName, packed: bool, recorded: bool, seed: int
 ) -> None:
     """Every request completes exactly once; it completes empty only where nothing else can be."""
     chance = random.Random(seed)

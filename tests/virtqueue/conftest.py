@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from virtqueue_rig import FEATURES, Rig
 
-from virtqueue import available_engines
+from virtqueue import EngineName, available_engines
 
 # Asking for an engine means that it has to be there: a missing one fails, it does not skip.
 ENGINES = (
@@ -55,7 +55,7 @@ def features(request: pytest.FixtureRequest) -> dict[str, bool]:
     return FEATURES[request.param]
 
 
-def rigs(engine: str) -> Iterator[type[Rig]]:
+def rigs(engine: EngineName) -> Iterator[type[Rig]]:
     """`Rig` with the engine filled in; every rig is closed at the end."""
     made: list[Rig] = []
 
@@ -73,7 +73,7 @@ def rigs(engine: str) -> Iterator[type[Rig]]:
 
 
 @pytest.fixture
-def make_rig(engine: str) -> Iterator[type[Rig]]:
+def make_rig(engine: EngineName) -> Iterator[type[Rig]]:
     yield from rigs(engine)
 
 

@@ -20,6 +20,7 @@ from virtqueue import (
     RECORD,
     DeviceQueue,
     DoneFlags,
+    EngineName,
     QueueBroken,
     RecordFlags,
     UsageError,
@@ -28,7 +29,7 @@ from virtqueue import (
 from virtqueue.layout import SEGMENT
 
 if os.environ.get("VIRTQUEUE_ENGINE") == "c" or "c" in available_engines():
-    ENGINES = ("python", "c")
+    ENGINES: tuple[EngineName, EngineName] = ("python", "c")
 else:
     # Without a C engine the oracle is compared with itself, which shows that it is deterministic.
     ENGINES = ("python", "python")
@@ -40,7 +41,7 @@ LOG = 64 << 10
 class Side:
     """One engine with a memory, a log and an in-flight region of its own."""
 
-    def __init__(self, engine: str, inflight: bool, **config: Any) -> None:
+    def __init__(self, engine: EngineName, inflight: bool, **config: Any) -> None:
         self.rig = Rig(
             engine=engine,
             memory_size=MEMORY,

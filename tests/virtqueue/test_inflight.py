@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from virtqueue_rig import Rig
 
-from virtqueue import InflightRegion, QueueBroken, Reason, UsageError, inflight_size
+from virtqueue import EngineName, InflightRegion, QueueBroken, Reason, UsageError, inflight_size
 from virtqueue.engine.inflight import PackedRegion, PackedState, SplitRegion, SplitState
 from virtqueue.engine.python.packed_inflight import PackedInflight
 from virtqueue.engine.python.split_inflight import SplitInflight
@@ -392,7 +392,7 @@ def test_death_again_during_recovery(make_python_rig: Any, stores: Stores, packe
         run(make_python_rig, stores, packed, random_.randrange(1000), deaths)
 
 
-def test_sigkill_at_random_instants(engine: str, packed: bool) -> None:
+def test_sigkill_at_random_instants(engine: EngineName, packed: bool) -> None:
     script = Path(__file__).parent / "crash_ring.py"
     arguments = ["--kills", "25", "--engine", engine, *(["--packed"] if packed else [])]
     done = subprocess.run(

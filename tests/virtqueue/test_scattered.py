@@ -29,6 +29,7 @@ from guest_memory.linux import syscalls
 from virtqueue import (
     DeviceQueue,
     DriverQueue,
+    EngineName,
     Need,
     QueueBroken,
     Reason,
@@ -48,7 +49,13 @@ class Scattered:
     """A driver and a device that see the pages of one memory in another order than it has them."""
 
     def __init__(
-        self, engine: str, packed: bool, *, memory: Any = None, log: Any = None, **config: Any
+        self,
+        engine: EngineName,
+        packed: bool,
+        *,
+        memory: Any = None,
+        log: Any = None,
+        **config: Any,
     ) -> None:
         self.rng = random.Random(7)
         self.plain = (
@@ -117,7 +124,7 @@ class Scattered:
 
 
 @pytest.fixture
-def scattered(engine: str, packed: bool) -> Iterator[Any]:
+def scattered(engine: EngineName, packed: bool) -> Iterator[Any]:
     made: list[Scattered] = []
 
     def make(**settings: Any) -> Scattered:
@@ -211,7 +218,7 @@ def test_it_is_followed_when_its_pages_go_elsewhere(scattered: Any) -> None:
     one.serve(400)
 
 
-def test_what_was_mapped_for_it_goes_with_it(engine: str, packed: bool) -> None:
+def test_what_was_mapped_for_it_goes_with_it(engine: EngineName, packed: bool) -> None:
     before = joined()
     one = Scattered(engine, packed)
     one.serve(10)
@@ -221,7 +228,7 @@ def test_what_was_mapped_for_it_goes_with_it(engine: str, packed: bool) -> None:
     assert joined() == before
 
 
-def test_pages_that_do_not_meet_at_their_ends_are_refused(engine: str, packed: bool) -> None:
+def test_pages_that_do_not_meet_at_their_ends_are_refused(engine: EngineName, packed: bool) -> None:
     one = Scattered(engine, packed)
     tlb = Iotlb()
     tlb.insert(Iova(0), 0x800, UserAddress(USER), 3)
@@ -270,7 +277,7 @@ except QueueBroken as error:
 """
 
 
-def test_memory_that_vanishes_breaks_the_queue(engine: str, packed: bool) -> None:
+def test_memory_that_vanishes_breaks_the_queue(engine: EngineName, packed: bool) -> None:
     if not _guard_available():
         pytest.skip("this installation has no SIGBUS guard")
     kind = "packed" if packed else "split"

@@ -10,6 +10,7 @@ from guest_memory import GuestMemory
 from virtqueue import (
     DeviceQueue,
     DriverQueue,
+    EngineName,
     InflightRegion,
     RingConfig,
     inflight_size,
@@ -47,7 +48,7 @@ class Rig:
         *,
         size: int = 8,
         packed: bool = False,
-        engine: str | None = None,
+        engine: EngineName | None = None,
         memory_size: int = 1 << 20,
         table_length: int = 8,
         batch: int = 128,

@@ -17,7 +17,7 @@ import vhost_protocol as vp
 from guest_memory import GuestAddress, GuestMemory, Region
 from vhost_backend import BlockDevice, DeviceBackend, VhostUserDaemon, VirtioFeature
 from vhost_xen import XenMapper
-from virtqueue import DriverQueue, RingConfig, available_engines
+from virtqueue import DriverQueue, EngineName, RingConfig, available_engines
 
 from .areas import Area, GuestGranter, drivers_memory, guest_granter, memory_at, regions_of
 from .foreign import region as frames
@@ -83,7 +83,7 @@ class Disk:
 
 
 @contextmanager
-def attached(engine: str, xen: bool = True) -> Iterator[vp.Frontend]:
+def attached(engine: EngineName, xen: bool = True) -> Iterator[vp.Frontend]:
     """A daemon with a disk, and a front-end that is connected to it."""
     image = f"/tmp/disk-{engine}"
     with open(image, "wb") as file:

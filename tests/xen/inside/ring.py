@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 
 from guest_memory import GuestAddress, GuestMemory
 from vhost_xen import GrantMapError
-from virtqueue import Chain, DeviceQueue, DriverQueue, Need, RingConfig, available_engines
+from virtqueue import (
+    Chain,
+    DeviceQueue,
+    DriverQueue,
+    EngineName,
+    Need,
+    RingConfig,
+    available_engines,
+)
 
 from .areas import (
     Area,
@@ -104,7 +112,7 @@ class Setup(NamedTuple):
 
 
 def set_up(
-    granter: Granter, buffers: Area, parts: list[Area], engine: str, packed: bool, fd: int
+    granter: Granter, buffers: Area, parts: list[Area], engine: EngineName, packed: bool, fd: int
 ) -> Setup:
     """A ring over fresh pages, seen from both sides."""
     for area in (*parts, buffers):

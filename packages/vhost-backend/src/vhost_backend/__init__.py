@@ -18,11 +18,27 @@ if TYPE_CHECKING:
     from .daemon.report import QueueReport, report
     from .daemon.serve import serve, serve_all
     from .daemon.threaded import VhostUserDaemon
-    from .device.base import Queue, Recall, Request, VirtioDevice
+    from .device.base import VirtioDevice
+    from .device.hooks import (
+        CryptoSessions,
+        GpuSocket,
+        Mtu,
+        Rarp,
+        SharedMemory,
+        SharedObjects,
+    )
+    from .device.request import Queue, Recall, Request
     from .device.state_stream import StateError
     from .devices import BlockDevice
     from .epoll_handler import VringEpollHandler
-    from .errors import BackendUsageError, DeviceError, ListenError, Refused, VhostBackendError
+    from .errors import (
+        BackendUsageError,
+        DeviceError,
+        DeviceRefused,
+        ListenError,
+        Refused,
+        VhostBackendError,
+    )
     from .fds.eventfd import WakeFd
     from .fds.listener import Listener
     from .features import VirtioFeature
@@ -35,17 +51,24 @@ _LAZY = {
     "AsyncDaemon": "daemon.in_loop",
     "BackendUsageError": "errors",
     "BlockDevice": "devices",
+    "CryptoSessions": "device.hooks",
     "DeviceBackend": "adapter.device_backend",
     "DeviceError": "errors",
+    "DeviceRefused": "errors",
+    "GpuSocket": "device.hooks",
     "ListenError": "errors",
     "Listener": "fds.listener",
+    "Mtu": "device.hooks",
     "MetricsServer": "daemon.prometheus",
-    "Queue": "device.base",
+    "Queue": "device.request",
     "QueueCounters": "counters",
     "QueueReport": "daemon.report",
-    "Recall": "device.base",
+    "Rarp": "device.hooks",
+    "Recall": "device.request",
     "Refused": "errors",
-    "Request": "device.base",
+    "Request": "device.request",
+    "SharedMemory": "device.hooks",
+    "SharedObjects": "device.hooks",
     "StateError": "device.state_stream",
     "VhostBackendError": "errors",
     "VhostUserBackend": "backend",
@@ -84,17 +107,24 @@ __all__ = [
     "AsyncDaemon",
     "BackendUsageError",
     "BlockDevice",
+    "CryptoSessions",
     "DeviceBackend",
     "DeviceError",
+    "DeviceRefused",
+    "GpuSocket",
     "ListenError",
     "Listener",
     "MetricsServer",
+    "Mtu",
     "Queue",
     "QueueCounters",
     "QueueReport",
+    "Rarp",
     "Recall",
     "Refused",
     "Request",
+    "SharedMemory",
+    "SharedObjects",
     "StateError",
     "VhostBackendError",
     "VhostUserBackend",

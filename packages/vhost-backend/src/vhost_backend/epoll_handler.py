@@ -24,11 +24,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
 from virtqueue import RECORD, Batch
 
-from .backend import VhostUserBackend
+from .backend import STATUS_BYTE, HookGroup, VhostUserBackend, VhostUserBackendBase, provided
 from .errors import BackendUsageError
 from .fds import eventfd
 from .fds.eventfd import WakeFd
@@ -219,7 +219,7 @@ class VringEpollHandler:
         if callback is None:
             if data is None or data <= len(self.vrings):
                 raise BackendUsageError(f"listener data {data} could be a queue's index")
-            check = getattr(self._backend, "check_listener", None)
+            check = provided(self._backend, VhostUserBackendBase.check_listener)
             if check is not None:
                 check()
         elif not callable(callback):
@@ -427,7 +427,8 @@ class VringEpollHandler:
         self._errors.error("%s: the back-end failed on %s", self._name, what, exc_info=error)
         taken, self._taken = self._taken or [], None
         # Only a back-end with status bytes can say so to the driver.
-        status = getattr(self._backend, "error_status", 1)
+        own = STATUS_BYTE.of(self._backend)
+        status = VhostUserBackendBase.error_status if own is None else own.error_status
         for vring, generation, records in taken:
             with vring.get_mut() as state:
                 if state.generation == generation:
@@ -449,3 +450,18 @@ class VringEpollHandler:
                 return  # the control plane has replaced it meanwhile
             self._forget(queue)
         log.warning("%s: the kick descriptor of queue %d is dead", self._thread.name, queue)
+
+
+class OwnWorkers(Protocol):
+    """A back-end that says which kind of worker serves it."""
+
+    worker_type: type[VringEpollHandler]
+
+
+_OWN_WORKERS: Final = HookGroup[OwnWorkers](OwnWorkers)
+
+
+def worker_type(backend: VhostUserBackend) -> type[VringEpollHandler]:
+    """The kind of worker that the back-end needs; plain threads where it does not say."""
+    own = _OWN_WORKERS.of(backend)
+    return VringEpollHandler if own is None else own.worker_type

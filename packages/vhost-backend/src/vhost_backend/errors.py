@@ -2,8 +2,9 @@
 
 The front-end's and the guest's faults never surface as a traceback: they are a refused message
 (`Refused`), a closed connection (the protocol package's `RemoteProtocolError`) or a broken queue
-(the virtqueue package's `QueueBroken`). What is raised to the caller is either a fact of this
-machine (`ListenError`, `DeviceError`) or a mistake in the program (`BackendUsageError`).
+(the virtqueue package's `QueueBroken`). A device's hook refuses what it is asked with
+`DeviceRefused`. What is raised to the caller is either a fact of this machine (`ListenError`,
+`DeviceError`) or a mistake in the program (`BackendUsageError`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ _SHORTAGES: Final = frozenset(
         errno.EDQUOT,
     )
 )
+
+#: What a kernel or a file system without a call or its flags answers, and a seccomp filter.
+REFUSALS: Final = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES))
 
 
 class VhostBackendError(Exception):
@@ -55,6 +59,18 @@ class Refused(VhostBackendError):
     def __init__(self, request: str, reason: str) -> None:
         super().__init__(f"{request} refused: {reason}")
         self.request = request
+        self.reason = reason
+
+
+class DeviceRefused(VhostBackendError):
+    """A device, or a back-end, cannot do now what a hook of it is asked for.
+
+    Raised by a hook, it refuses the message that the hook was called for, which is named then:
+    see `Refused`. `reason` says why, for the log.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
         self.reason = reason
 
 

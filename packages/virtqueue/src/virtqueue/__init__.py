@@ -13,6 +13,7 @@ from .config import RingConfig, RingLayout, ring_layout
 from .counters import Counters
 from .engine.choose import available_engines, default_engine, load_engine
 from .engine.inflight import InflightRegion, inflight_size
+from .engine.interface import EngineName
 from .errors import (
     ChainCompleted,
     EngineUnavailable,
@@ -90,6 +91,7 @@ __all__ = [
     "DoneField",
     "DoneFlags",
     "DriverQueue",
+    "EngineName",
     "EngineUnavailable",
     "FileAction",
     "FileHandler",

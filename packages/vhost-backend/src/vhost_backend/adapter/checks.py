@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ..backend import VhostUserBackend, VhostUserBackendBase
-from ..device.base import VirtioDevice
+from ..backend import OF_A_BACKEND, VhostUserBackend, VhostUserBackendBase
+from ..device.base import VirtioDevice, asked_features
+from ..device.hooks import OF_A_DEVICE, check_hooks, provided
 from ..errors import BackendUsageError
 from ..features import RING_FEATURES, VirtioFeature
 from .coroutine_check import is_coroutine_function
@@ -59,8 +60,7 @@ def check_device(device: object) -> None:
             f"{name}.config is {_shown(device.config)}: a configuration space is bytes"
         )
     _check_handlers(name, device)
-    if hasattr(device, "create_crypto_session") and not hasattr(device, "close_crypto_session"):
-        raise BackendUsageError(f"{name} has create_crypto_session and no close_crypto_session")
+    check_hooks(OF_A_DEVICE, device, asked_features(device), name)
 
 
 def check_backend(backend: object) -> None:
@@ -82,6 +82,7 @@ def check_backend(backend: object) -> None:
     _check_counts(name, "num_queues()", queues, "max_queue_size()", checked.max_queue_size())
     _check_features(name, "features()", checked.features())
     _check_masks(name, checked.queues_per_thread(), queues)
+    check_hooks(OF_A_BACKEND, checked, checked.protocol_features(), name)
 
 
 def _is_missing(kind: type, backend: object, method: str) -> bool:
@@ -155,10 +156,9 @@ def _masks(masks: Sequence[int]) -> str:
 
 def _check_handlers(name: str, device: VirtioDevice) -> None:
     own = {
-        method
-        for method in ("handle", "handle_batch", "batch_handler")
-        if getattr(type(device), method) is not getattr(VirtioDevice, method)
-        or method in vars(device)
+        method.__name__
+        for method in (VirtioDevice.handle, VirtioDevice.handle_batch, VirtioDevice.batch_handler)
+        if provided(device, method) is not None
     }
     if not own:
         raise BackendUsageError(f"{name} defines neither handle nor handle_batch")
@@ -167,8 +167,10 @@ def _check_handlers(name: str, device: VirtioDevice) -> None:
         raise BackendUsageError(
             f"{name} has `async def handle`, so its handle_batch would never be called"
         )
-    for method, base in vars(VirtioDevice).items():
-        if method == "handle" or method[0] == "_" or not callable(base):
+    methods = [method for method, base in vars(VirtioDevice).items() if callable(base)]
+    methods += [hook for group in OF_A_DEVICE for hook in group.defined(device)]
+    for method in methods:
+        if method == "handle" or method[0] == "_":
             continue
         if is_coroutine_function(getattr(device, method)):
             raise BackendUsageError(

@@ -13,7 +13,9 @@ from functools import partial
 
 from virtqueue import Chain
 
-from ..device.base import Queue, Recall, Request, VirtioDevice, check_use, fail_request
+from ..device.base import VirtioDevice, fail_request
+from ..device.hooks import provided
+from ..device.request import Queue, Recall, Request, check_use
 from ..epoll_handler import VringEpollHandler
 from ..features import RING_FEATURES
 from ..vring.locks import Vring
@@ -137,7 +139,7 @@ class AsyncDeviceBackend(DeviceBackend):
         """One worker for all queues, unless the device chooses: what its coroutines share of
         asyncio (a Queue, an Event) belongs to one loop.
         """
-        if type(self.device).queues_per_thread is VirtioDevice.queues_per_thread:
+        if provided(self.device, VirtioDevice.queues_per_thread) is None:
             return [(1 << self.device.num_queues) - 1]
         return super().queues_per_thread()
 

@@ -9,33 +9,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from guest_memory import GuestMemory
 from vhost_protocol import BackendChannel, ProtocolFeatures
 from virtqueue import DONE, RECORD, Batch, CHandler, DoneFlags, UsageError
 
-from ..backend import VhostUserBackendBase
-from ..device.base import Queue, VirtioDevice, fail_request
-from ..device.state_stream import StateTransfer
+from ..backend import STATE_TRANSFER, VhostUserBackendBase
+from ..device.base import VirtioDevice, asked_features, fail_request
+from ..device.hooks import OF_A_TYPE, SAVED_STATE, provided
+from ..device.request import Queue
+from ..device.state_stream import StateTransfers
 from ..epoll_handler import VringEpollHandler
 from ..errors import BackendUsageError
 from ..features import RING_FEATURES, VirtioFeature
 from ..vring.locks import Vring
 from ..vring.state import VringState
 from .checks import check_device
+from .passing import passes_on
 from .ring_worker import QueueWorker
 
 log: logging.Logger = logging.getLogger("vhost_backend")
-
-#: Hooks that a device of the type has, and no other: see `control.device`.
-DEVICE_HOOKS = frozenset(
-    ("send_rarp", "net_set_mtu", "create_crypto_session", "close_crypto_session")
-)
-_HOOK_FEATURES = {
-    "get_shared_object": ProtocolFeatures.SHARED_OBJECT,
-    "get_shmem_config": ProtocolFeatures.SHMEM,
-}
 
 #: Chains taken at once.
 BATCH = 128
@@ -43,6 +35,14 @@ BATCH = 128
 TURN = 8
 
 
+@passes_on(
+    *("acked_features", "update_memory", "queues_per_thread", "abandon_device_state"),
+    *(hook for group in (*OF_A_TYPE, STATE_TRANSFER) for hook in group.hooks),
+    reset_device=VirtioDevice.reset,
+    device_started=VirtioDevice.started,
+    device_stopped=VirtioDevice.stopped,
+    describe_request=VirtioDevice.describe,
+)
 class DeviceBackend(VhostUserBackendBase):
     """A device as a back-end. `DeviceBackend.of(device)` picks the kind its `handle` needs."""
 
@@ -64,22 +64,17 @@ class DeviceBackend(VhostUserBackendBase):
     def __init__(self, device: VirtioDevice) -> None:
         check_device(device)
         self.device = device
+        #: What has the methods that are passed on.
+        self.parts: tuple[object, ...] = (device,)
+        if SAVED_STATE.of(device) is not None:
+            self.parts = device, StateTransfers(device)
+        self.status_byte: bool = device.status_byte
+        self.error_status: int = device.error_status
         self._queues: dict[int, Queue] = {}
         #: Handlers in C by queue, where the device has them.
         self._handlers: dict[int, CHandler | None] = {}
-        self._transfer: StateTransfer | None = None
         #: In an event loop of the caller's: what ends that when a handler raises to end it.
         self.on_exit: Callable[[BaseException], None] | None = None
-
-    @property
-    def status_byte(self) -> bool:
-        """Whether completions write a status byte."""
-        return self.device.status_byte
-
-    @property
-    def error_status(self) -> int:
-        """The status byte of a request that the device will not complete any more."""
-        return self.device.error_status
 
     def num_queues(self) -> int:
         """The device's."""
@@ -93,101 +88,17 @@ class DeviceBackend(VhostUserBackendBase):
         """The device's own bits and what the rings offer for every device."""
         return self.device.features | self.ring_features
 
-    def acked_features(self, features: int) -> None:
-        """Told to the device."""
-        self.device.acked_features(features)
-
     def protocol_features(self) -> ProtocolFeatures:
-        """What the device overrides, and what it asks for."""
-        device, kind = self.device, type(self.device)
-        features = device.protocol_features
-        if device.config or kind.get_config is not VirtioDevice.get_config:
-            features |= ProtocolFeatures.CONFIG
-        if kind.save_state is not VirtioDevice.save_state:
-            features |= ProtocolFeatures.DEVICE_STATE
-        for name, feature in _HOOK_FEATURES.items():
-            if hasattr(device, name):
-                features |= feature
-        return features
+        """What the device asks for: CONFIG where it has a `config`."""
+        return asked_features(self.device)
 
-    def __getattr__(self, name: str) -> Any:
-        """Hooks of device types, which only some devices have."""
-        if name in DEVICE_HOOKS:
-            return getattr(self.device, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def set_backend_req_fd(self, channel: object) -> None:
+    def set_backend_req_fd(self, channel: BackendChannel) -> None:
         """Kept where the device finds it."""
-        assert isinstance(channel, BackendChannel)
         self.device.channel = channel
 
-    def get_shared_object(self, uuid: bytes) -> int | None:
-        """Asked of the device."""
-        hook = getattr(self.device, "get_shared_object", None)
-        return None if hook is None else hook(uuid)
-
-    def get_shmem_config(self) -> Sequence[int]:
-        """Asked of the device."""
-        hook = getattr(self.device, "get_shmem_config", None)
-        return () if hook is None else hook()
-
-    def set_gpu_socket(self, channel: object) -> None:
-        """Told to the device."""
-        self.device.set_gpu_socket(channel)  # type: ignore[attr-defined]
-
-    @property
-    def uses_gpu_socket(self) -> bool:
-        """Whether the device wants the GPU protocol's socket."""
-        return hasattr(self.device, "set_gpu_socket")
-
-    def set_device_state_fd(self, direction: int, phase: int, fd: int) -> int | None:
-        """Save (0) or load (1) the device's state on a thread of its own."""
-        self.abandon_device_state()
-        self._transfer = StateTransfer(self.device, fd, load=direction == 1)
-        return None
-
-    def abandon_device_state(self) -> None:
-        """No state of the present front-end's is loaded any more."""
-        transfer, self._transfer = self._transfer, None
-        if transfer is not None:
-            transfer.abandon()
-
-    def check_device_state(self) -> bool:
-        """How the last transfer ended; False without one."""
-        transfer, self._transfer = self._transfer, None
-        return transfer is not None and transfer.succeeded()
-
-    def reset_device(self) -> None:
-        """Told to the device."""
-        self.device.reset()
-
-    def get_config(self, offset: int, size: int) -> bytes:
-        """Asked of the device."""
-        return self.device.get_config(offset, size)
-
-    def set_config(self, offset: int, data: bytes) -> None:
-        """Told to the device."""
-        self.device.set_config(offset, data)
-
-    def device_started(self) -> None:
-        """Told to the device."""
-        self.device.started()
-
-    def device_stopped(self) -> None:
-        """Told to the device."""
-        self.device.stopped()
-
-    def describe_request(self, header: bytes) -> str:
-        """Asked of the device, for the log."""
-        return self.device.describe(header)
-
-    def update_memory(self, memory: GuestMemory) -> None:
-        """Told to the device."""
-        self.device.update_memory(memory)
-
-    def queues_per_thread(self) -> Sequence[int]:
-        """The device's choice."""
-        return self.device.queues_per_thread()
+    def device_name(self) -> str:
+        """The class of the device."""
+        return type(self.device).__name__
 
     def handle_event(
         self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
@@ -272,7 +183,7 @@ class DeviceBackend(VhostUserBackendBase):
 
     def check_listener(self) -> None:
         """Raise `BackendUsageError` unless the device takes events of its own."""
-        if type(self.device).handle_event is VirtioDevice.handle_event:
+        if provided(self.device, VirtioDevice.handle_event) is None:
             raise BackendUsageError(
                 f"{type(self.device).__name__} has no handle_event for a listener's events:"
                 " define it, or give a callback"

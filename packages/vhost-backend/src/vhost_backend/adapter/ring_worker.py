@@ -18,7 +18,8 @@ from typing import Protocol, cast
 from virtqueue import Batch, CHandler, Server, UsageError
 
 from ..backend import VhostUserBackend
-from ..device.base import Queue, VirtioDevice
+from ..device.base import VirtioDevice
+from ..device.request import Queue
 from ..epoll_handler import VringEpollHandler
 from ..vring.locks import Vring, VringMutex
 from ..vring.state import VringState

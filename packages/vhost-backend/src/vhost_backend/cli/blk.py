@@ -162,7 +162,7 @@ def _xen_mapper(postcopy: bool) -> Mapper:
 
 
 def _describe(device: BlockDevice, engine: str, options: SimpleNamespace) -> str:
-    from ..devices.blk.device import SECTOR
+    from ..devices.blk import SECTOR
 
     where = options.socket_path if options.fd is None else f"descriptor {options.fd}"
     access = "read-only" if device.read_only else "read-write"

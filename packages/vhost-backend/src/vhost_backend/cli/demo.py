@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vhost_protocol import Frontend, ProtocolError
 from virtqueue import VirtqueueError
 
-from ..devices.blk.device import S_OK, SECTOR, T_IN, T_OUT
+from ..devices.blk import S_OK, SECTOR, T_IN, T_OUT
 from ..devices.blk.image_lock import ImageLock
 from ..driver import BlockDriver, DriverSession
 from ..driver.block import DRIVER_FEATURES

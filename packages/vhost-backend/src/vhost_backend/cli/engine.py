@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from ..errors import VhostBackendError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from virtqueue import EngineName
 
-def chosen_engine() -> str:
+
+def chosen_engine() -> EngineName:
     """The engine that VIRTQUEUE_ENGINE asks for, or the best there is."""
     from virtqueue import VirtqueueError, default_engine
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import vhost_protocol as vp
 from guest_memory import DirtyLog, GuestMemory, Iotlb, Mapper, MemoryHolder, Region
 
-from ..backend import VhostUserBackend
+from ..backend import VhostUserBackend, VhostUserBackendBase, provided
 from ..epoll_handler import VringEpollHandler
 from ..errors import BackendUsageError, Refused
 from ..features import VirtioFeature
@@ -83,16 +83,12 @@ class Context:
             raise Refused(request, f"there is no vring {index}")
         return self.vrings[index]
 
-    def hook(self, name: str) -> Any:
-        """A hook that is not part of `VhostUserBackend`, or None if the back-end has none."""
-        return getattr(self.backend, name, None)
-
     def device_started(self) -> None:
-        """A ring is about to start. Raises `Refused` when the device cannot run now."""
+        """A ring is about to start. Raises `DeviceRefused` when the device cannot run now."""
         if not self._started:
-            hook = self.hook("device_started")
-            if hook is not None:
-                hook()
+            started = provided(self.backend, VhostUserBackendBase.device_started)
+            if started is not None:
+                started()
             self._started = True
 
     def device_stopped(self) -> None:
@@ -102,17 +98,18 @@ class Context:
         """
         if self._started:
             self._started = False
-            hook = self.hook("device_stopped")
-            if hook is not None:
+            stopped = provided(self.backend, VhostUserBackendBase.device_stopped)
+            if stopped is not None:
                 try:
-                    hook()
+                    stopped()
                 except Exception:
                     log.exception("%s: the device has failed to stop", self.device_name)
 
     @property
     def device_name(self) -> str:
         """What to call the device in the log."""
-        return type(getattr(self.backend, "device", self.backend)).__name__
+        name = provided(self.backend, VhostUserBackendBase.device_name)
+        return type(self.backend).__name__ if name is None else name()
 
     def place(self, index: int) -> tuple[VringEpollHandler, int]:
         """The worker of a vring, and the vring's position there."""

@@ -1,36 +1,33 @@
 """What concerns the device itself: configuration space, status, reset, and its type's messages.
 
-Hooks beyond `VhostUserBackend` are looked for by name; what a back-end does not have is not
-offered.
+The back-end's hooks decide what is offered: see `device.hooks`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import vhost_protocol as vp
 
-from ..errors import Refused
+from ..backend import (
+    BY_REQUEST,
+    CRYPTO_SESSIONS,
+    GPU_SOCKET,
+    MTU,
+    OF_A_TYPE,
+    RARP,
+    HookGroup,
+)
+from ..errors import DeviceRefused
 from ..rate_limited_log import RateLimited
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
-#: Hooks that stand for a protocol feature.
-_HOOKS = {
-    "send_rarp": vp.ProtocolFeatures.RARP,
-    "net_set_mtu": vp.ProtocolFeatures.MTU,
-    "create_crypto_session": vp.ProtocolFeatures.CRYPTO_SESSION,
-}
-#: What a back-end asks for itself in `protocol_features`, because the Protocol has its hooks.
-_BY_REQUEST = (
-    vp.ProtocolFeatures.CONFIG
-    | vp.ProtocolFeatures.SHARED_OBJECT
-    | vp.ProtocolFeatures.SHMEM
-    | vp.ProtocolFeatures.HOST_NOTIFIER
-)
+H = TypeVar("H")
 
 
 class Device:
@@ -60,11 +57,12 @@ class Device:
 
     def offers(self) -> vp.ProtocolFeatures:
         """Reset and status for every device; the rest by its hooks."""
+        backend = self._context.backend
+        asked = backend.protocol_features()
         features = vp.ProtocolFeatures.RESET_DEVICE | vp.ProtocolFeatures.STATUS
-        features |= self._context.backend.protocol_features() & _BY_REQUEST
-        for name, feature in _HOOKS.items():
-            if self._context.hook(name) is not None:
-                features |= feature
+        features |= asked & BY_REQUEST
+        for group in OF_A_TYPE:
+            features |= group.offers(backend, asked)
         return features
 
     def disconnect(self) -> None:
@@ -105,20 +103,28 @@ class Device:
 
     # -- by device type -------------------------------------------------------------------------
 
+    def _has(self, group: HookGroup[H]) -> H:
+        """The back-end with those hooks. A front-end may ask though nothing was offered."""
+        device = group.of(self._context.backend)
+        if device is None:
+            raise DeviceRefused(f"{self._context.device_name} has no {' and '.join(group.hooks)}")
+        return device
+
     def _send_rarp(self, message: vp.SendRarp, fds: Descriptors) -> Outcome:
-        self._context.hook("send_rarp")(message.mac)
+        self._has(RARP).send_rarp(message.mac)
         return None
 
     def _net_set_mtu(self, message: vp.NetSetMtu, fds: Descriptors) -> Outcome:
-        self._context.hook("net_set_mtu")(message.mtu)
+        self._has(MTU).net_set_mtu(message.mtu)
         return None
 
     def _create_crypto_session(self, message: vp.CreateCryptoSession, fds: Descriptors) -> Outcome:
-        session_id = self._context.hook("create_crypto_session")(message.op_code, message.session)
+        device = self._has(CRYPTO_SESSIONS)
+        session_id = device.create_crypto_session(message.op_code, message.session)
         return Answer(vp.CryptoSessionReply(message.op_code, message.session, session_id))
 
     def _close_crypto_session(self, message: vp.CloseCryptoSession, fds: Descriptors) -> Outcome:
-        self._context.hook("close_crypto_session")(message.session_id)
+        self._has(CRYPTO_SESSIONS).close_crypto_session(message.session_id)
         return None
 
     def _get_shared_object(self, message: vp.GetSharedObject, fds: Descriptors) -> Outcome:
@@ -129,7 +135,6 @@ class Device:
         return Answer(vp.ShmemConfigReply(tuple(self._context.backend.get_shmem_config())))
 
     def _gpu_set_socket(self, message: vp.GpuSetSocket, fds: Descriptors) -> Outcome:
-        if not getattr(self._context.backend, "uses_gpu_socket", False):
-            raise Refused("GPU_SET_SOCKET", "this device is no GPU")
-        self._context.backend.set_gpu_socket(vp.GpuBackendChannel.from_fd(fds.pop(), timeout=5.0))
+        device = self._has(GPU_SOCKET)
+        device.set_gpu_socket(vp.GpuBackendChannel.from_fd(fds.pop(), timeout=5.0))
         return None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import vhost_protocol as vp
 
+from ..backend import STATE_TRANSFER, VhostUserBackendBase, provided
 from ..errors import Refused
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome
@@ -27,15 +28,16 @@ class DeviceState:
         }
 
     def offers(self) -> vp.ProtocolFeatures:
-        """DEVICE_STATE, for a back-end that asks for it."""
-        return self._context.backend.protocol_features() & vp.ProtocolFeatures.DEVICE_STATE
+        """DEVICE_STATE, for a back-end that has the hooks."""
+        backend = self._context.backend
+        return STATE_TRANSFER.offers(backend, backend.protocol_features())
 
     def disconnect(self) -> None:
         """State that this front-end still sends must not reach the device under the next one.
 
         A back-end that lacks the method does its own transfers.
         """
-        abandon = getattr(self._context.backend, "abandon_device_state", None)
+        abandon = provided(self._context.backend, VhostUserBackendBase.abandon_device_state)
         if abandon is not None:
             abandon()
 

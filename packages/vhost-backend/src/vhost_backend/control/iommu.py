@@ -109,12 +109,7 @@ class Iommu:
         self._watch_progress(context.wake)
         resume = self._recall()
         every = range(len(context.vrings))
-        return Wait(
-            self._settled,
-            lambda: self._acknowledge(resume),
-            "invalidating an IOTLB entry",
-            every,
-        )
+        return Wait(self._settled, lambda: self._acknowledge(resume), every)
 
     def _deny(self, update: vp.IotlbMsg) -> None:
         """End the wait of rings for an access that the entry which came does not permit.

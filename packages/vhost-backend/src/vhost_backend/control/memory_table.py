@@ -10,6 +10,7 @@ import logging
 import mmap
 import os
 from collections.abc import Callable
+from typing import Final, Protocol
 
 import vhost_protocol as vp
 from guest_memory import (
@@ -22,11 +23,21 @@ from guest_memory import (
     Userfault,
 )
 
+from ..backend import HookGroup
 from ..errors import Refused
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome
 
 log: logging.Logger = logging.getLogger("vhost_backend")
+
+
+class XenMapper(Protocol):
+    """A mapper that says whether it makes Xen's mappings."""
+
+    xen_mmap: bool
+
+
+_XEN_MAPPER: Final = HookGroup[XenMapper](XenMapper)
 
 
 class MemoryTable:
@@ -68,7 +79,8 @@ class MemoryTable:
         therefore served, too.
         """
         features = vp.ProtocolFeatures.GPA_ADDRESSES
-        if getattr(self._context.mapper, "xen_mmap", False):
+        xen = _XEN_MAPPER.of(self._context.mapper)
+        if xen is not None and xen.xen_mmap:
             features |= vp.ProtocolFeatures.XEN_MMAP
         if self._slots:
             features |= vp.ProtocolFeatures.CONFIGURE_MEM_SLOTS
@@ -150,11 +162,11 @@ class MemoryTable:
     def _acknowledged(self, message: vp.Message, fds: Descriptors) -> Outcome:
         memory, self._pending = self._pending, None
         if memory is None or self._userfault is None:
-            raise Refused("SET_MEM_TABLE", "there is no table to acknowledge")
+            raise Refused(message.request_name, "there is no table to acknowledge")
         try:
             self._userfault.register(memory)
         except GuestMemoryError as error:
-            raise Refused("SET_MEM_TABLE", str(error)) from error
+            raise Refused(message.request_name, str(error)) from error
         self._context.use_memory(memory.with_postcopy(True))
         return None
 

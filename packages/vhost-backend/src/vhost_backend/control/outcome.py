@@ -20,14 +20,15 @@ class Wait(NamedTuple):
     """Not done yet: once `ready()`, however long that takes, `finish()` completes it.
 
     The connection waits with an eye on hang-ups, where `finish` is not called; workers and other
-    connections go on. The thread that makes `ready` true calls the context's `wake`. `what` names
-    the message that waits, and `rings` those whose requests it waits for.
+    connections go on. The thread that makes `ready` true calls the context's `wake`. `rings` are
+    those whose requests it waits for. `what` names the message that waits, for the log: the control
+    plane puts the message's name in front of what a section says ("vring 0").
     """
 
     ready: Callable[[], bool]
     finish: Callable[[], Answer | None]
-    what: str
     rings: Sequence[int]
+    what: str = ""
 
 
 Outcome = Answer | Wait | None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
 
-from ..backend import VhostUserBackend
+from ..backend import VhostUserBackend, VhostUserBackendBase, provided
 from ..epoll_handler import VringEpollHandler
-from ..errors import Refused
+from ..errors import DeviceRefused, Refused
 from ..vring.locks import Vring
 from .context import Context, Section
 from .device_messages import Device
@@ -22,10 +22,12 @@ from .iommu import Iommu
 from .memory_guard import MemoryGuard
 from .memory_table import MemoryTable
 from .negotiation import Negotiation
-from .outcome import Descriptors, Outcome
+from .outcome import Descriptors, Outcome, Wait
 from .rings import Rings
 
 log: logging.Logger = logging.getLogger("vhost_backend")
+
+T = TypeVar("T")
 
 #: Requests of a ring that a log line names.
 NAMED: Final = 4
@@ -109,7 +111,15 @@ class ControlPlane:
         handler = self._handlers.get(type(message))
         if handler is None:
             raise Refused(message.request_name, "not implemented, and not offered")
-        return handler(message, fds)
+        request = message.request_name
+        outcome = _refusing(request, lambda: handler(message, fds))
+        if isinstance(outcome, Wait):
+            finish = outcome.finish
+            return outcome._replace(
+                finish=lambda: _refusing(request, finish),
+                what=f"{request} of {outcome.what}" if outcome.what else request,
+            )
+        return outcome
 
     def _features_changed(self) -> None:
         self._logging.features_changed()
@@ -126,7 +136,7 @@ class ControlPlane:
 
     def working(self, rings: Sequence[int]) -> list[str]:
         """What the device works on, a phrase for each ring, for a log."""
-        describe = self._context.hook("describe_request")
+        describe = provided(self._context.backend, VhostUserBackendBase.describe_request)
         phrases = []
         for index in rings:
             with self._context.vrings[index].get_ref() as state:
@@ -163,3 +173,11 @@ class ControlPlane:
         self._context.session = None
         if passes is not None:
             raise passes
+
+
+def _refusing(request: str, call: Callable[[], T]) -> T:
+    """`call`, where a device's refusal becomes that of the message `request`."""
+    try:
+        return call()
+    except DeviceRefused as error:
+        raise Refused(request, error.reason) from error

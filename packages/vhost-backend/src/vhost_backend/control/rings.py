@@ -9,6 +9,7 @@ from typing import Final
 import vhost_protocol as vp
 from virtqueue import UsageError
 
+from ..backend import VhostUserBackendBase, provided
 from ..errors import Refused
 from ..fds import eventfd
 from ..features import VirtioFeature
@@ -118,7 +119,7 @@ class Rings:
         for the base after, and lets the guest go on there, perhaps elsewhere. What is in flight is
         therefore finished first; its requests are counted in the base and would be lost.
         """
-        return self._when_ended(lambda: self._reset(then), "a reset")
+        return self._when_ended(lambda: self._reset(then))
 
     def _reset(self, then: Callable[[], None]) -> None:
         for vring in self._context.vrings:
@@ -136,7 +137,7 @@ class Rings:
         """
         context = self._context
         recalled = []
-        if context.hook("suspend_queue") is not None:
+        if provided(context.backend, VhostUserBackendBase.suspend_queue) is not None:
             for index, vring in enumerate(context.vrings):
                 with vring.get_ref() as state:
                     unsettled = not state.settled
@@ -172,11 +173,10 @@ class Rings:
 
     def _ended(self, index: int, *, keep: bool = True) -> Callable[[], bool]:
         context = self._context
-        suspend = context.hook("suspend_queue")
+        suspend = provided(context.backend, VhostUserBackendBase.suspend_queue)
         if suspend is None:
             return lambda: not self._in_flight(index)
-        ended: Callable[[], bool] = suspend(index, context.wake, keep)
-        return ended
+        return suspend(index, context.wake, keep)
 
     def _device_stopped(self) -> None:
         if not self._remains:
@@ -191,7 +191,7 @@ class Rings:
 
     def stop(self, then: Callable[[], None]) -> Outcome:
         """Rings stopped, as by GET_VRING_BASE for each, and `then`."""
-        return self._when_ended(lambda: self._stop_all(then), "stopping all rings")
+        return self._when_ended(lambda: self._stop_all(then))
 
     def _stop_all(self, then: Callable[[], None]) -> None:
         for vring in self._context.vrings:
@@ -201,13 +201,13 @@ class Rings:
         self._device_stopped()
         then()
 
-    def _when_ended(self, finish: Callable[[], None], what: str) -> Outcome:
+    def _when_ended(self, finish: Callable[[], None]) -> Outcome:
         """No new chains; `finish` once the device has ended what it works on."""
         ended = self.end()
         if ended():
             finish()
             return None
-        return Wait(ended, finish, what, range(len(self._context.vrings)))
+        return Wait(ended, finish, range(len(self._context.vrings)))
 
     # -- configuration --------------------------------------------------------------------------
 
@@ -250,8 +250,8 @@ class Rings:
             return Wait(
                 ready,
                 lambda: self._move(index, addresses, log_used),
-                f"moving vring {index}",
                 (index,),
+                f"vring {index}",
             )
         context.scan(index)
         return None
@@ -317,7 +317,7 @@ class Rings:
             state.set_kick(fds[0].detach() if fds else -1)
             kick_fd, enabled = state.kick_fd, state.enabled
             if not state.started:
-                self._start(state)
+                self._start("SET_VRING_KICK", state)
         if kick_fd < 0 and in_band:
             context.scan(message.index)
             return None
@@ -334,7 +334,7 @@ class Rings:
         with context.vring("VRING_KICK", message.index).get_mut() as state:
             if not state.started:
                 self._check_startable("VRING_KICK", state)
-                self._start(state)
+                self._start("VRING_KICK", state)
         context.scan(message.index)
         return None
 
@@ -346,7 +346,7 @@ class Rings:
         except UsageError as error:
             raise Refused(request, str(error)) from None
 
-    def _start(self, state: VringState) -> None:
+    def _start(self, request: str, state: VringState) -> None:
         context = self._context
         context.device_started()
         if state.index not in self._placed and state.features & VirtioFeature.RING_PACKED:
@@ -357,7 +357,7 @@ class Rings:
         try:
             self._make_queue(state)
         except UsageError as error:
-            raise Refused("SET_VRING_KICK", str(error)) from None
+            raise Refused(request, str(error)) from None
         context.unshared.ring_started()
         log.debug(
             "%s: queue %d starts: %d descriptors, %s, from %#x, kicks by %s, calls by %s",
@@ -407,12 +407,8 @@ class Rings:
         return True
 
     def _get_base(self, message: vp.GetVringBase, fds: Descriptors) -> Outcome:
-        context = self._context
-        if context.has(vp.ProtocolFeatures.GET_VRING_BASE_INFLIGHT) and not context.has(
-            vp.ProtocolFeatures.GET_VRING_BASE_SKIP_DRAIN
-        ):
-            # Before it got a message of its own, bit 20 alone meant not to drain.
-            return self._drain("GET_VRING_BASE without a drain", message.index)
+        # Before there was a message of its own for it, bit 20 alone meant not to drain: what that
+        # asks for, a stop here does in any case.
         return self._drain("GET_VRING_BASE", message.index)
 
     def _get_base_skip_drain(self, message: vp.GetVringBaseSkipDrain, fds: Descriptors) -> Outcome:
@@ -423,13 +419,13 @@ class Rings:
         return Wait(
             self._end(index),
             lambda: self._stop(index),
-            f"{request} of vring {index}",
             (index,),
+            f"vring {index}",
         )
 
     def _stop(self, index: int) -> Answer:
         """Stop a ring now. What is in flight stays in the in-flight region, if there is one."""
-        vring = self._context.vring("GET_VRING_BASE", index)
+        vring = self._context.vrings[index]
         self._context.unwatch(index)
         with vring.get_mut() as state:
             base = state.stop()

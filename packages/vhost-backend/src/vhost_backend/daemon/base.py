@@ -12,9 +12,9 @@ from typing import Final
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
-from virtqueue import UsageError, load_engine
+from virtqueue import EngineName, UsageError, load_engine
 
-from ..backend import VhostUserBackend
+from ..backend import STATUS_BYTE, VhostUserBackend
 from ..control import ControlPlane
 from ..epoll_handler import VringEpollHandler
 from ..errors import BackendUsageError, Refused, is_shortage
@@ -46,7 +46,7 @@ class DaemonBase:
         memory: MemoryHolder | None,
         *,
         mapper: Mapper | None,
-        engine: str | None,
+        engine: EngineName | None,
         vring: type[VringMutex] | type[VringRwLock],
         memory_slots: bool,
         drain_warning: float,
@@ -67,7 +67,8 @@ class DaemonBase:
             load_engine(engine)
         except UsageError as error:
             raise BackendUsageError(str(error)) from None
-        status_byte = bool(getattr(backend, "status_byte", False))
+        own = STATUS_BYTE.of(backend)
+        status_byte = own is not None and own.status_byte
         self.vrings: list[Vring] = [
             vring(
                 VringState(index, backend.max_queue_size(), engine=engine, status_byte=status_byte)

@@ -20,6 +20,7 @@ from typing import Any
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
 from vhost_protocol import AsyncBackendConnection  # by name: imported before anybody connects
+from virtqueue import EngineName
 
 from ..adapter.checks import check_backend, check_device
 from ..adapter.coroutines import AsyncVringEpollHandler
@@ -32,7 +33,7 @@ from ..fds.listener import Listener, announce
 from ..vring.locks import VringMutex
 from .base import DaemonBase, Pause, say_another_waits
 from .conversation import Seen, answering
-from .report import served_metrics
+from .metrics import served_metrics
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -90,7 +91,7 @@ class AsyncDaemon(DaemonBase):
         memory: MemoryHolder | None = None,
         *,
         mapper: Mapper | None = None,
-        engine: str | None = None,
+        engine: EngineName | None = None,
         memory_slots: bool = True,
         drain_warning: float = 10.0,
         busy_poll: float = 0.0,
@@ -293,7 +294,7 @@ async def serve_async(
     device: VirtioDevice,
     path: str | os.PathLike[str] | Listener,
     *,
-    engine: str | None = None,
+    engine: EngineName | None = None,
     mapper: Mapper | None = None,
     memory_slots: bool = True,
     metrics: str | None = None,

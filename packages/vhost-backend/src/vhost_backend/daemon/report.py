@@ -1,7 +1,6 @@
 """What the queues have done: as values, and as lines for a person."""
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from .base import DaemonBase
@@ -41,18 +40,3 @@ def lines(daemons: Iterable[DaemonBase]) -> Iterator[str]:
         state = "running" if entry.running else "stopped"
         counts = " ".join(f"{name}={value}" for name, value in entry.counters.items())
         yield f"{entry.device} queue {entry.queue}: {state} in_flight={entry.in_flight} {counts}"
-
-
-@contextlib.contextmanager
-def served_metrics(where: str | None, daemons: Sequence[DaemonBase]) -> Iterator[None]:
-    """Serve the same to Prometheus meanwhile, unless `where` is None; see `MetricsServer`."""
-    if where is None:
-        yield
-        return
-    from .prometheus import MetricsServer
-
-    server = MetricsServer(where, daemons)
-    try:
-        yield
-    finally:
-        server.close()

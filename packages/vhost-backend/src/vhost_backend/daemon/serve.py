@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 
 from guest_memory import Mapper
+from virtqueue import EngineName
 
 from ..adapter.checks import check_device
 from ..adapter.device_backend import DeviceBackend
@@ -21,7 +22,8 @@ from ..errors import VhostBackendError, kept
 from ..fds.listener import Listener, announce
 from .base import say_another_waits
 from .descriptor_limit import raise_limit
-from .report import lines, served_metrics
+from .metrics import served_metrics
+from .report import lines
 from .threaded import VhostUserDaemon
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -31,7 +33,7 @@ def serve(
     device: VirtioDevice,
     path: str | os.PathLike[str] | Listener,
     *,
-    engine: str | None = None,
+    engine: EngineName | None = None,
     mapper: Mapper | None = None,
     memory_slots: bool = True,
     metrics: str | None = None,
@@ -73,7 +75,7 @@ def serve(
 def serve_all(
     devices: Iterable[tuple[VirtioDevice, str | os.PathLike[str] | Listener]],
     *,
-    engine: str | None = None,
+    engine: EngineName | None = None,
     mapper: Mapper | None = None,
     memory_slots: bool = True,
     metrics: str | None = None,

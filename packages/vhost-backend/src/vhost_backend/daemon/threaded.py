@@ -25,11 +25,12 @@ from typing import TypeVar
 
 from guest_memory import Mapper, MemoryHolder
 from vhost_protocol import BackendConnection, FdLike, Received, Reply  # by name: at once
+from virtqueue import EngineName
 
 from ..adapter.checks import check_backend
 from ..backend import VhostUserBackend
 from ..control import Outcome
-from ..epoll_handler import VringEpollHandler
+from ..epoll_handler import worker_type
 from ..errors import BackendUsageError, VhostBackendError, is_shortage, kept
 from ..fds.eventfd import WakeFd
 from ..fds.listener import Listener
@@ -74,7 +75,7 @@ class VhostUserDaemon(DaemonBase):
         memory: MemoryHolder | None = None,
         *,
         mapper: Mapper | None = None,
-        engine: str | None = None,
+        engine: EngineName | None = None,
         vring: type[VringMutex] | type[VringRwLock] = VringMutex,
         memory_slots: bool = True,
         drain_warning: float = 10.0,
@@ -103,9 +104,7 @@ class VhostUserDaemon(DaemonBase):
             vring=vring,
             memory_slots=memory_slots,
             drain_warning=drain_warning,
-            # A back-end of this package says which kind of worker it needs; any other gets plain
-            # threads.
-            worker_type=getattr(backend, "worker_type", VringEpollHandler),
+            worker_type=worker_type(backend),
             wake=self._progress.wake,
             busy_poll=busy_poll,
             cpus=cpus,

@@ -15,11 +15,8 @@ daemon from a worker. So does one that misuses its request: `written` beyond the
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
-from types import CoroutineType
+from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any, Final, Self
 
 from guest_memory import GuestMemory
@@ -28,203 +25,23 @@ from virtqueue import (
     DONE,
     RECORD,
     Batch,
-    Chain,
-    ChainCompleted,
     CHandler,
-    Memory,
-    RecordFlags,
 )
 
-from ..counters import QueueCounters
-from ..errors import BackendUsageError, Refused
+from ..errors import BackendUsageError, DeviceRefused
 from ..rate_limited_log import RateLimited
+from .hooks import defaults
+from .request import Queue, Recall, Request, check_use
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
-_HEADER: Final = 16
 _RECORD_SIZE: Final = RECORD.size
 _unpack: Final = RECORD.unpack
 _unpack_all: Final = RECORD.iter_unpack
 _pack_done: Final = DONE.pack_into
-_SHORT_HEADER: Final = int(RecordFlags.SHORT_HEADER)
 
 
-class Queue:
-    """A queue as a handler sees it.
-
-    `index` is its number, `counters` what it has done. `window` is the flat view of guest memory
-    that the offsets in a batch's records refer to (None when there is no such view), `memory` the
-    snapshot of guest memory that it belongs to; both are valid for the batch that came with them.
-    """
-
-    __slots__ = ("_on_exit", "counters", "index", "memory", "window")
-
-    def __init__(self, index: int, counters: QueueCounters) -> None:
-        self.index: int = index
-        self.counters: QueueCounters = counters
-        self.window: memoryview | None = None
-        # Held here, it stays mapped for what a handler in C works on, whatever becomes of the ring.
-        self.memory: Memory | None = None
-        #: In an event loop of the caller's: ends it with what a handler has raised to end it.
-        self._on_exit: Callable[[BaseException], None] | None = None
-
-    def forget(self) -> None:
-        """Let go of the memory: the worker has done what there was."""
-        self.window = self.memory = None
-
-
-class Request:
-    """One request: the driver's bytes to read, and room for the device's answer.
-
-    The status byte is not part of what `write` fills. A request that has completed raises
-    `virtqueue.UsageError` when used.
-
-    What the record of a batch tells (lengths, the first 16 bytes) comes from there; the `Chain` is
-    made when more is asked for.
-    """
-
-    __slots__ = (
-        "_batch",
-        "_chain",
-        "_index",
-        "_position",
-        "_recalled",
-        "_record",
-        "_serial",
-        "_waits",
-        "status",
-        "written",
-    )
-
-    status: int
-    """What the status byte will say, for device types that have one."""
-    # Set by a worker with coroutines: how many `waiting` blocks this one's is in, and whether its
-    # ring is being stopped.
-    _waits: int
-    _recalled: bool
-    written: int
-    """Bytes reported to the driver: what `write` wrote, unless set."""
-
-    def __init__(self, batch: Batch, record: tuple[Any, ...], index: int) -> None:
-        self._batch = batch
-        self._serial = batch.serial
-        self._record = record
-        self._index = index
-        self._chain: Chain | None = None
-        #: Bytes of the header that `read` has returned.
-        self._position = 0
-        self.status = 0
-        self.written = 0
-
-    @property
-    def chain(self) -> Chain:
-        """The chain of descriptors that carries the request."""
-        chain = self._chain
-        if chain is None:
-            if self._batch.serial != self._serial:
-                raise ChainCompleted(f"request {self._record[6]} has been completed")
-            chain = self._chain = self._batch[self._index]
-            if self._position:
-                chain.read(self._position)
-        return chain
-
-    @property
-    def header(self) -> bytes:
-        """The first 16 bytes the driver sent, zero padded; `read` begins with them, too."""
-        header: bytes = self._record[0]
-        return header
-
-    @property
-    def readable_length(self) -> int:
-        """Bytes the driver sent."""
-        record = self._record
-        if not record[7] & _SHORT_HEADER:
-            length: int = _HEADER + record[4]
-            return length
-        return self.chain.readable_length
-
-    @property
-    def writable_length(self) -> int:
-        """Bytes the driver has room for, a status byte included."""
-        length: int = self._record[5]
-        return length
-
-    @property
-    def readable(self) -> list[memoryview]:
-        """The driver's bytes in place, piece by piece; nothing is copied."""
-        return self.chain.readable
-
-    @property
-    def writable(self) -> list[memoryview]:
-        """The room for the answer in place, piece by piece. Set `written` after filling it."""
-        return self.chain.writable
-
-    def read(self, size: int = -1) -> bytes:
-        """The next `size` bytes of what the driver sent; all that is left when negative."""
-        if self._chain is None and size >= 0 and self._batch.serial == self._serial:
-            position = self._position
-            end = position + size
-            if end <= _HEADER and not self._record[7] & _SHORT_HEADER:
-                self._position = end
-                header: bytes = self._record[0]
-                return header[position:end]
-        return self.chain.read(size)
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Append to the answer; returns how many bytes there was room for."""
-        count = self.chain.write(data)
-        self.written += count
-        return count
-
-    def waiting(self) -> AbstractAsyncContextManager[None]:
-        """Mark what a coroutine only waits for: `async with request.waiting(): await news.get()`.
-
-        When the ring is stopped meanwhile, the wait is cancelled (`asyncio.CancelledError` is
-        raised in it); everywhere else a coroutine is left to end by itself. So nothing may go on
-        in the background of the wait that touches the request's memory, such as a thread. See
-        `VirtioDevice.recalled` for what becomes of the request.
-        """
-        return _Waiting(self)
-
-    @property
-    def begun(self) -> bool:
-        """Whether something was written, or could have been through `writable`."""
-        chain = self._chain
-        return bool(self.written) or (
-            chain is not None and (chain.wrote_anywhere or chain.written > 0)
-        )
-
-
-class _Waiting:
-    __slots__ = ("_request",)
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
-
-    async def __aenter__(self) -> None:
-        if self._request._recalled:
-            # The ring is being stopped already: this is where a cancellation is expected.
-            from asyncio import CancelledError, sleep
-
-            await sleep(0)
-            raise CancelledError
-        self._request._waits += 1
-
-    async def __aexit__(self, *exc: object) -> None:
-        self._request._waits -= 1
-
-
-class Recall(enum.Enum):
-    """What became of a request whose wait was cancelled because its ring is stopped."""
-
-    GIVEN_BACK = "given back"
-    """As if it had never been taken: whoever serves the ring next takes it again."""
-    KEPT = "kept"
-    """Left in the in-flight region: whoever goes on with the region takes it again."""
-    EMPTY = "empty"
-    """Completed with nothing written (and `error_status`, where there is a status byte)."""
-
-
+@defaults
 class VirtioDevice:
     """A virtio device: what it is, and what it does with a request.
 
@@ -236,10 +53,9 @@ class VirtioDevice:
 
     `protocol_features` are what the device uses on `channel` by itself: HOST_NOTIFIER, or
     SHARED_OBJECT to look up others' objects. What follows from a hook needs no mention there.
-    A device has the hooks of its type by defining them: `send_rarp(mac)`, `net_set_mtu(mtu)`,
-    `create_crypto_session(op_code, session)` (returns the session's id, negative for failure) with
-    `close_crypto_session(id)`, `get_shared_object(uuid)` (16 bytes; a descriptor that stays the
-    device's, or None), `get_shmem_config()` (sizes in bytes by id), `set_gpu_socket(channel)`.
+    A device has the hooks of its type by defining them. Protocols of the package name them:
+    `Rarp`, `Mtu`, `CryptoSessions`, `SharedObjects`, `SharedMemory`, `GpuSocket`. Half of one is
+    refused when the device is served.
     """
 
     device_id: int = 0
@@ -341,7 +157,7 @@ class VirtioDevice:
         """Told which feature bits the driver accepted."""
 
     def started(self) -> None:
-        """The first ring is about to start. Raise `Refused` if the device cannot run now."""
+        """The first ring is about to start. Raise `DeviceRefused` if the device cannot run now."""
 
     def stopped(self) -> None:
         """The last ring has stopped: the device is suspended and may run elsewhere."""
@@ -358,7 +174,7 @@ class VirtioDevice:
 
     def set_config(self, offset: int, data: bytes) -> None:
         """Refuse: no field is writable."""
-        raise Refused("SET_CONFIG", "no field of this device's configuration is writable")
+        raise DeviceRefused("no field of this device's configuration is writable")
 
     def config_changed(self) -> None:
         """Tell the driver that the configuration space has changed, if the front-end can."""
@@ -398,6 +214,11 @@ class VirtioDevice:
         self.close()
 
 
+def asked_features(device: VirtioDevice) -> ProtocolFeatures:
+    """Protocol features that the device asks for beside its hooks."""
+    return device.protocol_features | (ProtocolFeatures.CONFIG if device.config else 0)
+
+
 def close_device(device: VirtioDevice) -> None:
     """Close a device; one that fails keeps no other from being closed."""
     try:
@@ -418,30 +239,6 @@ def fail_request(device: VirtioDevice, queue: Queue, error: BaseException) -> in
     if queue._on_exit is not None and isinstance(error, KeyboardInterrupt | SystemExit):
         queue._on_exit(error)
     return status
-
-
-def check_use(request: Request, answer: object, flags: int) -> None:
-    """Raise `BackendUsageError` when a handler that returned `answer` has not left its request as
-    it can be completed; `flags` is 1 with a status byte.
-    """
-    if isinstance(answer, CoroutineType):
-        answer.close()
-        raise BackendUsageError(
-            "handle returned a coroutine that nothing awaits: it must be an `async def` itself"
-        )
-    if isinstance(answer, bytes | bytearray | memoryview | str | Awaitable):
-        raise BackendUsageError(
-            f"handle returned {type(answer).__name__}: an answer is written with request.write()"
-        )
-    written, room = request.written, request.writable_length - flags
-    if not 0 <= written <= room:
-        raise BackendUsageError(f"request.written is {written}, but there is room for {room} bytes")
-    if request.status and not flags:
-        raise BackendUsageError(
-            f"request.status is {request.status}, but the device has no status byte"
-        )
-    if not 0 <= request.status <= 255:
-        raise BackendUsageError(f"request.status is {request.status}, a status byte is 0 to 255")
 
 
 def name_of(device: VirtioDevice) -> str:

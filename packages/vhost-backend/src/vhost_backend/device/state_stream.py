@@ -68,6 +68,31 @@ def decode(device: VirtioDevice, stream: bytes) -> tuple[int, bytes]:
     return version, body[_HEADER.size + name_length :]
 
 
+class StateTransfers:
+    """A device's state on the move: what `VhostUserBackend` asks for, one transfer at a time."""
+
+    def __init__(self, device: VirtioDevice) -> None:
+        self._device = device
+        self._last: StateTransfer | None = None
+
+    def set_device_state_fd(self, direction: int, phase: int, fd: int) -> int | None:
+        """Save (0) or load (1) the device's state on a thread of its own."""
+        self.abandon_device_state()
+        self._last = StateTransfer(self._device, fd, load=direction == 1)
+        return None
+
+    def abandon_device_state(self) -> None:
+        """No state of the present front-end's is loaded any more."""
+        transfer, self._last = self._last, None
+        if transfer is not None:
+            transfer.abandon()
+
+    def check_device_state(self) -> bool:
+        """How the last transfer ended; False without one."""
+        transfer, self._last = self._last, None
+        return transfer is not None and transfer.succeeded()
+
+
 class StateTransfer:
     """One transfer over a descriptor that is taken over, on a thread of its own."""
 

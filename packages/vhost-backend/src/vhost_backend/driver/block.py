@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from guest_memory import GuestAddress
 
-from ..devices.blk.device import (
+from ..devices.blk import (
     F_BLK_SIZE,
     F_DISCARD,
     F_FLUSH,

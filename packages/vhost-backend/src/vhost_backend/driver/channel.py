@@ -50,7 +50,7 @@ class ChannelServer:
         """The first message of that class, once it is there. Raises `TimeoutError`."""
         with self._arrived:
             if not self._arrived.wait_for(lambda: self._find(kind) is not None, timeout):
-                raise TimeoutError(f"no {kind.__name__} within {timeout:g} s")
+                raise TimeoutError(f"no {kind.request_name} within {timeout:g} s")
             message = self._find(kind)
             assert message is not None
             return message

@@ -31,7 +31,7 @@ import sys
 import threading
 from typing import Any, Final
 
-from ..devices.blk.file_io import REFUSALS
+from ..errors import REFUSALS
 from . import eventfd_signal as aio_signal
 
 # An eventfd takes a native-order u64.

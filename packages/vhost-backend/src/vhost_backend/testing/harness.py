@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import vhost_protocol as vp
+from virtqueue import EngineName
 
 from ..adapter.device_backend import DeviceBackend
 from ..backend import VhostUserBackend
@@ -26,7 +27,7 @@ from .logged import no_errors
 def attached(
     device: VirtioDevice | VhostUserBackend,
     *,
-    engine: str | None = None,
+    engine: EngineName | None = None,
     timeout: float = 10.0,
     **options: Any,
 ) -> Iterator[DriverSession]:
@@ -46,7 +47,9 @@ def attached(
 
 
 @contextlib.contextmanager
-def served(device: VirtioDevice | VhostUserBackend, *, engine: str | None = None) -> Iterator[str]:
+def served(
+    device: VirtioDevice | VhostUserBackend, *, engine: EngineName | None = None
+) -> Iterator[str]:
     """Run `device` behind a socket in a temporary folder; gives the socket's path.
 
     Raises `DeviceErrors` as `attached` does.

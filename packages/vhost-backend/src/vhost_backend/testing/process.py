@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import vhost_protocol as vp
-from virtqueue import SigbusGuard
+from virtqueue import EngineName, SigbusGuard
 
 from ..backend import VhostUserBackend
 from ..daemon.threaded import VhostUserDaemon
@@ -49,7 +49,7 @@ class DeviceProcess:
         self,
         make: Callable[[], VirtioDevice | VhostUserBackend],
         *,
-        engine: str | None = None,
+        engine: EngineName | None = None,
         timeout: float = 10.0,
         **options: Any,
     ) -> None:

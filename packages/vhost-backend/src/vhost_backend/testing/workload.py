@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..devices.blk.device import S_OK, SECTOR, T_IN, T_OUT
+from ..devices.blk import S_OK, SECTOR, T_IN, T_OUT
 from ..driver import BlockDriver, DriverSession, SessionError
 from ..errors import VhostBackendError
 

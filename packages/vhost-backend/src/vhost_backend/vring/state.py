@@ -22,6 +22,7 @@ from virtqueue import (
     Batch,
     Chain,
     DeviceQueue,
+    EngineName,
     InflightRegion,
     Need,
     QueueBroken,
@@ -75,7 +76,7 @@ class VringState:
         index: int = 0,
         max_size: int = 1024,
         *,
-        engine: str | None = None,
+        engine: EngineName | None = None,
         status_byte: bool = False,
     ) -> None:
         self.index = index

@@ -10,6 +10,7 @@ from ..c_library import library
 from ..errors import EngineUnavailable
 from ..layout import QueueBlock
 from ..memory.table import Memory
+from .interface import EngineName
 
 Call = Callable[[], int]
 
@@ -20,7 +21,7 @@ class CEngine:
     The calls are bound to the block once, so that each costs one call into C and no conversion.
     """
 
-    name = "c"
+    name: EngineName = "c"
 
     def __init__(self, block: QueueBlock) -> None:
         loaded = library()

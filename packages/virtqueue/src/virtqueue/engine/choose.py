@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Final, Literal
+from typing import Final
 
 from ..errors import EngineUnavailable, UsageError
 from ..layout import QueueBlock
 from ..memory.table import Memory
-from .interface import Engine
-
-EngineName = Literal["c", "python"]
+from .interface import Engine, EngineName
 
 VARIABLE: Final = "VIRTQUEUE_ENGINE"
 
@@ -27,7 +25,7 @@ def wanted_engine(name: str | None) -> EngineName | None:
     raise UsageError(f"no engine is called {chosen!r}: {VARIABLE} is c or python")
 
 
-def make_engine(name: str | None, block: QueueBlock, memory: Memory) -> Engine:
+def make_engine(name: EngineName | None, block: QueueBlock, memory: Memory) -> Engine:
     """An engine for the block; raises `EngineUnavailable` when "c" is wanted and not there."""
     wanted = wanted_engine(name)
     if wanted != "python":
@@ -54,7 +52,7 @@ def available_engines() -> tuple[EngineName, ...]:
     return ("c", "python")
 
 
-def load_engine(name: str | None = None) -> EngineName:
+def load_engine(name: EngineName | None = None) -> EngineName:
     """Import what the engine called `name` needs (None: the default), and tell which one it is.
 
     Otherwise the first queue imports it, and a disk that stands still holds it up. Raises

@@ -16,15 +16,18 @@ bounded.
 from __future__ import annotations
 
 import ctypes
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ..memory.table import Memory
+
+#: What an engine is called, where one is asked for.
+EngineName = Literal["c", "python"]
 
 
 class Engine(Protocol):
     """One queue's engine.  Not thread-safe: its owner makes one call at a time."""
 
-    name: str
+    name: EngineName
     """"c" or "python"."""
 
     def set_memory(self, memory: Memory) -> None:

@@ -8,6 +8,7 @@ from ..config import RingConfig
 from ..counters import Counters
 from ..engine.choose import make_engine
 from ..engine.inflight import InflightRegion
+from ..engine.interface import EngineName
 from ..errors import ChainCompleted, Need, QueueBroken, UsageError
 from ..layout import DoneFlags, Reason, Result
 from ..memory.table import DirtyLog, Memory, Table
@@ -51,7 +52,7 @@ class DeviceQueue:
         memory: Memory,
         *,
         base: int | None = None,
-        engine: str | None = None,
+        engine: EngineName | None = None,
         batch: int = 128,
         inflight: InflightRegion | None = None,
         log: DirtyLog | None = None,
@@ -441,7 +442,7 @@ class DeviceQueue:
         return QueueBroken(Reason(block.reason), block.detail)
 
     @property
-    def engine(self) -> str:
+    def engine(self) -> EngineName:
         """ "c" or "python"."""
         return self._engine.name
 

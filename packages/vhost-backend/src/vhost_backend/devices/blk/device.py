@@ -9,13 +9,10 @@ or wrong, and everything where there is no C engine.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
-import fcntl
 import logging
 import os
-import stat
 import struct
+from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
@@ -29,34 +26,36 @@ from virtqueue import (
     UringUnavailable,
 )
 
-from ...device.base import Queue, VirtioDevice
-from ...errors import DeviceError, Refused
+from ...device.base import VirtioDevice
+from ...device.request import Queue
+from ...errors import DeviceError, DeviceRefused
 from ...rate_limited_log import RateLimited
-from .file_io import REFUSALS, read_at, write_at, written
 from .image_lock import ImageLock, Locking
+from .store import FileStore
+from .virtio_blk import (
+    F_BLK_SIZE,
+    F_DISCARD,
+    F_FLUSH,
+    F_MQ,
+    F_RO,
+    F_SEG_MAX,
+    F_TOPOLOGY,
+    F_WRITE_ZEROES,
+    ID_LENGTH,
+    S_IOERR,
+    S_OK,
+    S_UNSUPP,
+    SECTOR,
+    T_DISCARD,
+    T_FLUSH,
+    T_GET_ID,
+    T_IN,
+    T_OUT,
+    T_WRITE_ZEROES,
+)
 
 log: logging.Logger = logging.getLogger("vhost_backend.blk")
 
-SECTOR: Final = 512
-ID_LENGTH: Final = 20
-
-# Feature bits (virtio 1.3, 5.2.3), as masks.
-F_SEG_MAX: Final = 1 << 2
-F_RO: Final = 1 << 5
-F_BLK_SIZE: Final = 1 << 6
-F_FLUSH: Final = 1 << 9
-F_TOPOLOGY: Final = 1 << 10
-F_MQ: Final = 1 << 12
-F_DISCARD: Final = 1 << 13
-F_WRITE_ZEROES: Final = 1 << 14
-
-# Request types and states (5.2.6).
-T_IN: Final = 0
-T_OUT: Final = 1
-T_FLUSH: Final = 4
-T_GET_ID: Final = 8
-T_DISCARD: Final = 11
-T_WRITE_ZEROES: Final = 13
 _NAMES: Final = {
     T_IN: "read",
     T_OUT: "write",
@@ -65,10 +64,6 @@ _NAMES: Final = {
     T_DISCARD: "discard",
     T_WRITE_ZEROES: "write zeroes",
 }
-S_OK: Final = 0
-S_IOERR: Final = 1
-S_UNSUPP: Final = 2
-
 _HEADER: Final = struct.Struct("<I4xQ")
 _STATUS: Final = 2  # the status in a `DONE`
 _RANGE: Final = struct.Struct("<QII")
@@ -82,11 +77,6 @@ _UNMAP: Final = 1
 _MAX_RANGE_SECTORS: Final = (1 << 31) // SECTOR
 _MAX_RANGES: Final = 16
 
-_FALLOC_KEEP_SIZE: Final = 1
-_FALLOC_PUNCH_HOLE: Final = 2
-_FALLOC_ZERO_RANGE: Final = 16
-_BLKGETSIZE64: Final = 0x80081272
-
 # How images begin that are no plain disks.
 _FORMATS: Final = (
     (b"QFI\xfb", "qcow2"),
@@ -95,10 +85,6 @@ _FORMATS: Final = (
     (b"vhdxfile", "VHDX"),
     (b"conectix", "VHD"),
 )
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-_libc.fallocate.restype = ctypes.c_int
 
 
 class BlockDevice(VirtioDevice):
@@ -139,7 +125,6 @@ class BlockDevice(VirtioDevice):
         self.read_only = read_only
         self.num_queues = num_queues
         self.queue_size = queue_size
-        self._fd = -1
         for name, number, most in (
             ("num_queues", num_queues, 0xFFFF),
             ("queue_size", queue_size, 1 << 15),
@@ -164,19 +149,15 @@ class BlockDevice(VirtioDevice):
         self._running = False
         self.features: int = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ
         self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
-        self._fd = _open(self.path, read_only)
-        #: For plain requests; misaligned ones go through the page cache.
-        self._direct_fd = -1
+        self._store = FileStore(self.path, read_only=read_only, direct=direct)
         try:
-            size = _size(self._fd, self.path)
-            if direct:
-                self._direct_fd = _open_direct(self.path, read_only)
-            self._lock = ImageLock(self._fd, self.path, writes=not read_only, locking=locking)
+            size = self._store.size()
+            self._lock = ImageLock(self._store.fd, self.path, writes=not read_only, locking=locking)
             self.capacity: int = size // SECTOR
             self._config = self._build_config()
             self._warn_about(size)
         except BaseException:
-            self._close_files()
+            self._store.close()
             raise
 
     def _build_config(self) -> bytes:
@@ -194,18 +175,12 @@ class BlockDevice(VirtioDevice):
     def close(self) -> None:
         """Close the image."""
         try:
-            if self._fd >= 0:
+            if not self._store.closed:
                 self._lock.close()
         finally:
             self._faults.flush()
             self._handlers.clear()
-            self._close_files()
-
-    def _close_files(self) -> None:
-        fds, self._fd, self._direct_fd = (self._fd, self._direct_fd), -1, -1
-        for fd in fds:
-            if fd >= 0:
-                os.close(fd)
+            self._store.close()
 
     def _warn_about(self, size: int) -> None:
         """Whatever looks like a mistake, though it may be none."""
@@ -217,7 +192,7 @@ class BlockDevice(VirtioDevice):
             )
         begin = b""
         with contextlib.suppress(OSError):  # a sector that cannot be read is the guest's to find
-            begin = os.pread(self._fd, SECTOR, 0)
+            begin = os.pread(self._store.fd, SECTOR, 0)
         for start, kind in _FORMATS:
             if not begin.startswith(start):
                 continue
@@ -239,15 +214,15 @@ class BlockDevice(VirtioDevice):
         try:
             self._lock.acquire()
         except DeviceError as error:
-            raise Refused("SET_VRING_KICK", str(error)) from None
+            raise DeviceRefused(str(error)) from None
         self._running = True
 
     def stopped(self) -> None:
         """Let others have the image, also where it does not take what was written."""
         self._running = False
-        if self._fd >= 0:
+        if not self._store.closed:
             try:
-                os.fsync(self._fd)
+                os.fsync(self._store.fd)
             except OSError as error:
                 log.error(
                     "%s: what the guest has written may be lost: %s", self.path, error.strerror
@@ -271,10 +246,10 @@ class BlockDevice(VirtioDevice):
 
     def _look_up_size(self) -> None:
         """The image may have grown since the last front-end."""
-        if self._fd < 0:
+        if self._store.closed:
             return
         try:
-            capacity = _size(self._fd, self.path) // SECTOR
+            capacity = self._store.size() // SECTOR
         except (DeviceError, OSError) as error:
             log.warning("%s: its size stays as it was: %s", self.path, error)
             return
@@ -287,7 +262,7 @@ class BlockDevice(VirtioDevice):
 
     def set_config(self, offset: int, data: bytes) -> None:
         """No field is writable: the writeback field belongs to CONFIG_WCE, which is not offered."""
-        raise Refused("SET_CONFIG", "no field of this disk's configuration is writable")
+        raise DeviceRefused("no field of this disk's configuration is writable")
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -303,9 +278,10 @@ class BlockDevice(VirtioDevice):
             actions[T_OUT] = FileAction.WRITE
         for kind in self.python_types:
             actions.pop(kind, None)
+        store = self._store
         make = partial(
             FileHandler,
-            self._fd if self._direct_fd < 0 else self._direct_fd,
+            store.fd if store.direct_fd < 0 else store.direct_fd,
             self.capacity * SECTOR,
             actions,
             unit=SECTOR,
@@ -313,7 +289,7 @@ class BlockDevice(VirtioDevice):
         )
         try:
             # The page cache needs no ring: see "Bulk data movement" in docs/virtqueue.md.
-            handler = make(uring=self._direct_fd >= 0)
+            handler = make(uring=store.direct_fd >= 0)
         except UringUnavailable as error:
             log.info("%s: requests wait for the disk one at a time: %s", self.path, error)
             handler = make()
@@ -379,15 +355,18 @@ class BlockDevice(VirtioDevice):
             length = chain.writable_length - 1
             if not self._inside(offset, length):
                 return S_IOERR, 1
-            status = self._read(chain, offset, length)
-            return status, 1 if status else length + 1
+            if not self._store.read(_first(chain.writable, length), offset):
+                return S_IOERR, 1
+            return S_OK, length + 1
         if kind == T_OUT:
             length = chain.readable_length - _HEADER.size
             if self.read_only or not self._inside(offset, length):
                 return S_IOERR, 1
-            return self._write(chain, offset, length), 1
+            data = _behind(chain.readable, _HEADER.size)
+            self._store.write(data, offset, self._durable_writes)
+            return S_OK, 1
         if kind == T_FLUSH:
-            os.fdatasync(self._fd)
+            self._store.flush()
             return S_OK, 1
         if kind == T_GET_ID:
             if chain.writable_length - 1 < ID_LENGTH:
@@ -404,30 +383,6 @@ class BlockDevice(VirtioDevice):
         """Whether that is whole sectors of the disk."""
         return not length % SECTOR and offset + length <= self.capacity * SECTOR
 
-    def _read(self, chain: Chain, offset: int, length: int) -> int:
-        """Any shape, also in short steps: the file may have been truncated under us."""
-        for view in _data(chain.writable, length):
-            position = 0
-            while position < len(view):
-                count = read_at(self._fd, view[position:], offset)
-                if not count:
-                    return S_IOERR
-                position += count
-                offset += count
-        return S_OK
-
-    def _write(self, chain: Chain, offset: int, length: int) -> int:
-        skip = _HEADER.size
-        for piece in chain.readable:
-            view = piece[skip:] if skip < len(piece) else piece[:0]
-            skip -= len(piece) - len(view)
-            position = 0
-            while position < len(view):
-                count = written(write_at(self._fd, view[position:], offset, self._durable_writes))
-                position += count
-                offset += count
-        return S_OK
-
     def _ranges(self, kind: int, payload: bytes) -> int:
         """DISCARD and WRITE_ZEROES: {le64 sector, le32 num_sectors, le32 flags} each (5.2.6)."""
         if not payload or len(payload) % _RANGE.size or len(payload) > _MAX_RANGES * _RANGE.size:
@@ -443,85 +398,26 @@ class BlockDevice(VirtioDevice):
             if not length:
                 continue
             if kind == T_DISCARD:
-                # A hint: where the file system cannot punch holes the data stays.
-                _fallocate(self._fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
-            elif not (
-                (
-                    flags & _UNMAP
-                    and _fallocate(self._fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
-                )
-                or _fallocate(self._fd, _FALLOC_ZERO_RANGE | _FALLOC_KEEP_SIZE, offset, length)
-            ):
-                _write_zeroes(self._fd, offset, length)
+                self._store.discard(offset, length)
+            else:
+                self._store.write_zeroes(offset, length, bool(flags & _UNMAP))
         if self._durable_writes:
-            os.fdatasync(self._fd)
+            self._store.flush()
         return S_OK
 
 
-def _data(views: list[memoryview], length: int) -> list[memoryview]:
+def _first(views: list[memoryview], length: int) -> Iterator[memoryview]:
     """The first `length` bytes of the pieces: all but the status byte."""
-    data = []
     for view in views:
         if length <= 0:
             break
-        data.append(view[:length])
+        yield view[:length]
         length -= len(view)
-    return data
 
 
-def _open(path: str, read_only: bool) -> int:
-    """Without waiting, whatever it is: a FIFO would have us wait for a writer."""
-    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        fd = os.open(path, flags)
-    except ValueError as error:  # it has a zero byte
-        raise DeviceError(f"{path!r}: {error}") from None
-    except OSError as error:
-        raise DeviceError(f"{path or repr(path)}: {error.strerror}") from None
-    os.set_blocking(fd, True)
-    return fd
-
-
-def _size(fd: int, path: str) -> int:
-    """In bytes. Raises `DeviceError` for what can be no disk."""
-    status = os.fstat(fd)
-    if stat.S_ISBLK(status.st_mode):
-        buffer = bytearray(8)
-        fcntl.ioctl(fd, _BLKGETSIZE64, buffer)
-        size = int.from_bytes(buffer, "little")
-    elif stat.S_ISREG(status.st_mode):
-        size = status.st_size
-    else:
-        raise DeviceError(f"{path}: neither a regular file nor a block device")
-    if size < SECTOR:
-        raise DeviceError(f"{path}: {size} bytes hold no sector of {SECTOR} bytes")
-    return size
-
-
-def _open_direct(path: str, read_only: bool) -> int:
-    try:
-        return os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_DIRECT)
-    except OSError as error:
-        raise DeviceError(
-            f"{path}: cannot be opened past the page cache: {error.strerror}"
-        ) from None
-
-
-def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
-    """False where the file system cannot do it, or a seccomp filter forbids it."""
-    while _libc.fallocate(fd, mode, offset, length):
-        number = ctypes.get_errno()
-        if number == errno.EINTR:
-            continue
-        if number in REFUSALS or number == errno.EINVAL:
-            return False
-        raise OSError(number, os.strerror(number))
-    return True
-
-
-def _write_zeroes(fd: int, offset: int, length: int) -> None:
-    zeroes = bytes(min(length, 1 << 20))
-    while length:
-        count = written(os.pwrite(fd, zeroes[:length], offset))
-        offset += count
-        length -= count
+def _behind(views: list[memoryview], skip: int) -> Iterator[memoryview]:
+    """What the pieces hold behind the first `skip` bytes, the header."""
+    for view in views:
+        if skip < len(view):
+            yield view[skip:]
+        skip = max(0, skip - len(view))

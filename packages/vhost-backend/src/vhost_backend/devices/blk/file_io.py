@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Final
 
-REFUSALS: Final = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES))
-"""What a kernel or a file system without a call or its flags answers, and a seccomp filter."""
+from ...errors import REFUSALS
 
 
 def read_at(fd: int, view: memoryview, offset: int) -> int:

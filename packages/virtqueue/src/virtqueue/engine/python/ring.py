@@ -30,6 +30,7 @@ from ...layout import (
 )
 from ...memory import access
 from ...memory.table import Broken, Memory, Missing, Table
+from ..interface import EngineName
 from .arrays import Arrays
 from .dirty_log import Log, mark_ring
 from .inflight_memory import region_poison
@@ -48,7 +49,7 @@ _FATAL: Final = frozenset((Reason.RING_MEMORY, Reason.TRUNCATED, Reason.USED_RIN
 class RingEngine:
     """One queue's engine; the subclasses know the format."""
 
-    name: str = "python"
+    name: EngineName = "python"
 
     def __init__(self, block: QueueBlock, memory: Memory) -> None:
         if (block.magic, block.abi, block.size) != (MAGIC, ABI, ctypes.sizeof(QueueBlock)):

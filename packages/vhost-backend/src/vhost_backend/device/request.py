@@ -1,0 +1,220 @@
+"""What a handler is given: its queue and a request; and what became of one that only waited.
+
+A request is used as its handler likes and checked when that has ended (`check_use`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from types import CoroutineType
+from typing import Any, Final
+
+from virtqueue import Batch, Chain, ChainCompleted, Memory, RecordFlags
+
+from ..counters import QueueCounters
+from ..errors import BackendUsageError
+
+_HEADER: Final = 16
+_SHORT_HEADER: Final = int(RecordFlags.SHORT_HEADER)
+
+
+class Queue:
+    """A queue as a handler sees it.
+
+    `index` is its number, `counters` what it has done. `window` is the flat view of guest memory
+    that the offsets in a batch's records refer to (None when there is no such view), `memory` the
+    snapshot of guest memory that it belongs to; both are valid for the batch that came with them.
+    """
+
+    __slots__ = ("_on_exit", "counters", "index", "memory", "window")
+
+    def __init__(self, index: int, counters: QueueCounters) -> None:
+        self.index: int = index
+        self.counters: QueueCounters = counters
+        self.window: memoryview | None = None
+        # Held here, it stays mapped for what a handler in C works on, whatever becomes of the ring.
+        self.memory: Memory | None = None
+        #: In an event loop of the caller's: ends it with what a handler has raised to end it.
+        self._on_exit: Callable[[BaseException], None] | None = None
+
+    def forget(self) -> None:
+        """Let go of the memory: the worker has done what there was."""
+        self.window = self.memory = None
+
+
+class Request:
+    """One request: the driver's bytes to read, and room for the device's answer.
+
+    The status byte is not part of what `write` fills. A request that has completed raises
+    `virtqueue.UsageError` when used.
+
+    What the record of a batch tells (lengths, the first 16 bytes) comes from there; the `Chain` is
+    made when more is asked for.
+    """
+
+    __slots__ = (
+        "_batch",
+        "_chain",
+        "_index",
+        "_position",
+        "_recalled",
+        "_record",
+        "_serial",
+        "_waits",
+        "status",
+        "written",
+    )
+
+    status: int
+    """What the status byte will say, for device types that have one."""
+    # Set by a worker with coroutines: how many `waiting` blocks this one's is in, and whether its
+    # ring is being stopped.
+    _waits: int
+    _recalled: bool
+    written: int
+    """Bytes reported to the driver: what `write` wrote, unless set."""
+
+    def __init__(self, batch: Batch, record: tuple[Any, ...], index: int) -> None:
+        self._batch = batch
+        self._serial = batch.serial
+        self._record = record
+        self._index = index
+        self._chain: Chain | None = None
+        #: Bytes of the header that `read` has returned.
+        self._position = 0
+        self.status = 0
+        self.written = 0
+
+    @property
+    def chain(self) -> Chain:
+        """The chain of descriptors that carries the request."""
+        chain = self._chain
+        if chain is None:
+            if self._batch.serial != self._serial:
+                raise ChainCompleted(f"request {self._record[6]} has been completed")
+            chain = self._chain = self._batch[self._index]
+            if self._position:
+                chain.read(self._position)
+        return chain
+
+    @property
+    def header(self) -> bytes:
+        """The first 16 bytes the driver sent, zero padded; `read` begins with them, too."""
+        header: bytes = self._record[0]
+        return header
+
+    @property
+    def readable_length(self) -> int:
+        """Bytes the driver sent."""
+        record = self._record
+        if not record[7] & _SHORT_HEADER:
+            length: int = _HEADER + record[4]
+            return length
+        return self.chain.readable_length
+
+    @property
+    def writable_length(self) -> int:
+        """Bytes the driver has room for, a status byte included."""
+        length: int = self._record[5]
+        return length
+
+    @property
+    def readable(self) -> list[memoryview]:
+        """The driver's bytes in place, piece by piece; nothing is copied."""
+        return self.chain.readable
+
+    @property
+    def writable(self) -> list[memoryview]:
+        """The room for the answer in place, piece by piece. Set `written` after filling it."""
+        return self.chain.writable
+
+    def read(self, size: int = -1) -> bytes:
+        """The next `size` bytes of what the driver sent; all that is left when negative."""
+        if self._chain is None and size >= 0 and self._batch.serial == self._serial:
+            position = self._position
+            end = position + size
+            if end <= _HEADER and not self._record[7] & _SHORT_HEADER:
+                self._position = end
+                header: bytes = self._record[0]
+                return header[position:end]
+        return self.chain.read(size)
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append to the answer; returns how many bytes there was room for."""
+        count = self.chain.write(data)
+        self.written += count
+        return count
+
+    def waiting(self) -> AbstractAsyncContextManager[None]:
+        """Mark what a coroutine only waits for: `async with request.waiting(): await news.get()`.
+
+        When the ring is stopped meanwhile, the wait is cancelled (`asyncio.CancelledError` is
+        raised in it); everywhere else a coroutine is left to end by itself. So nothing may go on
+        in the background of the wait that touches the request's memory, such as a thread. See
+        `VirtioDevice.recalled` for what becomes of the request.
+        """
+        return _Waiting(self)
+
+    @property
+    def begun(self) -> bool:
+        """Whether something was written, or could have been through `writable`."""
+        chain = self._chain
+        return bool(self.written) or (
+            chain is not None and (chain.wrote_anywhere or chain.written > 0)
+        )
+
+
+class _Waiting:
+    __slots__ = ("_request",)
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    async def __aenter__(self) -> None:
+        if self._request._recalled:
+            # The ring is being stopped already: this is where a cancellation is expected.
+            from asyncio import CancelledError, sleep
+
+            await sleep(0)
+            raise CancelledError
+        self._request._waits += 1
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._request._waits -= 1
+
+
+class Recall(enum.Enum):
+    """What became of a request whose wait was cancelled because its ring is stopped."""
+
+    GIVEN_BACK = "given back"
+    """As if it had never been taken: whoever serves the ring next takes it again."""
+    KEPT = "kept"
+    """Left in the in-flight region: whoever goes on with the region takes it again."""
+    EMPTY = "empty"
+    """Completed with nothing written (and `error_status`, where there is a status byte)."""
+
+
+def check_use(request: Request, answer: object, flags: int) -> None:
+    """Raise `BackendUsageError` when a handler that returned `answer` has not left its request as
+    it can be completed; `flags` is 1 with a status byte.
+    """
+    if isinstance(answer, CoroutineType):
+        answer.close()
+        raise BackendUsageError(
+            "handle returned a coroutine that nothing awaits: it must be an `async def` itself"
+        )
+    if isinstance(answer, bytes | bytearray | memoryview | str | Awaitable):
+        raise BackendUsageError(
+            f"handle returned {type(answer).__name__}: an answer is written with request.write()"
+        )
+    written, room = request.written, request.writable_length - flags
+    if not 0 <= written <= room:
+        raise BackendUsageError(f"request.written is {written}, but there is room for {room} bytes")
+    if request.status and not flags:
+        raise BackendUsageError(
+            f"request.status is {request.status}, but the device has no status byte"
+        )
+    if not 0 <= request.status <= 255:
+        raise BackendUsageError(f"request.status is {request.status}, a status byte is 0 to 255")
