@@ -1,7 +1,7 @@
 """What the front-end configured for one queue, and the queue made of it.
 
 `VringState` knows no lock. The control thread and a worker share it, so a daemon holds each one in
-a locked flavour (see `vring_locks`).
+a locked flavour (see `vring.locks`).
 
 Ring states (vhost-user specification, "Ring states"): a ring is started or stopped and,
 independently, enabled or disabled. It is *running* here when it is started, enabled, not draining,
@@ -581,6 +581,10 @@ class VringState:
         elif self.channel is not None:
             self.counters.notifications_sent += 1
             self._send(self.channel, BackendVringCall(self.index))
+
+    def drain_call(self) -> None:
+        """Read the call eventfd, so that a thread that waits to write to it goes on."""
+        eventfd.drain(self.call_fd)
 
     @staticmethod
     def _send(channel: BackendChannel, message: BackendVringCall | BackendVringErr) -> None:
