@@ -171,7 +171,7 @@ class QueueWorker(VringEpollHandler):
             finally:
                 reclaim()
             if lease.wanted:
-                self._finish(lease, state, generation, count)
+                self._finish(state, generation, count)
                 return
             if batch.built:
                 server.leave()
@@ -188,11 +188,10 @@ class QueueWorker(VringEpollHandler):
                     device.serve_batch(view, batch)
                 finally:
                     reclaim()
-            self._finish(lease, state, generation, count)
+            self._finish(state, generation, count)
 
-    def _finish(self, lease: RingLease, state: VringState, generation: int, count: int) -> None:
+    def _finish(self, state: VringState, generation: int, count: int) -> None:
         """Complete the batch the long way, unless a visitor has stopped or moved the ring."""
-        lease.give_way()
         if state.generation == generation:
             try:
                 state.finish(count)

@@ -56,8 +56,9 @@ class RingLease:
     - *Visitors go first.* They keep their turn from coming to going, and `claim` needs the turn. So
       the worker cannot have the ring back before a visitor that it has let in.
     - *Look again.* After C, and after each `reclaim`, the worker looks at `wanted`. When it is set
-      the ring may have been stopped or moved, and may still be borrowed: the worker claims it and
-      compares the generation before it completes what it had taken.
+      the ring may have been stopped or moved: the worker compares the generation before it
+      completes what it had taken. After C the ring may still be borrowed, too: the worker gives way
+      first.
     """
 
     def __init__(self, state: VringState) -> None:
@@ -99,7 +100,7 @@ class RingLease:
         return not self.wanted
 
     def give_way(self) -> None:
-        """Let waiting visitors in, and claim again."""
+        """Let waiting visitors in, and claim again; also after a visitor that has borrowed."""
         self._ring.release()
         self.claim()
 
