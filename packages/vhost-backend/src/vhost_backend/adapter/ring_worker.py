@@ -170,8 +170,8 @@ class QueueWorker(VringEpollHandler):
                 device.fail_batch(view, batch, error)
             finally:
                 reclaim()
-            if lease.wanted:
-                self._finish(state, generation, count)
+            if lease.wanted:  # another thread may have set it
+                self._finish(state, generation, count)  # type: ignore[unreachable]
                 return
             if batch.built:
                 server.leave()

@@ -45,7 +45,7 @@ class Iommu:
         }
         for vring in context.vrings:
             with vring.get_mut() as state:
-                state.on_miss = self._miss
+                state.events.on_miss = self._miss
 
     def offers(self) -> vp.ProtocolFeatures:
         """The channel on which entries are asked for."""
@@ -79,8 +79,8 @@ class Iommu:
             before.close()
         for vring in context.vrings:
             with vring.get_mut() as state:
-                if state.channel is not None:
-                    state.channel = context.channel
+                if state.signals.channel is not None:
+                    state.signals.channel = context.channel
         context.backend.set_backend_req_fd(context.channel)
         return None
 
@@ -141,7 +141,7 @@ class Iommu:
     def _watch_progress(self, wake: Callable[[], None] | None) -> None:
         for vring in self._context.vrings:
             with vring.get_mut() as state:
-                state.on_progress = wake
+                state.events.on_progress = wake
 
     def _acknowledge(self, resume: Callable[[], None]) -> Answer:
         self._watch_progress(None)

@@ -1,0 +1,46 @@
+"""What a ring tells the rest of the daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from virtqueue import Batch
+
+from .wanted import Wanted
+
+if TYPE_CHECKING:
+    from .state import VringState
+
+
+@dataclass(slots=True)
+class RingEvents:
+    """The callbacks of one ring, each called with the ring's lock held. They survive a reset."""
+
+    #: A back-end has taken a batch: the ring's generation, and the batch.
+    on_take: Callable[[int, Batch], None] | None = None
+    #: Something was completed, while a thread waits for that.
+    on_progress: Callable[[], None] | None = None
+    #: The IOTLB lacks an entry (see `control.iommu`).
+    on_miss: Callable[[VringState, Wanted], None] | None = None
+    #: Guest memory was taken away under the ring.
+    on_truncated: Callable[[], None] | None = None
+    #: No request is in flight any more, once: see `VringState.begin_drain` and `leave`.
+    on_drained: Callable[[], None] | None = None
+
+    def progress(self) -> None:
+        """Call `on_progress`."""
+        if self.on_progress is not None:
+            self.on_progress()
+
+    def truncated(self) -> None:
+        """Call `on_truncated`."""
+        if self.on_truncated is not None:
+            self.on_truncated()
+
+    def drained(self) -> None:
+        """Call `on_drained` and forget it."""
+        if self.on_drained is not None:
+            callback, self.on_drained = self.on_drained, None
+            callback()
