@@ -184,7 +184,7 @@ def _place(actor: Steps) -> Hashable:
 
 def _brief(value: object) -> Hashable:
     if value is None or type(value) in (int, str, bool):
-        return value  # type: ignore[return-value]
+        return value
     if isinstance(value, tuple | list):
         return tuple(map(_brief, value))
     return getattr(value, "number", type(value).__name__)

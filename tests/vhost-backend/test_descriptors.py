@@ -15,6 +15,8 @@ from guest_memory import GuestAddress
 from vhost_backend import Queue, Request, VirtioDevice
 from vhost_backend.testing import DriverSession, attached
 
+pytestmark = pytest.mark.usefixtures("every_flavour")
+
 FULL = (1 << 64) - 2
 
 

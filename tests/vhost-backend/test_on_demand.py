@@ -16,6 +16,8 @@ from vhost_backend.devices.blk import device as blk
 from vhost_backend.driver import BlockDriver, BlockError, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 
+pytestmark = pytest.mark.usefixtures("every_flavour")
+
 PAGE = 4096
 
 

@@ -169,7 +169,7 @@ def test_no_kick_is_lost_between_the_two_ways(daemon: Daemon) -> None:
             while not stop.is_set():
                 for progress in (lambda: None, None):
                     with daemon.daemon.vrings[0].get_mut() as state:
-                        state.on_progress = progress
+                        state.events.on_progress = progress
 
         vring = session.vrings[0]
         source, target = session.allocate(4), session.allocate(4)

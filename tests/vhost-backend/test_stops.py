@@ -38,6 +38,8 @@ from vhost_backend.driver import DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from virtqueue import CHandler
 
+pytestmark = pytest.mark.usefixtures("every_flavour")
+
 CONTENT, SENTINEL = b"D", b"N"
 LENGTH = 4096
 PATIENCE = 60.0

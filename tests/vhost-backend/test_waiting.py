@@ -25,6 +25,8 @@ from vhost_backend import (
 from vhost_backend.driver import DriverSession, Migration
 from vhost_backend.testing import attached
 
+pytestmark = pytest.mark.usefixtures("every_flavour")
+
 PATIENCE = 60.0
 
 

@@ -20,7 +20,6 @@ from virtqueue import Reason
 from ..errors import Refused
 from ..features import VirtioFeature
 from ..rate_limited_log import RateLimited
-from ..vring.state import VringState
 from ..vring.wanted import Wanted
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome, Wait
@@ -156,8 +155,11 @@ class Iommu:
                     return False
         return True
 
-    def _miss(self, state: VringState, need: Wanted) -> None:
-        """A ring cannot go on before an entry comes. Called on a worker, with the ring's lock."""
+    def _miss(self, index: int, need: Wanted) -> bool:
+        """Ask for the entry that ring `index` waits for; False when that cannot be.
+
+        Called on a worker, with the ring's lock.
+        """
         channel = self._context.channel
         try:
             if channel is None:
@@ -167,19 +169,19 @@ class Iommu:
             self._faults.warning(
                 "%s: an IOTLB entry cannot be asked for: %s", self._context.name, error
             )
-            state.fail_need()
-            return
-        timer = threading.Timer(MISS_TIMEOUT, self._expire, (state.index, need))
+            return False
+        timer = threading.Timer(MISS_TIMEOUT, self._expire, (index, need))
         timer.daemon = True
         # One for each ring: a ring waits for one entry at a time.
-        before = self._timers.get(state.index)
-        self._timers[state.index] = timer
+        before = self._timers.get(index)
+        self._timers[index] = timer
         if before is not None:
             before.cancel()
         try:
             timer.start()
         except RuntimeError as error:  # there can be no more threads: it waits as long as it takes
             self._faults.error("nobody watches how long an IOTLB entry takes: %s", error)
+        return True
 
     def _expire(self, index: int, need: Wanted) -> None:
         with self._context.vrings[index].get_mut() as state:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from virtqueue import Batch
 
 from .wanted import Wanted
-
-if TYPE_CHECKING:
-    from .state import VringState
 
 
 @dataclass(slots=True)
@@ -22,8 +18,9 @@ class RingEvents:
     on_take: Callable[[int, Batch], None] | None = None
     #: Something was completed, while a thread waits for that.
     on_progress: Callable[[], None] | None = None
-    #: The IOTLB lacks an entry (see `control.iommu`).
-    on_miss: Callable[[VringState, Wanted], None] | None = None
+    #: The IOTLB lacks an entry (see `control.iommu`): the ring's index, and what it waits for.
+    #: Returns whether the front-end was asked for it.
+    on_miss: Callable[[int, Wanted], bool] | None = None
     #: Guest memory was taken away under the ring.
     on_truncated: Callable[[], None] | None = None
     #: No request is in flight any more, once: see `VringState.begin_drain` and `leave`.

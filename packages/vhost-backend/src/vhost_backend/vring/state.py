@@ -244,9 +244,8 @@ class VringState(RingLifecycle):
             self.break_queue(QueueBroken(Reason.ADDRESS, need.address))
             return False
         self.need = Wanted(need.address, need.length, need.access)
-        if self.events.on_miss is not None:
-            self.events.on_miss(self, self.need)
-        else:
+        miss = self.events.on_miss
+        if miss is None or not miss(self.index, self.need):
             self.fail_need()
         return False
 
