@@ -315,7 +315,7 @@ def main() -> None:
 
         signal.signal(signal.SIGTERM, end)
         signal.signal(signal.SIGINT, end)
-        daemon.serve(options.socket_path)
+        daemon.serve_forever(options.socket_path)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pytest
 
 import vhost_protocol as vp
 from vhost_backend import DeviceBackend, Listener, Queue, Request, VhostUserDaemon, VirtioDevice
-from vhost_backend.testing import DriverSession
+from vhost_backend.testing import DriverSession, serving
 
 HEADER = struct.Struct("<III")
 VERSION, REPLY, NEED_REPLY = 1, 4, 8
@@ -91,10 +91,9 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
             "test", DeviceBackend.of(Everything()), memory_slots=request.param, drain_warning=1.0
         ) as daemon,
     ):
-        daemon.start(listener)
         assert listener.path is not None
-        yield listener.path
-        daemon.close()
+        with serving(daemon, listener):
+            yield listener.path
 
 
 def message(code: int, payload: bytes, flags: int = VERSION | NEED_REPLY) -> bytes:

@@ -720,7 +720,7 @@ def test_front_ends_come_one_after_another(image: Path) -> None:
 def test_a_daemon_as_client_connects_and_comes_back(tmp_path: Path) -> None:
     path = str(tmp_path / "front-end.sock")
     with VhostUserDaemon("test", DeviceBackend(Echo())) as daemon:
-        daemon.start_client(path)
+        daemon.start_client(path, reconnect=True)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen()
@@ -731,10 +731,11 @@ def test_a_daemon_as_client_connects_and_comes_back(tmp_path: Path) -> None:
                     assert exchange(session, b"hello") == b"hello"
 
 
-def test_a_client_that_may_not_reconnect_says_why_it_ended(tmp_path: Path) -> None:
+def test_a_client_that_may_not_reconnect_says_why_it_cannot_start(tmp_path: Path) -> None:
     with VhostUserDaemon("test", DeviceBackend(Echo())) as daemon:
-        daemon.start_client(tmp_path / "nobody", reconnect=False)
         with pytest.raises(VhostBackendError, match="No such file"):
+            daemon.start_client(tmp_path / "nobody")
+        with pytest.raises(BackendUsageError, match="was not started"):
             daemon.wait()
 
 
@@ -767,7 +768,7 @@ def test_a_client_backs_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
                 daemon.shutdown()
 
         monkeypatch.setattr(daemon, "_sleep", sleep)
-        daemon.start_client(path)
+        daemon.start_client(path, reconnect=True)
         daemon.wait()
         listener.shutdown(socket.SHUT_RDWR)
     low, high = RECONNECT_INTERVAL

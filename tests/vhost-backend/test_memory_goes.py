@@ -32,6 +32,7 @@ from vhost_backend import (
     BlockDevice,
     DeviceBackend,
     Queue,
+    Refused,
     Request,
     VhostUserDaemon,
     VirtioDevice,
@@ -145,7 +146,7 @@ def in_loop(device: VirtioDevice, sock: socket.socket, **options: Any) -> Callab
         del sock_of[:]
         await end.wait()
         serving.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
+        with contextlib.suppress(asyncio.CancelledError, vp.RemoteProtocolError, Refused):
             await serving
         daemon.close()
 

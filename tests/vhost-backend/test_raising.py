@@ -41,6 +41,7 @@ from vhost_backend.testing import (
     attached,
     expect_errors,
     served,
+    serving,
 )
 from virtqueue import DONE, Batch, Chain, CHandler
 
@@ -490,10 +491,8 @@ def test_in_a_loop_a_device_that_cancels_its_own_coroutine_fails_that_request(
 def test_a_worker_that_cannot_go_on_ends_its_daemon(tmp_path: Path, kind: type[Raising]) -> None:
     with (
         expect_errors("worker test-0 has ended") as errors,
-        Listener(tmp_path / "socket") as listener,
         VhostUserDaemon("test", DeviceBackend.of(kind(ValueError()))) as daemon,
     ):
-        daemon.start(listener)
         (worker,) = daemon.get_epoll_handlers()
 
         def fail(timeout: float | None) -> float | None:
@@ -502,7 +501,7 @@ def test_a_worker_that_cannot_go_on_ends_its_daemon(tmp_path: Path, kind: type[R
         worker._round = fail  # type: ignore[method-assign]
         worker.wake()
         with pytest.raises(SystemExit, match="no more"):
-            daemon.wait()
+            daemon.serve_forever(tmp_path / "socket")
         assert errors
 
 
@@ -633,16 +632,16 @@ def test_the_references_loop_signals(
     with (
         Listener(tmp_path / "socket") as listener,
         VhostUserDaemon("test", kind(), engine=engine, vring=flavour) as daemon,
+        serving(daemon, listener),
+        DriverSession.connect(tmp_path / "socket", features=features) as session,
     ):
-        daemon.start(listener)
-        with DriverSession.connect(tmp_path / "socket", features=features) as session:
-            vring = session.vrings[0]
-            buffer = session.allocate(8)
-            for _ in range(50):
-                vring.submit([(buffer, 8)], [])
-                vring.kick()
-                # Raises when completions came without the signal that was asked for.
-                assert len(vring.completions(20)) == 1
+        vring = session.vrings[0]
+        buffer = session.allocate(8)
+        for _ in range(50):
+            vring.submit([(buffer, 8)], [])
+            vring.kick()
+            # Raises when completions came without the signal that was asked for.
+            assert len(vring.completions(20)) == 1
 
 
 def test_a_signal_that_is_owed_is_not_lost_with_the_ring() -> None:

@@ -33,7 +33,7 @@ from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.fds import eventfd
 from vhost_backend.fds.listener import Listener
-from vhost_backend.testing import attached, expect_errors, served
+from vhost_backend.testing import attached, expect_errors, served, serving
 from vhost_backend.vring import ring_lease
 from vhost_backend.vring.locks import VringMutex
 from vhost_backend.vring.ring_lease import RingLease
@@ -60,7 +60,8 @@ class Daemon:
     def __init__(self, device: VirtioDevice, path: Path, **options: object) -> None:
         self.listener = Listener(str(path / "device.sock"))
         self.daemon = VhostUserDaemon("test", DeviceBackend.of(device), **options)  # type: ignore[arg-type]
-        self.daemon.start(self.listener)
+        self._serving = serving(self.daemon, self.listener)
+        self._serving.__enter__()
         self.path = str(path / "device.sock")
 
     @property
@@ -80,7 +81,7 @@ class Daemon:
         return vring.lease
 
     def close(self) -> None:
-        self.daemon.close()
+        self._serving.__exit__(None, None, None)
         self.listener.close()
 
 

@@ -31,7 +31,14 @@ from vhost_backend import (
 )
 from vhost_backend.device.state_stream import StateTransfer
 from vhost_backend.errors import is_shortage
-from vhost_backend.testing import BlockDriver, DriverSession, attached, expect_errors, served
+from vhost_backend.testing import (
+    BlockDriver,
+    DriverSession,
+    attached,
+    expect_errors,
+    served,
+    serving,
+)
 
 
 class Echo(VirtioDevice):
@@ -75,8 +82,10 @@ def test_a_front_end_waits_for_a_descriptor(tmp_path: Path, number: int) -> None
     ):
         listener.socket = Short(fileno=listener.socket.detach())
         listener.socket.number = number
-        daemon.start(listener)
-        with DriverSession.connect(tmp_path / "socket", timeout=20) as session:
+        with (
+            serving(daemon, listener),
+            DriverSession.connect(tmp_path / "socket", timeout=20) as session,
+        ):
             assert session.frontend.get_queue_num() == 1
         assert len(errors) == 3
 
@@ -90,7 +99,7 @@ def test_a_front_end_waits_for_a_descriptor_in_a_loop(tmp_path: Path) -> None:
         with Listener(tmp_path / "socket") as listener:
             listener.socket = Short(fileno=listener.socket.detach())
             async with AsyncDaemon("test", DeviceBackend.of(Echo())) as daemon:
-                task = asyncio.create_task(daemon.serve(listener))
+                task = asyncio.create_task(daemon.serve_forever(listener))
                 queues = await asyncio.to_thread(use)
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -109,28 +118,26 @@ def test_a_daemon_ends_while_its_front_end_waits_for_a_descriptor(tmp_path: Path
     ):
         listener.socket = Short(fileno=listener.socket.detach())
         listener.socket.left = 1 << 30
-        daemon.start(listener)
         client.connect(str(tmp_path / "socket"))
-        until(lambda: errors, "nothing was said")
-        daemon.shutdown()
-        daemon.wait()
+        with serving(daemon, listener):
+            until(lambda: errors, "nothing was said")
         # No busy loop: the pauses grow.
         assert (1 << 30) - listener.socket.left < 1000
 
 
 def test_a_listener_that_cannot_listen_ends_its_daemon_loudly(tmp_path: Path) -> None:
     with (
-        expect_errors("test: the daemon ends"),
         Listener(tmp_path / "socket") as listener,
         VhostUserDaemon("test", DeviceBackend.of(Echo())) as daemon,
         socket.socket(socket.AF_UNIX) as client,
     ):
         listener.socket = Short(fileno=listener.socket.detach())
         listener.socket.number = errno.EINVAL
-        daemon.start(listener)
         client.connect(str(tmp_path / "socket"))
         with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
-            daemon.wait()
+            daemon.serve_forever(listener)
+        with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
+            daemon.start(listener)
 
 
 @pytest.mark.parametrize("how", ["stop", "hang up"])
@@ -236,8 +243,11 @@ def test_workers_that_cannot_all_be_started_are_all_ended(monkeypatch: pytest.Mo
     fds = os.listdir("/proc/self/fd")
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", limited)
-        with pytest.raises(RuntimeError, match="new thread"):
-            VhostUserDaemon("test", DeviceBackend.of(Two()))
+        with (
+            pytest.raises(RuntimeError, match="new thread"),
+            VhostUserDaemon("test", DeviceBackend.of(Two())),
+        ):
+            pass
     assert not started[0].is_alive()
     assert len(os.listdir("/proc/self/fd")) == len(fds)
 
@@ -263,7 +273,7 @@ serve(Echo(), sys.argv[1], ready=None if "untold" in sys.argv else ready)
 """
 
 
-def serving(path: Path, *arguments: str) -> "subprocess.Popen[str]":
+def command(path: Path, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-c", SERVE, str(path), *arguments],
         stdout=subprocess.PIPE,
@@ -273,7 +283,7 @@ def serving(path: Path, *arguments: str) -> "subprocess.Popen[str]":
 
 
 def test_counters_are_shown_where_there_can_be_no_more_threads(tmp_path: Path) -> None:
-    with serving(tmp_path / "socket", "threads") as process:
+    with command(tmp_path / "socket", "threads") as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()
@@ -286,7 +296,7 @@ def test_counters_are_shown_where_there_can_be_no_more_threads(tmp_path: Path) -
 
 
 def test_a_program_without_logging_says_where_it_serves(tmp_path: Path) -> None:
-    with serving(tmp_path / "socket", "untold") as process:
+    with command(tmp_path / "socket", "untold") as process:
         assert process.stderr is not None
         try:
             assert process.stderr.readline() == f"Echo: serving on {tmp_path / 'socket'}\n"
@@ -296,7 +306,7 @@ def test_a_program_without_logging_says_where_it_serves(tmp_path: Path) -> None:
 
 
 def test_the_limit_of_descriptors_is_raised_to_what_is_needed(tmp_path: Path) -> None:
-    with serving(tmp_path / "socket", "limit", "4096") as process:
+    with command(tmp_path / "socket", "limit", "4096") as process:
         assert process.stdout is not None
         limit = int(process.stdout.readline())
         process.terminate()
@@ -306,7 +316,7 @@ def test_the_limit_of_descriptors_is_raised_to_what_is_needed(tmp_path: Path) ->
 
 
 def test_a_limit_of_descriptors_that_is_too_low_is_said(tmp_path: Path) -> None:
-    with serving(tmp_path / "socket", "limit", "300") as process:
+    with command(tmp_path / "socket", "limit", "300") as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert int(process.stdout.readline()) == 300

@@ -36,6 +36,7 @@ from vhost_backend import (
 from vhost_backend.devices.blk.device import T_GET_ID, T_IN, T_OUT
 from vhost_backend.driver import DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
+from vhost_backend.testing import serving
 from virtqueue import CHandler
 
 pytestmark = pytest.mark.usefixtures("every_flavour")
@@ -71,10 +72,9 @@ def served(tmp_path: Path) -> Iterator[Callable[..., tuple[VhostUserDaemon, str]
                 drain_warning=0.05,
                 **options,  # type: ignore[arg-type]
             )
-            stack.enter_context(daemon)
+            stack.enter_context(serving(daemon, listener))
             if isinstance(device, Held):
                 stack.callback(device.go_on.set)
-            daemon.start(listener)
             return daemon, path
 
         yield serve
@@ -443,26 +443,28 @@ def test_a_daemon_that_is_closed_waits_for_the_device(
 ) -> None:
     device = Held()
     daemon = VhostUserDaemon("test", DeviceBackend(device), drain_warning=0.05)
-    with Listener(tmp_path / "s") as listener:
-        daemon.start(listener)
-        with DriverSession.connect(tmp_path / "s", timeout=PATIENCE) as session:
-            target = submit(session)
-            assert device.taken.wait(PATIENCE)
-            if how == "hang up and shutdown":
-                session.close()
-            closing = threading.Thread(target=daemon.close)
-            closing.start()
-            until(lambda: "the end of the daemon waits" in caplog.text, "the log says nothing")
-            assert closing.is_alive()
-            stops = [device.stops]
-            device.go_on.set()
-            closing.join(PATIENCE)
-            assert not closing.is_alive()
-            assert [*stops, device.stops] == [0, 1]
-            if how == "shutdown":
-                # Its front-end finds it completed.
-                assert session.memory.read(target, 4) == b"done"
-                assert len(session.vrings[0].queue.collect()) == 1
+    with (
+        Listener(tmp_path / "s") as listener,
+        serving(daemon, listener),
+        DriverSession.connect(tmp_path / "s", timeout=PATIENCE) as session,
+    ):
+        target = submit(session)
+        assert device.taken.wait(PATIENCE)
+        if how == "hang up and shutdown":
+            session.close()
+        closing = threading.Thread(target=daemon.close)
+        closing.start()
+        until(lambda: "the end of the daemon waits" in caplog.text, "the log says nothing")
+        assert closing.is_alive()
+        stops = [device.stops]
+        device.go_on.set()
+        closing.join(PATIENCE)
+        assert not closing.is_alive()
+        assert [*stops, device.stops] == [0, 1]
+        if how == "shutdown":
+            # Its front-end finds it completed.
+            assert session.memory.read(target, 4) == b"done"
+            assert len(session.vrings[0].queue.collect()) == 1
 
 
 @contextlib.contextmanager
@@ -588,12 +590,12 @@ def test_the_loops_daemon_waits_for_a_thread_of_a_coroutine(
     async def main() -> None:
         with Listener(path) as listener:
             async with AsyncDaemon("test", DeviceBackend.of(Slow()), drain_warning=0.05) as daemon:
-                serving = asyncio.create_task(daemon.serve(listener))
+                task = asyncio.create_task(daemon.serve_forever(listener))
                 await asyncio.to_thread(use)
-                serving.cancel()
+                task.cancel()
                 asyncio.get_running_loop().call_later(0.3, go_on.set)
                 with contextlib.suppress(asyncio.CancelledError):
-                    await serving
+                    await task
             assert go_on.is_set()
 
     asyncio.run(main())

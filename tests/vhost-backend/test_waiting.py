@@ -5,7 +5,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from vhost_backend import (
     VirtioDevice,
 )
 from vhost_backend.driver import DriverSession, Migration
-from vhost_backend.testing import attached
+from vhost_backend.testing import attached, served, serving
 
 pytestmark = pytest.mark.usefixtures("every_flavour")
 
@@ -321,8 +321,8 @@ def test_after_a_hang_up_the_next_front_end_has_the_requests(
     with (
         Listener(tmp_path / "s") as listener,
         VhostUserDaemon("test", DeviceBackend.of(device), engine=engine) as daemon,
+        serving(daemon, listener),
     ):
-        daemon.start(listener)
         with DriverSession.connect(tmp_path / "s", timeout=PATIENCE, inflight=recorded) as session:
             buffers = Buffers(session)
             buffers.submit(0, 1, 2)
@@ -397,7 +397,7 @@ def test_a_move_to_another_back_end_takes_the_waiting_requests_along(engine: str
         buffers = Buffers(session)
         buffers.submit(0, 1, 2)
         source.wait_for({0, 1, 2})
-        path = stack.enter_context(serving(target, engine))
+        path = stack.enter_context(served(target, engine=engine))
         with Migration(session) as migration:
             migration.copy()
             migration.finish(vp.Frontend.connect(path, timeout=PATIENCE))
@@ -406,14 +406,6 @@ def test_a_move_to_another_back_end_takes_the_waiting_requests_along(engine: str
         for name in (2, 1, 0):
             target.tell(name)
         buffers.wait_for(0, 1, 2)
-
-
-@contextlib.contextmanager
-def serving(device: VirtioDevice, engine: str) -> Iterator[str]:
-    from vhost_backend.testing import served
-
-    with served(device, engine=engine) as path:
-        yield path
 
 
 def test_the_loops_daemon_calls_back_what_waits(
@@ -446,12 +438,12 @@ def test_the_loops_daemon_calls_back_what_waits(
     async def main() -> None:
         with Listener(path) as listener:
             async with AsyncDaemon("test", DeviceBackend.of(device)) as daemon:
-                serving = asyncio.create_task(daemon.serve(listener))
+                task = asyncio.create_task(daemon.serve_forever(listener))
                 using = asyncio.create_task(asyncio.to_thread(use))
                 await asyncio.to_thread(done.wait, PATIENCE)
-                serving.cancel()
+                task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
-                    await serving
+                    await task
                 ended.set()
                 await using
 
@@ -472,17 +464,17 @@ def test_completions_stops_and_starts_in_any_order_lose_nothing(
     with (
         Listener(tmp_path / "s") as listener,
         VhostUserDaemon("test", DeviceBackend.of(device), engine=engine) as daemon,
-    ):
-        daemon.start(listener)
-        with DriverSession.connect(
+        serving(daemon, listener),
+        DriverSession.connect(
             tmp_path / "s",
             timeout=PATIENCE,
             packed=packed,
             inflight=recorded,
             queue_size=32,
             protocol_features=STOPS,
-        ) as session:
-            run_model(session, device, chance, str(tmp_path / "s"), recorded)
+        ) as session,
+    ):
+        run_model(session, device, chance, str(tmp_path / "s"), recorded)
 
 
 def run_model(

@@ -143,6 +143,13 @@ class VringEpollHandler:
         self._wake.close()
         return True
 
+    def send_exit_event(self) -> None:
+        """End the thread, and raise the back-end's own `exit_event` for it, from any thread."""
+        self._stopping = True
+        if self._exit is not None:
+            self._exit.wake()
+        self.wake()
+
     def wake(self) -> None:
         """Have the thread look around, from any thread."""
         self._wake.wake()

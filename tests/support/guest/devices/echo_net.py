@@ -123,10 +123,10 @@ def main(path: str, *, connect: bool) -> None:
 
         signal.signal(signal.SIGTERM, end)
         if connect:
-            daemon.start_client(path)
+            daemon.start_client(path, reconnect=True)
             daemon.wait()
         else:
-            daemon.serve(path)
+            daemon.serve_forever(path)
     print(json.dumps(asdict(device.counts)), flush=True)
 
 

@@ -88,9 +88,18 @@ class ControlPlane:
             features |= int(section.offers())
         return vp.ProtocolFeatures(features)
 
-    def wait_for_message(self, fd: int) -> None:
-        """Before a message is read from `fd`: there may be something to look at meanwhile."""
-        self._context.unshared.wait_for_message(fd)
+    def rings(self) -> Sequence[int]:
+        """The index of every vring."""
+        return range(len(self._context.vrings))
+
+    @property
+    def memory_due(self) -> float | None:
+        """Seconds until `look_at_memory` is due, if no message comes before; None: it is not."""
+        return self._context.unshared.left
+
+    def look_at_memory(self) -> None:
+        """Say so where guest memory turns out not to be shared."""
+        self._context.unshared.look()
 
     def handle(self, message: vp.Message, fds: Descriptors) -> Outcome:
         """Apply one message; descriptors that are kept are detached or taken out of `fds`.

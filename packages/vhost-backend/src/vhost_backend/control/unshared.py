@@ -8,7 +8,6 @@ message tells; rings that are blank a while after they were started do.
 from __future__ import annotations
 
 import logging
-import select
 import time
 from collections.abc import Sequence
 
@@ -45,13 +44,17 @@ class UnsharedMemory:
         if not self._looked and self._due is None:
             self._due = time.monotonic() + DELAY
 
-    def wait_for_message(self, fd: int) -> None:
-        """Return at once, or when `fd` can be read and the look is still to come."""
-        if self._due is None:
-            return
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
-        if poller.poll(max(0.0, self._due - time.monotonic()) * 1000):
+    @property
+    def left(self) -> float | None:
+        """Seconds until the look; None when there is no doubt.
+
+        A front-end that still sends messages may be about to set up the next ring.
+        """
+        return None if self._due is None else max(0.0, self._due - time.monotonic())
+
+    def look(self) -> None:
+        """Look if it is time."""
+        if self._due is None or time.monotonic() < self._due:
             return
         self._due = None
         self._looked = True

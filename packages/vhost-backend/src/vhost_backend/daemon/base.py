@@ -15,13 +15,14 @@ from guest_memory import Mapper, MemoryHolder
 from virtqueue import UsageError, load_engine
 
 from ..backend import VhostUserBackend
-from ..control import Answer, ControlPlane, Outcome
+from ..control import ControlPlane
 from ..epoll_handler import VringEpollHandler
 from ..errors import BackendUsageError, Refused, is_shortage
 from ..rate_limited_log import RateLimited
 from ..vring.locks import Vring, VringMutex, VringRwLock
 from ..vring.state import VringState
-from .waiting import ReadAhead, WaitLog
+from .conversation import Conversation, Line
+from .waiting import Remains, WaitLog
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -60,7 +61,6 @@ class DaemonBase:
         if not drain_warning > 0:
             raise BackendUsageError(f"drain_warning is more than 0 s, not {drain_warning}")
         self._drain_warning = drain_warning
-        self._ahead = ReadAhead()
         self._connection: socket.socket | None = None
         self._shortages = RateLimited(log)
         try:
@@ -75,6 +75,7 @@ class DaemonBase:
             for index in range(backend.num_queues())
         ]
         self._workers = _make_workers(name, backend, self.vrings, worker_type, busy_poll, cpus)
+        self._unstarted = list(self._workers)
         for worker in self._workers:
             worker.on_failure = self._worker_failed
         self._control = ControlPlane(
@@ -87,6 +88,9 @@ class DaemonBase:
             wake=wake,
             name=name,
         )
+        self._remains = Remains(
+            self._control, lambda: self._wait_log("the end of the last connection", self._left)
+        )
         for vring_ in self.vrings:
             with vring_.get_mut() as state:
                 state.name = name
@@ -95,6 +99,11 @@ class DaemonBase:
     def get_epoll_handlers(self) -> list[VringEpollHandler]:
         """The workers, by thread number: where a device registers descriptors of its own."""
         return list(self._workers)
+
+    def _start_workers(self) -> None:
+        while self._unstarted:
+            self._unstarted[0].start()
+            del self._unstarted[0]
 
     def _hang_up(self) -> None:
         """End the present connection, from any thread."""
@@ -110,8 +119,28 @@ class DaemonBase:
         """A worker has ended though nobody has asked it to: the daemon ends, and says so."""
         raise NotImplementedError
 
-    def _report(self, error: BaseException) -> None:
-        """Log what has ended a connection."""
+    def _left(self) -> Sequence[int]:
+        """Rings on which the device works for a front-end that has gone."""
+        return self._control.remains
+
+    def _begin(self, session: vp.Session, line: Line) -> Conversation:
+        """A front-end has connected."""
+        self._control.connect(session)
+        log.info("%s: a front-end has connected", self.name)
+        return Conversation(self._control, line, self._remains, self._wait_log, self._refused)
+
+    def _end(self, conversation: Conversation, close: Callable[[], None]) -> None:
+        """The conversation is over: nothing of the front-end stays, and `close` hangs up."""
+        self._connection = None
+        conversation.close()
+        try:
+            self._control.disconnect()
+        finally:
+            close()
+            log.info("%s: the front-end has gone", self.name)
+
+    def _report(self, error: BaseException) -> BaseException | None:
+        """Log what has ended a connection, and return it unless that was a hang-up."""
         if is_shortage(error):
             # Neither the front-end nor the device can help it.
             log.error("%s: closing the connection: this machine is short: %s", self.name, error)
@@ -119,9 +148,11 @@ class DaemonBase:
             log.warning("%s: closing the connection: %s", self.name, error)
         elif isinstance(error, vp.ProtocolError) or _is_hang_up(error):
             log.info("%s: the connection was lost: %s", self.name, error)
+            return None
         else:
             # A mistake of ours, or of the back-end's: loud, but the next front-end is served.
             log.error("%s: closing the connection", self.name, exc_info=error)
+        return error
 
     def _wait_log(self, what: str, rings: Callable[[], Sequence[int]]) -> WaitLog:
         """The log of a wait for requests of these rings."""
@@ -149,9 +180,6 @@ class DaemonBase:
             return seconds
         raise error
 
-    def _shutdown_log(self, rings: Callable[[], Sequence[int]]) -> WaitLog:
-        return self._wait_log("the end of the daemon", rings)
-
 
 class Pause:
     """Seconds between attempts, as an iterator: more and more, up to the longest."""
@@ -168,18 +196,18 @@ class Pause:
         return seconds
 
 
+def say_another_waits(name: str) -> None:
+    """Of a front-end that has connected while another one is served."""
+    log.warning(
+        "%s: another front-end has connected, and waits until the present one has gone", name
+    )
+
+
 def _is_hang_up(error: BaseException) -> bool:
     """Whether this is the socket's word for a peer that has gone, or of our own hanging up."""
     return isinstance(error, ConnectionError) or (
         isinstance(error, OSError) and error.errno in (errno.ENOTCONN, errno.ESHUTDOWN)
     )
-
-
-def close_lent(answer: Outcome) -> None:
-    """Close the descriptors that went with an answer, if that was ours to do."""
-    if isinstance(answer, Answer) and answer.close:
-        for fd in answer.fds:
-            os.close(fd)
 
 
 def _make_workers(

@@ -14,7 +14,7 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import vhost_protocol as vp
@@ -25,13 +25,13 @@ from ..adapter.checks import check_backend, check_device
 from ..adapter.coroutines import AsyncVringEpollHandler
 from ..adapter.device_backend import DeviceBackend
 from ..backend import VhostUserBackend
-from ..control import Answer, Outcome, Wait
+from ..control import Outcome
 from ..device.base import VirtioDevice, close_device, name_of
-from ..errors import Refused
+from ..errors import kept
 from ..fds.listener import Listener, announce
 from ..vring.locks import VringMutex
-from .base import DaemonBase, Pause, close_lent
-from .waiting import WaitLog
+from .base import DaemonBase, Pause, say_another_waits
+from .conversation import Seen
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -42,11 +42,14 @@ HANG_UP_INTERVAL = 0.05
 class LoopWorker(AsyncVringEpollHandler):
     """A worker that is part of the running event loop instead of a thread."""
 
+    _started = False
+
     def start(self) -> None:
         """Have the loop watch the queues."""
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
         self._loop.add_reader(self._epoll.fileno(), self._turn)
+        self._started = True
         self._turn()
 
     def _failed(self, what: str, error: BaseException) -> None:
@@ -60,7 +63,8 @@ class LoopWorker(AsyncVringEpollHandler):
 
     def stop(self, timeout: float | None = None) -> bool:
         """Take the queues out of the loop."""
-        self._loop.remove_reader(self._epoll.fileno())
+        if self._started:
+            self._loop.remove_reader(self._epoll.fileno())
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -104,17 +108,43 @@ class AsyncDaemon(DaemonBase):
         self._task: asyncio.Task[Any] | None = None
         if isinstance(backend, DeviceBackend):
             backend.on_exit = lambda error: end_loop(loop, error)
-        for worker in self._workers:
-            worker.start()
 
-    async def serve(self, listener: Listener) -> None:
-        """Accept front-ends from `listener`, one after another, until cancelled.
+    async def serve(self, path: str | os.PathLike[str]) -> None:
+        """Listen on `path`, serve one front-end, and take the device out of the loop.
 
-        The listener stays the caller's. Raises what has ended a worker that cannot go on.
+        Raises `ListenError`, and what `serve_connection` raises.
         """
+        try:
+            with Listener(path) as listener:
+                await self._supervised(self._serve_one(listener))
+        finally:
+            await self.__aexit__()
+
+    async def serve_forever(self, where: Listener | str | os.PathLike[str]) -> None:
+        """Serve front-ends one after another, until cancelled.
+
+        `where` is a listener, which stays the caller's, or a path to listen on. What ends a
+        connection is logged. Raises `ListenError`, and what has ended a worker.
+        """
+        with contextlib.ExitStack() as stack:
+            if not isinstance(where, Listener):
+                where = stack.enter_context(Listener(where))
+            await self._supervised(self._accept_all(where))
+
+    async def serve_connection(self, sock: socket.socket) -> None:
+        """Serve one connected socket, which is taken over, until the front-end hangs up.
+
+        Raises what else has ended the connection.
+        """
+        error = await self._serve_connection(sock)
+        if error is not None:
+            raise kept(error)
+
+    async def _supervised(self, serving: Coroutine[Any, Any, None]) -> None:
+        """Await `serving`, which ends with a worker that cannot go on."""
         self._task = asyncio.current_task()
         try:
-            await self._accept_all(listener)
+            await serving
         except asyncio.CancelledError:
             if self._failure is None:
                 raise
@@ -122,10 +152,20 @@ class AsyncDaemon(DaemonBase):
         finally:
             self._task = None
 
+    async def _serve_one(self, listener: Listener) -> None:
+        await self.serve_connection(await self._accept(listener))
+
     async def _accept_all(self, listener: Listener) -> None:
+        while True:
+            connection = await self._accept(listener)
+            with self._watching(listener):
+                await self._serve_connection(connection)
+            if listener.fileno() < 0:  # it was the connection itself
+                return
+
+    async def _accept(self, listener: Listener) -> socket.socket:
         if listener.connected:
-            await self.serve_connection(listener.accept())
-            return
+            return listener.accept()
         loop = asyncio.get_running_loop()
         listener.socket.setblocking(False)
         pause = Pause()
@@ -134,150 +174,63 @@ class AsyncDaemon(DaemonBase):
                 connection, _ = await loop.sock_accept(listener.socket)
             except OSError as error:
                 await asyncio.sleep(self._not_accepted(error, pause))
-                continue
-            pause = Pause()
-            await self.serve_connection(connection)
+            else:
+                return connection
 
-    async def serve_connection(self, sock: socket.socket) -> None:
-        """Serve one connected socket, which is taken over, until the front-end hangs up."""
+    @contextlib.contextmanager
+    def _watching(self, listener: Listener) -> Iterator[None]:
+        """Say a word when another front-end connects to `listener` meanwhile."""
+        loop, fd = asyncio.get_running_loop(), listener.fileno()
+
+        def another() -> None:
+            loop.remove_reader(fd)
+            say_another_waits(self.name)
+
+        if fd >= 0:
+            loop.add_reader(fd, another)
+        try:
+            yield
+        finally:
+            if fd >= 0:
+                loop.remove_reader(fd)
+
+    async def _serve_connection(self, sock: socket.socket) -> BaseException | None:
+        """Serve one front-end until it hangs up; returns what else has ended the connection."""
+        self._start_workers()
         for worker in self._workers:
             assert isinstance(worker, LoopWorker)
             worker.run_in(asyncio.current_task())
         self._connection = sock
         connection = AsyncBackendConnection(sock)
-        self._control.connect(connection.session)
-        log.info("%s: a front-end has connected", self.name)
+        conversation = self._begin(connection.session, _LoopLine(self, connection))
         try:
-            await self._converse(connection)
+            await conversation.hold()
         except (KeyboardInterrupt, SystemExit):
             raise
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
-                await self._finish_requests(connection)
+                await conversation.finish_requests(lambda: self._failure is not None)
                 raise
-            self._report(error)  # some hook of the device's has raised it
+            return self._report(error)  # some hook of the device's has raised it
         except BaseException as error:
-            self._report(error)
+            return self._report(error)
         finally:
-            self._connection = None
-            self._ahead.close()
-            try:
-                self._control.disconnect()
-            finally:
-                connection.close()
-                log.info("%s: the front-end has gone", self.name)
+            self._end(conversation, connection.close)
+        return None
 
     def _worker_failed(self, error: BaseException) -> None:
         self._failure = error
         if self._task is not None:
             self._task.cancel()
 
-    async def _converse(self, connection: AsyncBackendConnection) -> None:
-        while True:
-            received = self._ahead.next() or await connection.receive()
-            if received is None or not await self._serve(connection, received):
-                return
-
-    async def _serve(self, connection: AsyncBackendConnection, received: vp.Received) -> bool:
-        """Handle one message and answer it; False when the front-end has hung up meanwhile."""
-        with received:
-            try:
-                outcome = await self._handle(received)
-            except Refused as error:
-                # Where no answer can say "no", only hanging up can.
-                if not await connection.acknowledge(received, False):
-                    raise
-                self._refused(error)
-                return True
-            if isinstance(outcome, Wait):
-                if not await self._wait_for(outcome, connection):
-                    return False
-                outcome = outcome.finish()
-            if isinstance(outcome, Answer):
-                try:
-                    await connection.reply(received, outcome.message, outcome.fds)
-                finally:
-                    close_lent(outcome)
-            else:
-                await connection.acknowledge(received, True)
-            return True
-
-    async def _handle(self, received: vp.Received) -> Outcome:
-        if isinstance(received.message, vp.CheckDeviceState):
-            # Waits for the transfer's thread.
-            return await asyncio.to_thread(self._control.handle, received.message, received.fds)
-        return self._control.handle(received.message, received.fds)
-
-    async def _wait_for(self, wait: Wait, connection: AsyncBackendConnection) -> bool:
-        """Wait until the device has ended what a message waits for; see `VhostUserDaemon`.
-
-        False when the front-end hangs up before.
-        """
-        report = self._wait_log(wait.what, lambda: wait.rings)
-        reading: asyncio.Task[vp.Received | None] | None = None
-        try:
-            while not wait.ready():
-                if reading is None and not self._ahead.full:
-                    reading = asyncio.ensure_future(connection.receive())
-                if not await self._look(connection, report, reading):
-                    return False
-                if reading is not None and reading.done():
-                    received, reading = reading.result(), None
-                    if received is None:
-                        return False
-                    if self._ahead.goes_first(received) and not await self._serve(
-                        connection, received
-                    ):
-                        return False
-            report.end()
-            return True
-        finally:
-            if reading is not None:
-                reading.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    received = await reading  # a message may just have come
-                    if received is not None and self._ahead.goes_first(received):
-                        await self._serve(connection, received)
-
-    async def _finish_requests(self, connection: AsyncBackendConnection) -> None:
-        """The daemon ends, and the front-end is still there: show it how its requests end."""
-        ended = self._control.end_requests()
-        report = self._shutdown_log(lambda: range(len(self.vrings)))
-        while self._failure is None and not ended() and not connection.closed:
-            if not await self._look(connection, report, None):
-                return
-        report.end()
-
-    async def _look(
-        self,
-        connection: AsyncBackendConnection | None,
-        report: WaitLog,
-        reading: asyncio.Task[vp.Received | None] | None,
-    ) -> bool:
-        """Sleep until there is progress, a line to be logged, or something was read.
-
-        False when the front-end has hung up.
-        """
-        if connection is not None and reading is None:
-            poller = select.poll()
-            poller.register(connection.fileno(), select.POLLRDHUP)
-            if poller.poll(0):
-                return False
+    async def _sleep(self, seconds: float | None) -> None:
+        """Sleep until there is progress, or `seconds` are over."""
         self._progress.clear()
-        # Looked at once more by the caller: what came true before is not missed for longer.
-        left = report.left if reading is not None else min(report.left, HANG_UP_INTERVAL)
-        waiter = asyncio.ensure_future(self._progress.wait())
-        try:
-            await asyncio.wait(
-                {waiter} if reading is None else {waiter, reading},
-                timeout=left,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-        finally:
-            waiter.cancel()
-        report.look()
-        return True
+        # What came true just now is seen by the caller, who looks before it sleeps again.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._progress.wait()
 
     def _look_on(self) -> None:
         """Something that was waited for may have come true."""
@@ -286,9 +239,10 @@ class AsyncDaemon(DaemonBase):
 
     async def finish(self) -> None:
         """Wait until the device has ended what it works on for front-ends that have gone."""
-        report = self._shutdown_log(lambda: self._control.remains)
+        report = self._wait_log("the end of the daemon", self._left)
         while self._failure is None and self._control.remains:
-            await self._look(None, report, None)
+            await self._sleep(report.left)
+            report.look()
         report.end()
 
     def close(self) -> None:
@@ -299,6 +253,7 @@ class AsyncDaemon(DaemonBase):
         self._workers = []
 
     async def __aenter__(self) -> AsyncDaemon:
+        self._start_workers()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -336,9 +291,68 @@ async def serve_async(
                     announce(daemon.name, listener)
                 else:
                     ready()
-                await daemon.serve(listener)
+                await daemon.serve_forever(listener)
     finally:
         close_device(device)
+
+
+class _LoopLine:
+    """A connection whose conversation is a task of the loop's."""
+
+    #: A task that is to end is cancelled.
+    stopping = False
+
+    def __init__(self, daemon: AsyncDaemon, connection: AsyncBackendConnection) -> None:
+        self._daemon = daemon
+        self._connection = connection
+
+    @property
+    def closed(self) -> bool:
+        return self._connection.closed
+
+    async def look(self, seconds: float | None, *, reading: bool) -> Seen:
+        loop, fd = asyncio.get_running_loop(), self._connection.fileno()
+        seen = _seen(fd, reading)
+        if seen is not Seen.NOTHING:
+            return seen
+        if reading:
+            loop.add_reader(fd, self._daemon._progress.set)
+        else:
+            # A loop watches for what can be read, and a hang-up hides behind that.
+            seconds = HANG_UP_INTERVAL if seconds is None else min(seconds, HANG_UP_INTERVAL)
+        try:
+            await self._daemon._sleep(seconds)
+        finally:
+            if reading:
+                loop.remove_reader(fd)
+        return _seen(fd, reading)
+
+    async def receive(self) -> vp.Received | None:
+        return await self._connection.receive()
+
+    async def handle(self, received: vp.Received) -> Outcome:
+        control = self._daemon._control
+        if isinstance(received.message, vp.CheckDeviceState):
+            # Waits for the transfer's thread.
+            return await asyncio.to_thread(control.handle, received.message, received.fds)
+        return control.handle(received.message, received.fds)
+
+    async def reply(
+        self, received: vp.Received, message: vp.Reply, fds: Sequence[vp.FdLike]
+    ) -> None:
+        await self._connection.reply(received, message, fds)
+
+    async def acknowledge(self, received: vp.Received, ok: bool) -> bool:
+        return await self._connection.acknowledge(received, ok)
+
+
+def _seen(fd: int, reading: bool) -> Seen:
+    poller = select.poll()
+    poller.register(fd, select.POLLRDHUP | (select.POLLIN if reading else 0))
+    events = dict(poller.poll(0)).get(fd, 0)
+    if events & ~select.POLLIN:
+        return Seen.HANG_UP
+    return Seen.MESSAGE if events else Seen.NOTHING
 
 
 def end_loop(loop: asyncio.AbstractEventLoop, error: BaseException) -> None:

@@ -17,7 +17,9 @@ from guest_memory import Mapper
 from ..adapter.checks import check_device
 from ..adapter.device_backend import DeviceBackend
 from ..device.base import VirtioDevice, close_device, name_of
+from ..errors import VhostBackendError, kept
 from ..fds.listener import Listener, announce
+from .base import say_another_waits
 from .descriptor_limit import raise_limit
 from .report import lines
 from .threaded import VhostUserDaemon
@@ -115,14 +117,17 @@ def serve_all(
             for _, path in pairs:
                 listener = path if isinstance(path, Listener) else Listener(path)
                 listeners.append(stack.enter_context(listener))
+            serving = [
+                _Serving(daemon, listener, bell)
+                for daemon, listener in zip(daemons, listeners, strict=True)
+            ]
             for daemon, listener in zip(daemons, listeners, strict=True):
-                daemon.start(listener)
                 bell.watch(listener, daemon)
                 if ready is None:
                     announce(daemon.name, listener)
             if ready is not None:
                 ready()
-            _wait_for_all(daemons, bell)
+            _wait_for_all(serving, bell)
             for daemon in daemons:
                 daemon.shutdown()
             for daemon in daemons:
@@ -187,10 +192,7 @@ class _Bell:
             daemon = self._listening.get(fd)
             # What is still to be accepted while another is served has to wait.
             if daemon is not None and daemon.connected and _readable(fd):
-                log.warning(
-                    "%s: another front-end has connected, and waits until the present one has gone",
-                    daemon.name,
-                )
+                say_another_waits(daemon.name)
         with contextlib.suppress(BlockingIOError):
             os.read(self._reader, 4096)
         if self.show:
@@ -210,30 +212,44 @@ def _readable(fd: int) -> bool:
     return bool(poller.poll(0))
 
 
-def _wait_for_all(daemons: Sequence[VhostUserDaemon], bell: _Bell) -> None:
-    """Wait until every daemon has ended; the failure of one ends the others."""
-    failures: list[BaseException] = []
+class _Serving(threading.Thread):
+    """One daemon on a thread of its own."""
 
-    def wait(daemon: VhostUserDaemon) -> None:
+    def __init__(self, daemon: VhostUserDaemon, listener: Listener, bell: _Bell) -> None:
+        super().__init__(name=f"{daemon.name}-control", daemon=True)
+        self.served = daemon
+        self.failure: BaseException | None = None
+        self._listener = listener
+        self._bell = bell
+        self.start()
+
+    def run(self) -> None:
         try:
-            daemon.wait()
+            self.served.serve_forever(self._listener)
         except BaseException as error:
-            failures.append(error)
-            for other in daemons:
-                other.shutdown()
+            if not isinstance(error, VhostBackendError):  # which says enough where it is raised
+                log.critical("%s: the daemon ends", self.served.name, exc_info=error)
+            self.failure = kept(error)
         finally:
-            bell.ring()
+            self._bell.ring()
 
-    threads = [threading.Thread(target=wait, args=(daemon,)) for daemon in daemons]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
+
+def _wait_for_all(serving: Sequence[_Serving], bell: _Bell) -> None:
+    """Wait until every daemon has ended; the failure of one ends the others."""
+    failure: BaseException | None = None
+    while any(thread.is_alive() for thread in serving):
         bell.wait()
-        for thread in threads:
+        for thread in serving:
             # One that has rung is about to end.
             thread.join(0.1)
-    if failures:
-        raise failures[0]
+            if failure is None and thread.failure is not None:
+                failure = thread.failure
+                for other in serving:
+                    other.served.shutdown()
+    for thread in serving:
+        failure = failure or thread.failure
+    if failure is not None:
+        raise failure
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """The daemon: one device, one connection at a time, and the workers that serve its queues.
 
-Threads: the connection's thread (made by `start` or `start_client`, or the caller's in `serve`)
-reads messages and runs the control plane; each worker serves the queues of its mask. Workers live
-as long as the daemon, rings as long as a connection.
+Threads: the connection's thread (made by `start`, `start_client` and `start_connection`; the
+caller's in `serve_forever`) reads messages and runs the control plane; each worker serves the
+queues of its mask. Workers live from the daemon's first start to its end, rings as long as a
+connection.
 
 Ending: `shutdown()` may be called from any thread and from a signal handler. It wakes the
 connection's thread wherever it waits, rings are stopped, workers end. Requests that the device
@@ -12,6 +13,7 @@ the medium the device's. The same when a front-end hangs up; the next one's ring
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -19,20 +21,23 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from guest_memory import Mapper, MemoryHolder
-from vhost_protocol import BackendConnection, Received  # by name: before anybody connects
+from vhost_protocol import BackendConnection, FdLike, Received, Reply  # by name: at once
 
 from ..adapter.checks import check_backend
 from ..backend import VhostUserBackend
-from ..control import Answer, Wait
+from ..control import Outcome
 from ..epoll_handler import VringEpollHandler
-from ..errors import BackendUsageError, Refused, VhostBackendError, is_shortage, kept
+from ..errors import BackendUsageError, VhostBackendError, is_shortage, kept
 from ..fds.eventfd import WakeFd
 from ..fds.listener import Listener
 from ..vring.locks import VringMutex, VringRwLock
-from .base import DaemonBase, Pause, close_lent
-from .waiting import WaitLog
+from .base import DaemonBase, Pause
+from .conversation import Seen, run
+
+T = TypeVar("T")
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -41,7 +46,10 @@ RECONNECT_INTERVAL = (0.1, 5.0)
 
 
 class VhostUserDaemon(DaemonBase):
-    """Serves `backend` to front-ends that connect one after another.
+    """Serves `backend` to one front-end, or to several one after another.
+
+    `start(listener)` takes one front-end and serves it on a thread, `wait` returns when that has
+    gone; `serve(path)` is both. `serve_forever` takes one after another, until `shutdown`.
 
     Args:
         name: names the daemon's threads and log lines.
@@ -78,8 +86,14 @@ class VhostUserDaemon(DaemonBase):
         self._wake = WakeFd()
         self._progress = WakeFd()
         self._thread: threading.Thread | None = None
+        #: What a worker has ended with, and with it the daemon.
         self._failure: BaseException | None = None
-        self._remains_report: WaitLog | None = None
+        #: What the last connection has ended with, if that was an error and `wait` has not said it.
+        self._error: BaseException | None = None
+        #: Held while front-ends are served.
+        self._serving = threading.Lock()
+        self._server: int | None = None
+        self._closed = False
         super().__init__(
             name,
             backend,
@@ -96,47 +110,82 @@ class VhostUserDaemon(DaemonBase):
             busy_poll=busy_poll,
             cpus=cpus,
         )
-        try:
-            for worker in self._workers:
-                worker.start()
-        except BaseException:
-            self.close()
-            raise
 
     # -- running --------------------------------------------------------------------------------
 
     def start(self, listener: Listener) -> None:
-        """Accept front-ends from `listener`, one after another, on a thread of the daemon's.
+        """Accept one front-end from `listener`, and serve it on a thread of the daemon's.
 
-        The listener stays the caller's. Use `wait` for the end.
+        Returns when a front-end has connected, or `shutdown` was called. `wait` is for the end of
+        the connection; after that `start` may be called again. The listener stays the caller's.
         """
-        self._spawn(lambda: self._accept_all(listener))
+        self._spawn(lambda: self._accept(listener), self._serve_connection)
 
-    def start_client(self, path: str | os.PathLike[str], *, reconnect: bool = True) -> None:
-        """Connect to a front-end that listens on `path`, on a thread of the daemon's.
+    def start_client(self, path: str | os.PathLike[str], *, reconnect: bool = False) -> None:
+        """Connect to a front-end that listens on `path`, and serve it on a thread of the daemon's.
 
-        With `reconnect` it connects again whenever the connection is lost or not to be had, at
-        intervals that grow; without, the daemon ends with the connection.
+        With `reconnect` that thread connects, again and again, at intervals that grow, whenever
+        the connection is lost or not to be had. Raises `VhostBackendError` without, when nobody
+        listens there.
         """
-        self._spawn(lambda: self._connect_all(os.fspath(path), reconnect))
+        path = os.fspath(path)
+        if reconnect:
+            self._spawn(lambda: path, self._connect_all)
+        else:
+            self._spawn(lambda: _connect(path), self._serve_connection)
 
     def start_connection(self, connection: socket.socket) -> None:
         """Serve one connected socket, which the daemon takes over, on a thread of the daemon's."""
-        self._spawn(lambda: self._serve_connection(connection))
+        self._spawn(lambda: connection, self._serve_connection)
 
     def wait(self) -> None:
-        """Wait until the daemon has ended; raises what ended it, if it was not `shutdown`."""
+        """Wait until the front-end that was started has gone; raises what ended it.
+
+        By then the device has ended what it works on for it. A front-end that hangs up is no error,
+        nor is `shutdown`. An error is raised once; that of a worker that cannot go on each time.
+        """
         if self._thread is None:
-            raise BackendUsageError("the daemon was not started")
-        self._thread.join()
+            if not self._stopping:
+                raise BackendUsageError("the daemon was not started")
+        else:
+            self._thread.join()
+        error, self._error = self._error, None
         if self._failure is not None:
             raise self._failure
+        if error is not None:
+            raise error
 
     def serve(self, path: str | os.PathLike[str]) -> None:
-        """Listen on `path` and serve until `shutdown`. Raises `ListenError`."""
-        with Listener(path) as listener:
-            self.start(listener)
-            self.wait()
+        """Listen on `path`, serve one front-end, and end the workers (`exit_event`, too).
+
+        Raises `ListenError`, and what `wait` raises.
+        """
+        try:
+            with Listener(path) as listener:
+                self.start(listener)
+                self.wait()
+        finally:
+            for worker in self._workers:
+                worker.send_exit_event()
+            self.close()
+
+    def serve_forever(self, where: Listener | str | os.PathLike[str]) -> None:
+        """Serve front-ends one after another, on the caller's thread, until `shutdown`.
+
+        `where` is a listener, which stays the caller's, or a path to listen on. What ends a
+        connection is logged. Raises `ListenError`, and what has ended a worker.
+        """
+        self._take()
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._finish_remains)
+                if not isinstance(where, Listener):
+                    where = stack.enter_context(Listener(where))
+                self._accept_all(where)
+        finally:
+            self._give_back()
+        if self._failure is not None:
+            raise self._failure
 
     @property
     def connected(self) -> bool:
@@ -146,7 +195,8 @@ class VhostUserDaemon(DaemonBase):
     def shutdown(self) -> None:
         """End the daemon, from any thread or a signal handler.
 
-        `wait` returns as soon as the device has ended the requests that it works on.
+        `wait` and `serve_forever` return as soon as the device has ended the requests that it works
+        on.
         """
         self._stopping = True
         self._wake.wake()
@@ -159,9 +209,16 @@ class VhostUserDaemon(DaemonBase):
         """Shut down, wait, and release the workers. Harmless when repeated.
 
         Returns when the device has ended the requests that it works on, however long that takes.
+        Raises `BackendUsageError` on the thread that serves.
         """
+        if self._server == threading.get_ident():
+            raise BackendUsageError(
+                "the thread that serves cannot wait for its own end: shutdown()"
+            )
         self.shutdown()
-        if self._thread is not None and self._thread.ident is not None:
+        with self._serving:
+            self._closed = True
+        if self._thread is not None:
             self._thread.join()
         for worker in self._workers:
             while not worker.stop(self._drain_warning):
@@ -171,6 +228,11 @@ class VhostUserDaemon(DaemonBase):
         self._progress.close()
 
     def __enter__(self) -> VhostUserDaemon:
+        try:
+            self._start_workers()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -183,192 +245,133 @@ class VhostUserDaemon(DaemonBase):
 
     # -- the connection's thread ----------------------------------------------------------------
 
-    def _spawn(self, target: Callable[[], None]) -> None:
-        if self._thread is not None:
-            raise BackendUsageError("the daemon was started already")
+    def _take(self) -> None:
+        """This thread takes front-ends from here on, as the only one."""
+        if not self._serving.acquire(blocking=False):
+            raise BackendUsageError("a front-end is served, or waited for, already")
+        self._server = threading.get_ident()
+        try:
+            if self._closed:
+                raise BackendUsageError("the daemon is closed")
+            self._start_workers()
+        except BaseException:
+            self._give_back()
+            raise
 
-        def run() -> None:
+    def _give_back(self) -> None:
+        self._server = None
+        self._serving.release()
+
+    def _spawn(
+        self, get: Callable[[], T | None], serve: Callable[[T], BaseException | None]
+    ) -> None:
+        """`get` a front-end on this thread and `serve` it on one of the daemon's."""
+        self._take()
+        try:
+            front_end = get()
+            if front_end is not None:
+                self._error = None
+                self._thread = threading.Thread(
+                    target=self._work, args=(serve, front_end), name=f"{self.name}-control"
+                )
+                self._thread.daemon = True
+                self._thread.start()
+                return
+        except BaseException:
+            self._give_back()
+            raise
+        self._give_back()
+
+    def _work(self, serve: Callable[[T], BaseException | None], front_end: T) -> None:
+        self._server = threading.get_ident()
+        error: BaseException | None = None
+        try:
             try:
-                try:
-                    target()
-                finally:
-                    self._finish_remains()
-            except BaseException as error:
-                if not isinstance(error, VhostBackendError):  # which says enough where it is raised
-                    log.critical("%s: the daemon ends", self.name, exc_info=error)
-                self._failure = kept(error)
-
-        self._thread = threading.Thread(target=run, name=f"{self.name}-control", daemon=True)
-        self._thread.start()
+                error = serve(front_end)
+            finally:
+                self._finish_remains()
+        except BaseException as unexpected:
+            log.critical("%s: the daemon ends", self.name, exc_info=unexpected)
+            error = unexpected
+        self._error = None if error is None else kept(error)
+        self._give_back()
 
     def _accept_all(self, listener: Listener) -> None:
-        if listener.connected:
-            self._serve_connection(listener.accept())
-            return
-        pause = Pause()
-        # A listener that was closed brings nobody any more.
-        while listener.fileno() >= 0 and self._wait_readable(listener.fileno()):
-            try:
-                connection = listener.accept()
-            except OSError as error:
-                self._sleep(self._not_accepted(error, pause))
-                continue
-            pause = Pause()
+        while True:
+            connection = self._accept(listener)
+            if connection is None:
+                return
             self._serve_connection(connection)
 
-    def _finish_requests(self, connection: BackendConnection) -> None:
-        """The daemon ends, and the front-end is still there: show it how its requests end."""
-        ended = self._control.end_requests()
-        report = self._shutdown_log(lambda: range(len(self.vrings)))
-        # A worker that has ended by itself leaves requests behind that nothing works on.
-        while self._failure is None and not ended():
-            if self._look(connection, report, reading=False) & select.POLLHUP:
-                return
-        report.end()
+    def _accept(self, listener: Listener) -> socket.socket | None:
+        """The next connection, waited for; None when the daemon ends or the listener is closed."""
+        if listener.connected:
+            return listener.accept() if listener.fileno() >= 0 else None
+        pause = Pause()
+        while listener.fileno() >= 0 and self._wait_readable(listener.fileno()):
+            try:
+                return listener.accept()
+            except OSError as error:
+                self._sleep(self._not_accepted(error, pause))
+        return None
 
     def _finish_remains(self) -> None:
-        """The daemon ends: nothing may be unmapped or let go of under a request that still runs."""
-        report = self._shutdown_log(lambda: self._control.remains)
+        """Nothing may be unmapped or let go of under a request that still runs."""
+        what = "the end of the daemon" if self._stopping else "the end of the last connection"
+        report = self._wait_log(what, self._left)
         while self._failure is None and self._control.remains:
-            self._look(None, report)
+            self._poll({}, report.left)
+            self._control.settle()
+            report.look()
         report.end()
 
-    def _connect_all(self, path: str, reconnect: bool) -> None:
+    def _connect_all(self, path: str) -> None:
+        """Serve whoever listens on `path`, again and again until the daemon ends."""
         interval = RECONNECT_INTERVAL[0]
         while not self._stopping:
             begin = time.monotonic()
-            connection: socket.socket | None = None
             try:
-                connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                # A front-end whose queue of connections is full is one that is not to be had.
-                connection.setblocking(False)
-                connection.connect(path)
-            except OSError as error:
-                if connection is not None:
-                    connection.close()
+                connection = _connect(path)
+            except VhostBackendError as error:
                 if is_shortage(error):
                     self._shortages.error(
                         "%s: cannot connect, as this machine is short: %s", self.name, error
                     )
-                if not reconnect:
-                    raise VhostBackendError(f"{path}: {error.strerror}") from None
             else:
                 self._serve_connection(connection)
-                if not reconnect:
-                    return
                 if time.monotonic() - begin > RECONNECT_INTERVAL[1]:
                     interval = RECONNECT_INTERVAL[0]
             # Also after a connection: one that ends at once is no better than none.
             self._sleep(interval)
             interval = min(interval * 2, RECONNECT_INTERVAL[1])
 
-    def _serve_connection(self, sock: socket.socket) -> None:
+    def _serve_connection(self, sock: socket.socket) -> BaseException | None:
+        """Serve one front-end until it hangs up; returns what else has ended the connection."""
         self._connection = sock
         connection = BackendConnection(sock)
-        self._control.connect(connection.session)
-        log.info("%s: a front-end has connected", self.name)
+        conversation = self._begin(connection.session, line := _ThreadLine(self, connection))
+        found: BaseException | None = None
         try:
-            if not self._stopping:
-                self._converse(connection)
+            run(conversation.hold())
         except BaseException as error:
             # On this thread no signal's exception comes: whatever it is, a hook has raised it.
-            self._report(error)
+            found = self._report(error)
         finally:
-            if self._stopping and not connection.closed:
-                self._finish_requests(connection)
-            self._connection = None
-            self._ahead.close()
+            if self._stopping and not line.closed:
+                run(conversation.finish_requests(lambda: self._failure is not None))
             try:
-                self._control.disconnect()
+                self._end(conversation, connection.close)
             except BaseException as error:
-                self._report(error)
-            connection.close()
-            log.info("%s: the front-end has gone", self.name)
-
-    def _converse(self, connection: BackendConnection) -> None:
-        while not self._stopping:
-            received = self._ahead.next()
-            if received is None:
-                if self._control.remains and not self._wait_readable(connection.fileno()):
-                    return
-                self._control.wait_for_message(connection.fileno())
-                received = connection.receive()
-            if received is None or not self._serve(connection, received):
-                return
-
-    def _serve(self, connection: BackendConnection, received: Received) -> bool:
-        """Handle one message and answer it; False when the conversation has ended meanwhile."""
-        with received:
-            try:
-                outcome = self._control.handle(received.message, received.fds)
-            except Refused as error:
-                # Where no answer can say "no", only hanging up can.
-                if not connection.acknowledge(received, False):
-                    raise
-                self._refused(error)
-                return True
-            if isinstance(outcome, Wait):
-                if not self._wait_for(outcome, connection):
-                    return False
-                outcome = outcome.finish()
-            if isinstance(outcome, Answer):
-                try:
-                    connection.reply(received, outcome.message, outcome.fds)
-                finally:
-                    close_lent(outcome)
-            else:
-                connection.acknowledge(received, True)
-            return True
-
-    def _wait_for(self, wait: Wait, connection: BackendConnection) -> bool:
-        """Wait until the device has ended what a message waits for. Workers go on meanwhile.
-
-        False when the front-end hangs up, or the daemon is told to end, before.
-        """
-        report = self._wait_log(wait.what, lambda: wait.rings)
-        while not wait.ready():
-            if self._stopping:
-                return False
-            events = self._look(connection, report)
-            if events & ~select.POLLIN:
-                return False
-            if events:
-                received = connection.receive()
-                if received is None:
-                    return False
-                if self._ahead.goes_first(received) and not self._serve(connection, received):
-                    return False
-        report.end()
-        return True
-
-    def _look(
-        self, connection: BackendConnection | None, report: WaitLog, *, reading: bool = True
-    ) -> int:
-        """Sleep until there is progress, a line to be logged, or something from `connection`.
-
-        Returns the events there.
-        """
-        poller = select.poll()
-        poller.register(self._progress.fd, select.POLLIN)
-        if connection is not None:
-            wanted = select.POLLRDHUP if reading else 0
-            if reading and not self._ahead.full:
-                wanted |= select.POLLIN
-            poller.register(connection.fileno(), wanted)
-        found = 0
-        for fd, events in poller.poll(int(report.left * 1000) + 1):
-            if fd == self._progress.fd:
-                self._progress.clear()
-            else:
-                found = events
-        self._control.settle()
-        report.look()
+                found = self._report(error)
         return found
 
     def _wait_readable(self, fd: int) -> bool:
-        """Wait for `fd` or the end; False for the end."""
+        """Wait for `fd` or the end, and see to what remains of the last front-end meanwhile.
+
+        False for the end.
+        """
         while not self._stopping:
-            if fd in self._idle(fd, None):
+            if self._poll({fd: select.POLLIN}, self._remains.look()):
                 return not self._stopping
         return False
 
@@ -378,28 +381,72 @@ class VhostUserDaemon(DaemonBase):
             left = end - time.monotonic()
             if left <= 0:
                 return
-            self._idle(-1, left)
+            due = self._remains.look()
+            self._poll({}, left if due is None else min(left, due))
 
-    def _idle(self, fd: int, seconds: float | None) -> list[int]:
-        """Wait for `fd`, the end, or `seconds`; see to what remains of the last front-end."""
+    def _poll(self, wanted: dict[int, int], seconds: float | None) -> dict[int, int]:
+        """Sleep until there are events, progress, the daemon's end, or `seconds` are over.
+
+        Returns the events by descriptor.
+        """
         poller = select.poll()
-        if fd >= 0:
-            poller.register(fd, select.POLLIN)
-        poller.register(self._wake.fd, select.POLLIN)
+        if not self._stopping:
+            poller.register(self._wake.fd, select.POLLIN)
         poller.register(self._progress.fd, select.POLLIN)
-        if not self._control.remains:
-            self._remains_report = None
-        elif self._remains_report is None:
-            self._remains_report = self._wait_log(
-                "the end of the last connection", lambda: self._control.remains
-            )
-        report = self._remains_report
-        if report is not None:
-            seconds = report.left if seconds is None else min(seconds, report.left)
-        ready = [found for found, _ in poller.poll(None if seconds is None else seconds * 1000 + 1)]
-        if self._progress.fd in ready:
+        for fd, events in wanted.items():
+            poller.register(fd, events)
+        found = dict(poller.poll(None if seconds is None else int(seconds * 1000) + 1))
+        if found.pop(self._progress.fd, 0):
             self._progress.clear()
-        self._control.settle()
-        if report is not None and self._control.remains:
-            report.look()
-        return ready
+        found.pop(self._wake.fd, None)
+        return found
+
+
+class _ThreadLine:
+    """A connection whose thread sleeps in every wait, so that nothing is left to be awaited."""
+
+    def __init__(self, daemon: VhostUserDaemon, connection: BackendConnection) -> None:
+        self._daemon = daemon
+        self._connection = connection
+
+    @property
+    def closed(self) -> bool:
+        return self._connection.closed
+
+    @property
+    def stopping(self) -> bool:
+        return self._daemon._stopping
+
+    async def look(self, seconds: float | None, *, reading: bool) -> Seen:
+        # Told to end, the daemon has shut the receiving half down itself.
+        wanted = (select.POLLIN if reading else 0) | (0 if self.stopping else select.POLLRDHUP)
+        fd = self._connection.fileno()
+        events = self._daemon._poll({fd: wanted}, seconds).get(fd, 0)
+        if events & ~select.POLLIN:
+            return Seen.HANG_UP
+        return Seen.MESSAGE if events else Seen.NOTHING
+
+    async def receive(self) -> Received | None:
+        return self._connection.receive()
+
+    async def handle(self, received: Received) -> Outcome:
+        return self._daemon._control.handle(received.message, received.fds)
+
+    async def reply(self, received: Received, message: Reply, fds: Sequence[FdLike]) -> None:
+        self._connection.reply(received, message, fds)
+
+    async def acknowledge(self, received: Received, ok: bool) -> bool:
+        return self._connection.acknowledge(received, ok)
+
+
+def _connect(path: str) -> socket.socket:
+    """A connection to whoever listens on `path`. Raises `VhostBackendError`."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # A front-end whose queue of connections is full is one that is not to be had.
+        connection.setblocking(False)
+        connection.connect(path)
+    except OSError as error:
+        connection.close()
+        raise VhostBackendError(f"{path}: {error.strerror}") from error
+    return connection

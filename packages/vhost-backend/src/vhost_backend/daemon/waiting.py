@@ -1,7 +1,7 @@
 """Waiting for a device to end what it works on: what the log says, and which messages go first.
 
 A ring is stopped when nothing of the device can touch guest memory or the device's medium any more,
-however long that takes. Both kinds of daemon wait with these two classes; the I/O is theirs.
+however long that takes. Both kinds of daemon wait with these classes; the I/O is theirs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import vhost_protocol as vp
+
+from ..control import ControlPlane
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -63,6 +65,32 @@ class WaitLog:
         """The wait is over."""
         if self._said:
             log.warning("%s waited %.0f s", self._what, time.monotonic() - self._start)
+
+
+class Remains:
+    """What the device still works on for a front-end that has gone.
+
+    `wait_log` makes the log of that wait.
+    """
+
+    def __init__(self, control: ControlPlane, wait_log: Callable[[], WaitLog]) -> None:
+        self._control = control
+        self._wait_log = wait_log
+        self._report: WaitLog | None = None
+
+    def look(self) -> float | None:
+        """Start what waited for requests that have ended, and log if it is time.
+
+        Returns the seconds until the next line, or None when nothing remains.
+        """
+        self._control.settle()
+        if not self._control.remains:
+            self._report = None
+            return None
+        if self._report is None:
+            self._report = self._wait_log()
+        self._report.look()
+        return self._report.left
 
 
 class ReadAhead:

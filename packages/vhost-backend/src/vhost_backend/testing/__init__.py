@@ -3,6 +3,7 @@
 - `attached(device)` runs a device behind a real daemon, in this process, with a driver's session
   on the other end of a socket pair.
 - `served(device)` does the same behind a socket path, so that drivers can come one after another.
+- `serving(daemon, listener)` runs a daemon that you have made yourself on a thread meanwhile.
 - `DeviceProcess(make)` runs a device in a child process that a test kills and starts again;
   `DriverSession.reconnect` goes on with its successor.
 - `BlockWorkload` is I/O on a block device that checks every answer.
@@ -17,7 +18,7 @@ Rules are broken with `session.frontend.send_raw(...)` and by writing to a ring'
 """
 
 from ..driver import BlockDriver, DriverSession, DriverVring, Migration, SessionError
-from .harness import attached, served
+from .harness import attached, served, serving
 from .logged import DeviceErrors, MissingError, expect_errors
 from .process import DeviceProcess
 from .workload import BLOCK, BlockWorkload, WrongData
@@ -37,4 +38,5 @@ __all__ = [
     "attached",
     "expect_errors",
     "served",
+    "serving",
 ]

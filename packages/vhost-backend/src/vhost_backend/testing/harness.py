@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..backend import VhostUserBackend
 from ..daemon.threaded import VhostUserDaemon
 from ..device.base import VirtioDevice
 from ..driver import DriverSession
+from ..errors import kept
 from ..fds.listener import Listener
 from .logged import no_errors
 
@@ -54,11 +56,36 @@ def served(device: VirtioDevice | VhostUserBackend, *, engine: str | None = None
         tempfile.TemporaryDirectory(prefix="vhost-") as directory,
         Listener(os.path.join(directory, "device.sock")) as listener,
         VhostUserDaemon("test", as_backend(device), engine=engine) as daemon,
+        serving(daemon, listener),
     ):
-        daemon.start(listener)
         assert listener.path is not None
         yield listener.path
+
+
+@contextlib.contextmanager
+def serving(daemon: VhostUserDaemon, where: Listener | str | os.PathLike[str]) -> Iterator[None]:
+    """Have `daemon.serve_forever(where)` run on a thread meanwhile; the daemon is closed then.
+
+    Raises what `serve_forever` has raised.
+    """
+    failures: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            daemon.serve_forever(where)
+        except BaseException as error:
+            failures.append(kept(error))
+
+    thread = threading.Thread(target=serve, name=f"{daemon.name}-control", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        daemon.shutdown()
+        thread.join()
         daemon.close()
+    if failures:
+        raise failures[0]
 
 
 def as_backend(device: VirtioDevice | VhostUserBackend) -> VhostUserBackend:

@@ -116,8 +116,7 @@ class DeviceProcess:
         daemon = VhostUserDaemon("test", backend, **self._options)
         signal.signal(signal.SIGTERM, lambda number, frame: daemon.shutdown())
         with daemon, Listener.from_fd(listening) as listener:
-            daemon.start(listener)
-            daemon.wait()
+            daemon.serve_forever(listener)
 
     def kill(self) -> None:
         """SIGKILL, at once; returns when the child is gone."""

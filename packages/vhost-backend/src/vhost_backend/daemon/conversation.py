@@ -1,0 +1,193 @@
+"""What a daemon says to one front-end: messages in, answers out, waits for the device between.
+
+Written once for both kinds of daemon. Each place where the conversation waits is an `await` of its
+`Line`: in an event loop the task sleeps there; the line of a daemon with threads blocks and has
+nothing left to await, so that `run` finishes the coroutine in one go.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+import vhost_protocol as vp
+
+from ..control import Answer, ControlPlane, Outcome, Wait
+from ..errors import Refused
+from .waiting import ReadAhead, Remains, WaitLog
+
+T = TypeVar("T")
+
+
+class Seen(enum.Enum):
+    """What a look at the connection found."""
+
+    NOTHING = enum.auto()
+    MESSAGE = enum.auto()
+    HANG_UP = enum.auto()
+
+
+class Line(Protocol):
+    """One connection, and how its conversation waits."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection has ended here."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the daemon was told to end."""
+
+    async def look(self, seconds: float | None, *, reading: bool) -> Seen:
+        """Sleep until there is progress, `seconds` are over, or the front-end stirs.
+
+        A message counts with `reading` only. A hang-up counts for more than messages before it.
+        """
+
+    async def receive(self) -> vp.Received | None:
+        """The next message; None when the front-end has hung up or the daemon ends."""
+
+    async def handle(self, received: vp.Received) -> Outcome:
+        """Have the control plane apply the message."""
+
+    async def reply(
+        self, received: vp.Received, message: vp.Reply, fds: Sequence[vp.FdLike]
+    ) -> None:
+        """Answer with a reply of the request's own kind."""
+
+    async def acknowledge(self, received: vp.Received, ok: bool) -> bool:
+        """Answer with an Ack where one is due; whether it was."""
+
+
+class Conversation:
+    """The messages of one front-end, in their order, until it hangs up or the daemon ends.
+
+    Args:
+        control: what applies messages.
+        line: the connection.
+        remains: what is still to end of the front-end before.
+        wait_log: makes the log of a wait from what waits, and for the requests of which rings.
+        refused: told of a refusal that the front-end was answered.
+    """
+
+    def __init__(
+        self,
+        control: ControlPlane,
+        line: Line,
+        remains: Remains,
+        wait_log: Callable[[str, Callable[[], Sequence[int]]], WaitLog],
+        refused: Callable[[Refused], None],
+    ) -> None:
+        self._control = control
+        self._line = line
+        self._remains = remains
+        self._wait_log = wait_log
+        self._refused = refused
+        self._ahead = ReadAhead()
+
+    async def hold(self) -> None:
+        """Handle messages until the conversation ends."""
+        while not self._line.stopping:
+            received = self._ahead.next() or await self._next()
+            if received is None or not await self._serve(received):
+                return
+
+    async def finish_requests(self, failed: Callable[[], bool]) -> None:
+        """The daemon ends before the front-end: show that how its requests end.
+
+        Once `failed()`, a worker has ended by itself, and nothing works on its requests.
+        """
+        ended = self._control.end_requests()
+        report = self._wait_log("the end of the daemon", self._control.rings)
+        while not (failed() or self._line.closed or ended()):
+            if await self._look(report, reading=False) is Seen.HANG_UP:
+                return
+        report.end()
+
+    def close(self) -> None:
+        """Close the descriptors of messages that were read and not handled."""
+        self._ahead.close()
+
+    async def _next(self) -> vp.Received | None:
+        """The next message. Meanwhile the last front-end's remains and memory are looked at."""
+        while True:
+            due = [self._remains.look(), self._control.memory_due]
+            seconds = min((left for left in due if left is not None), default=None)
+            if seconds is None:  # there is nothing to do before the message comes
+                return await self._line.receive()
+            if await self._line.look(seconds, reading=True) is not Seen.NOTHING:
+                return await self._line.receive()
+            if self._line.stopping:
+                return None
+            self._control.look_at_memory()
+
+    async def _serve(self, received: vp.Received) -> bool:
+        """Handle one message and answer it; False when the conversation has ended meanwhile."""
+        line = self._line
+        with received:
+            try:
+                outcome = await line.handle(received)
+            except Refused as error:
+                # Where no answer can say "no", only hanging up can.
+                if not await line.acknowledge(received, False):
+                    raise
+                self._refused(error)
+                return True
+            if isinstance(outcome, Wait):
+                if not await self._wait_for(outcome):
+                    return False
+                outcome = outcome.finish()
+            if isinstance(outcome, Answer):
+                try:
+                    await line.reply(received, outcome.message, outcome.fds)
+                finally:
+                    _close_lent(outcome)
+            else:
+                await line.acknowledge(received, True)
+            return True
+
+    async def _wait_for(self, wait: Wait) -> bool:
+        """Wait until the device has ended what a message waits for. Workers go on meanwhile.
+
+        False when the front-end hangs up, or the daemon is told to end, before.
+        """
+        report = self._wait_log(wait.what, lambda: wait.rings)
+        while not wait.ready():
+            if self._line.stopping:
+                return False
+            seen = await self._look(report, reading=not self._ahead.full)
+            if seen is Seen.HANG_UP:
+                return False
+            if seen is Seen.MESSAGE:
+                received = await self._line.receive()
+                if received is None:
+                    return False
+                if self._ahead.goes_first(received) and not await self._serve(received):
+                    return False
+        report.end()
+        return True
+
+    async def _look(self, report: WaitLog, *, reading: bool) -> Seen:
+        seen = await self._line.look(report.left, reading=reading)
+        self._control.settle()
+        report.look()
+        return seen
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Finish a coroutine whose awaits block instead of waiting for an event loop."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise AssertionError("this line does not block")
+
+
+def _close_lent(answer: Answer) -> None:
+    """Close the descriptors that went with an answer, if that was ours to do."""
+    if answer.close:
+        for fd in answer.fds:
+            os.close(fd)

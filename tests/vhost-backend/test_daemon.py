@@ -1,0 +1,300 @@
+"""The methods of a daemon mean what the reference's do: start, wait, serve; and serve_forever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+import vhost_protocol as vp
+from vhost_backend import (
+    AsyncDaemon,
+    BackendUsageError,
+    BlockDevice,
+    DeviceBackend,
+    Listener,
+    ListenError,
+    Queue,
+    Request,
+    VhostUserBackendBase,
+    VhostUserDaemon,
+    VirtioDevice,
+    Vring,
+    WakeFd,
+)
+from vhost_backend.control import unshared
+from vhost_backend.driver.block import DRIVER_FEATURES
+from vhost_backend.testing import DriverSession
+
+PATIENCE = 60.0
+WRONG = struct.pack("<III", 9999, 1, 0)
+
+
+class Echo(VirtioDevice):
+    device_id = 40
+
+    def handle(self, queue: Queue, request: Request) -> None:
+        request.write(request.read())
+
+
+def make() -> VhostUserDaemon:
+    return VhostUserDaemon("test", DeviceBackend.of(Echo()))
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.001)
+
+
+def answered(session: DriverSession) -> bool:
+    vring = session.vrings[0]
+    vring.submit([], [(session.allocate(4), 4)])
+    vring.kick()
+    return len(vring.completions(PATIENCE)) == 1
+
+
+@contextlib.contextmanager
+def user(path: Path, use: Callable[[DriverSession], object] = answered) -> Iterator[None]:
+    """A driver that connects as soon as there is somebody, on another thread."""
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            until(path.exists, "there is no socket")
+            with DriverSession.connect(path, timeout=PATIENCE) as session:
+                use(session)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    yield
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    if failures:
+        raise failures[0]
+
+
+def break_a_rule(session: DriverSession) -> None:
+    session.frontend.send_raw(WRONG)
+    with contextlib.suppress(vp.ProtocolError, OSError):
+        session.frontend.get_features()
+
+
+def test_start_takes_one_front_end_and_wait_is_for_its_end(tmp_path: Path) -> None:
+    with make() as daemon, Listener(tmp_path / "s") as listener:
+        for _ in range(3):
+            with user(tmp_path / "s"):
+                daemon.start(listener)
+                daemon.wait()
+            assert not daemon.connected
+            daemon.wait()
+
+
+def test_start_returns_with_a_front_end_that_is_served(tmp_path: Path) -> None:
+    with make() as daemon:
+        with Listener(tmp_path / "s") as listener, socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(tmp_path / "s"))
+            daemon.start(listener)
+            theirs = sock.dup()
+        # The listener may be closed, as only one front-end is taken.
+        with DriverSession(vp.Frontend(theirs, timeout=PATIENCE)) as session:
+            assert answered(session)
+            with pytest.raises(BackendUsageError, match="already"):
+                daemon.start_client(tmp_path / "other")
+        daemon.wait()
+
+
+def test_wait_raises_once_what_ended_the_connection(tmp_path: Path) -> None:
+    with make() as daemon, Listener(tmp_path / "s") as listener:
+        with user(tmp_path / "s", break_a_rule):
+            daemon.start(listener)
+            with pytest.raises(vp.RemoteProtocolError, match="0x270f"):
+                daemon.wait()
+        daemon.wait()
+        # The next one is served as if nothing had been.
+        with user(tmp_path / "s"):
+            daemon.start(listener)
+            daemon.wait()
+
+
+def test_wait_before_start_is_a_mistake() -> None:
+    with make() as daemon, pytest.raises(BackendUsageError, match="was not started"):
+        daemon.wait()
+
+
+def test_shutdown_ends_a_start_that_waits(tmp_path: Path) -> None:
+    with make() as daemon, Listener(tmp_path / "s") as listener:
+        threading.Timer(0.05, daemon.shutdown).start()
+        daemon.start(listener)
+        daemon.wait()
+
+
+class Raw(VhostUserBackendBase):
+    """Two workers, with exit events of its own."""
+
+    def __init__(self) -> None:
+        self.exits = [WakeFd(), WakeFd()]
+
+    def num_queues(self) -> int:
+        return 2
+
+    def queues_per_thread(self) -> Sequence[int]:
+        return [1, 2]
+
+    def exit_event(self, thread_index: int) -> WakeFd:
+        return self.exits[thread_index]
+
+    def handle_event(
+        self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
+    ) -> bool:
+        return False
+
+
+def raised(event: WakeFd) -> bool:
+    return bool(select.select([event.fd], [], [], 0)[0])
+
+
+def test_serve_takes_one_front_end_and_ends_the_workers(tmp_path: Path) -> None:
+    backend = Raw()
+    daemon = VhostUserDaemon("test", backend)
+
+    def look(session: DriverSession) -> None:
+        assert not any(map(raised, backend.exits))
+
+    with user(tmp_path / "s", look):
+        daemon.serve(tmp_path / "s")
+    assert all(map(raised, backend.exits))
+    assert not (tmp_path / "s").exists()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("test-")]
+    with pytest.raises(BackendUsageError, match="closed"):
+        daemon.serve(tmp_path / "s")
+    for event in backend.exits:
+        event.close()
+
+
+def test_serve_raises_what_ended_the_connection(tmp_path: Path) -> None:
+    with user(tmp_path / "s", break_a_rule), pytest.raises(vp.RemoteProtocolError):
+        make().serve(tmp_path / "s")
+    with pytest.raises(ListenError):
+        make().serve(tmp_path / "missing" / "s")
+
+
+def test_serve_forever_takes_one_after_another_until_shutdown(tmp_path: Path) -> None:
+    daemon = make()
+
+    def use() -> None:
+        until((tmp_path / "s").exists, "there is no socket")
+        for use in (answered, break_a_rule, answered):
+            with DriverSession.connect(tmp_path / "s", timeout=PATIENCE) as session:
+                use(session)
+        daemon.shutdown()
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    daemon.serve_forever(tmp_path / "s")
+    thread.join(PATIENCE)
+    assert not (tmp_path / "s").exists()
+    daemon.close()
+
+
+def test_no_threads_before_there_is_something_to_do(tmp_path: Path) -> None:
+    before = threading.enumerate()
+    daemon = make()
+    assert threading.enumerate() == before
+    daemon.close()
+
+
+def test_who_serves_cannot_wait_for_its_own_end(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+
+    class Closes(Echo):
+        def started(self) -> None:
+            try:
+                daemon.close()
+            except BackendUsageError as error:
+                errors.append(error)
+
+    with VhostUserDaemon("test", DeviceBackend.of(Closes())) as daemon:
+        ours, theirs = socket.socketpair()
+        daemon.start_connection(ours)
+        with DriverSession(vp.Frontend(theirs, timeout=PATIENCE)) as session:
+            assert answered(session)
+    assert len(errors) == 1
+
+
+# -- the same in an event loop -------------------------------------------------------------------
+
+
+def in_loop(use: Callable[[AsyncDaemon], object], device: VirtioDevice | None = None) -> None:
+    async def main() -> None:
+        async with AsyncDaemon("test", DeviceBackend.of(device or Echo())) as daemon:
+            result = use(daemon)
+            if asyncio.iscoroutine(result):
+                await result
+
+    asyncio.run(main())
+
+
+def test_in_a_loop_serve_takes_one_front_end(tmp_path: Path) -> None:
+    with user(tmp_path / "s"):
+        in_loop(lambda daemon: daemon.serve(tmp_path / "s"))
+    assert not (tmp_path / "s").exists()
+    with user(tmp_path / "s", break_a_rule), pytest.raises(vp.RemoteProtocolError):
+        in_loop(lambda daemon: daemon.serve(tmp_path / "s"))
+
+
+def test_in_a_loop_another_front_end_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def serve(daemon: AsyncDaemon) -> None:
+        task = asyncio.create_task(daemon.serve_forever(tmp_path / "s"))
+        await asyncio.to_thread(use)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    def use() -> None:
+        until((tmp_path / "s").exists, "there is no socket")
+        with DriverSession.connect(tmp_path / "s", timeout=PATIENCE) as session:
+            assert answered(session)
+            with socket.socket(socket.AF_UNIX) as other:
+                other.connect(str(tmp_path / "s"))
+                until(lambda: "another front-end has connected" in caplog.text, "not a word")
+            assert answered(session)
+        # It has gone, so that the next one's turn comes.
+        with DriverSession.connect(tmp_path / "s", timeout=PATIENCE) as session:
+            assert answered(session)
+
+    in_loop(serve)
+    assert caplog.text.count("another front-end has connected") == 1
+
+
+def test_in_a_loop_memory_that_is_not_shared_is_told_of(
+    tmp_path: Path, image: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unshared, "DELAY", 0.2)
+
+    async def serve(daemon: AsyncDaemon) -> None:
+        task = asyncio.create_task(daemon.serve_forever(tmp_path / "s"))
+        await asyncio.to_thread(use)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    def use() -> None:
+        until((tmp_path / "s").exists, "there is no socket")
+        with DriverSession.connect(tmp_path / "s", timeout=PATIENCE, features=DRIVER_FEATURES):
+            until(lambda: "its memory is not shared" in caplog.text, "not a word")
+
+    with contextlib.closing(BlockDevice(image)) as device, caplog.at_level(logging.WARNING):
+        in_loop(serve, device)
