@@ -3,7 +3,7 @@
 Most workers have one queue (`VirtioDevice.queues_per_thread`). Such a worker claims its ring
 (`RingLease`) and calls C, which looks, sleeps, takes, completes and signals. Python works on the
 batch, and on none of it where the device has a handler in C. All that does not fit goes the long
-way, `VringEpollHandler`'s round with `DeviceBackend.handle_event`: a message or a descriptor beside
+way, `VringEpollHandler`'s round with `DeviceBackend.handle_event`: messages or descriptors beside
 the ring, another engine, an error of the ring.
 """
 
@@ -201,10 +201,10 @@ class QueueWorker(VringEpollHandler):
 
 
 def _settle() -> None:
-    """Free what nobody refers to, without the GIL too.
+    """Free unreferenced objects, without the GIL too.
 
-    There an object whose last reference goes on another thread than the one that made it stays
-    until that one runs again, and those here sleep. A collection does what they would.
+    There an object stays when its last reference goes on another thread than the one that made it,
+    until that thread runs again; and the threads here sleep. A collection does it in their stead.
     """
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         gc.collect()

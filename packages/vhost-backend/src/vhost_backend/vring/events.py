@@ -26,11 +26,6 @@ class RingEvents:
     #: No request is in flight any more, once: see `VringState.begin_drain` and `leave`.
     on_drained: Callable[[], None] | None = None
 
-    def progress(self) -> None:
-        """Call `on_progress`."""
-        if self.on_progress is not None:
-            self.on_progress()
-
     def truncated(self) -> None:
         """Call `on_truncated`."""
         if self.on_truncated is not None:

@@ -22,7 +22,7 @@ from .wanted import Wanted
 
 
 class RingLifecycle:
-    """What the control plane does with a ring. `VringState` adds the data path."""
+    """The control plane's half of `VringState`, which adds the data path."""
 
     def __init__(
         self,
@@ -196,8 +196,8 @@ class RingLifecycle:
 
         True when there is such work. Its requests keep their memory mapped until they end, and no
         queue is made before; `on_drained` is called (lock held) when they have ended, `left` drops
-        them. Without an in-flight region they are not shown to the driver any more: whoever serves
-        the ring next starts behind the last used entry, and serves them again.
+        them. Without an in-flight region the driver sees none of their completions: the next
+        back-end starts behind the last used entry, and serves them again.
         """
         queue = self.queue
         if queue is None or not queue.in_flight:
@@ -214,7 +214,7 @@ class RingLifecycle:
         return True
 
     def left(self) -> None:
-        """What the last front-end's requests were in goes: the device has ended all of them."""
+        """The device has ended the last front-end's requests: drop the queue that they were in."""
         if self.leaving and self.queue is not None:
             self._close_queue()
             self.generation += 1
@@ -304,6 +304,6 @@ class RingLifecycle:
 
     @property
     def has_news(self) -> bool:
-        """Whether something was completed that the driver may not have been told of."""
+        """Whether something was completed and the driver may not know."""
         queue = self.queue
         return queue is not None and (not queue.fresh or queue.completed > 0)

@@ -85,9 +85,8 @@ class RingSignals:
         self._counters.notifications_suppressed += 1
 
     def logged(self) -> None:
-        """Tell the front-end that pages were logged."""
-        if self.log_fd >= 0:
-            eventfd.signal(self.log_fd)
+        """Tell the front-end that pages were logged. For when there is a `log_fd`."""
+        eventfd.signal(self.log_fd)
 
     def error(self) -> None:
         """Signal the error descriptor, or send the message that stands for it."""

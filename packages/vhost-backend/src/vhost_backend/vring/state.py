@@ -123,7 +123,7 @@ class VringState(RingLifecycle):
         """Complete those of these chains that are still in flight, with nothing written and
         `status` where the device has a status byte; returns how many there were.
 
-        For chains that whoever has taken them will not complete any more.
+        For chains whose taker has failed and will not complete them.
         """
         self._publish_or_drop()
         failed = 0
@@ -220,9 +220,10 @@ class VringState(RingLifecycle):
         self._after_publishing()
 
     def _after_publishing(self) -> None:
-        if self._logs:
+        if self.signals.log_fd >= 0 and self._logs:
             self.signals.logged()
-        self.events.progress()
+        if self.events.on_progress is not None:
+            self.events.on_progress()
 
     @property
     def _logs(self) -> bool:
