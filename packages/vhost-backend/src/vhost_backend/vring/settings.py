@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from guest_memory import DirtyLog
@@ -16,10 +15,8 @@ _EVENT_IDX: Final = int(VirtioFeature.EVENT_IDX)
 _INDIRECT_DESC: Final = int(VirtioFeature.INDIRECT_DESC)
 _IN_ORDER: Final = int(VirtioFeature.IN_ORDER)
 _ACCESS_PLATFORM: Final = int(VirtioFeature.ACCESS_PLATFORM)
-_NO_FEATURE: Final = VirtioFeature(0)
 
 
-@dataclass(slots=True)
 class RingSettings:
     """The settings of one ring. A reset replaces them by new ones.
 
@@ -29,18 +26,19 @@ class RingSettings:
     SET_VRING_ENABLE said, also while the ring is stopped.
     """
 
-    size: int
-    addresses: tuple[int, int, int] | None = None
-    base: int = 0
-    features: VirtioFeature = _NO_FEATURE
-    big_endian: bool = False
-    enabled: bool = False
-    #: Where what is written is logged.
-    log: DirtyLog | None = None
-    #: The address as which the used ring is logged, or None.
-    log_used: int | None = None
-    #: This ring's part of the in-flight region, when the front-end keeps one.
-    inflight: InflightRegion | None = None
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.addresses: tuple[int, int, int] | None = None
+        self.base: int = 0
+        self.features: VirtioFeature = VirtioFeature(0)
+        self.big_endian: bool = False
+        self.enabled: bool = False
+        #: The log of what is written to guest memory.
+        self.log: DirtyLog | None = None
+        #: The address as which the used ring is logged, or None.
+        self.log_used: int | None = None
+        #: This ring's part of the in-flight region, when the front-end keeps one.
+        self.inflight: InflightRegion | None = None
 
     def config(self, index: int, status_byte: bool) -> RingConfig:
         """The ring as it would be started now, as number `index`.
