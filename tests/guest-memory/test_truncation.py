@@ -6,10 +6,15 @@ Each way to touch the memory, in a process of its own, ends in an error and not 
 regions and other connections go on.
 """
 
+import fcntl
+import os
 import signal
 
 import pytest
-from guest_memory_support import run
+from guest_memory_support import memfd, region, run
+
+from guest_memory import MmapMapper, SharedMapping
+from guest_memory.linux import syscalls
 
 SETUP = """
 import errno, fcntl, os, sys
@@ -185,3 +190,27 @@ print("survived")
 """
     )
     assert (result.returncode, result.stdout) == (0, "survived\n"), result.stderr
+
+
+@pytest.mark.parametrize("kind", ["region", "shared"])
+def test_a_file_that_is_cut_and_sealed_while_it_is_looked_at_is_not_taken_for_sealed(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Its size was asked before; what is beyond the present end can be no safe memory."""
+    original = syscalls.file_system
+
+    def cut_and_seal(fd: int) -> tuple[int, int]:
+        os.ftruncate(fd, 0)
+        fcntl.fcntl(fd, 1033, 2)
+        return original(fd)
+
+    monkeypatch.setattr(syscalls, "file_system", cut_and_seal)
+    with memfd(1 << 20) as fd:
+        if kind == "shared":
+            with SharedMapping(fd, 1 << 20) as shared:
+                assert not shared.sealed
+                assert not shared.direct
+        else:
+            mapping = MmapMapper().map(region(0, 1 << 20), fd)
+            assert not mapping.sealed
+            mapping.close()

@@ -48,14 +48,14 @@ def serving(example: str, *arguments: str, last: str = "SOCKET") -> Iterator[Pat
         command = [sys.executable, "-W", "error", str(EXAMPLES / example), *words]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             try:
-                deadline = time.monotonic() + 30
+                deadline = time.monotonic() + 60
                 while not awaited.exists():
                     assert process.poll() is None
                     assert time.monotonic() < deadline
                     time.sleep(0.01)
                 yield Path(folder, "s")
                 process.send_signal(signal.SIGTERM)
-                assert process.wait(30) == 0
+                assert process.wait(60) == 0
                 assert process.stderr is not None
                 assert "Traceback" not in process.stderr.read()
                 assert os.listdir(folder) == []

@@ -35,7 +35,7 @@ def test_a_disk_that_is_used_through_the_tracer(tmp_path: Path) -> None:
                         driver.write(queue * 4096, b"x" * 4096)
                         assert driver.read(queue * 4096, 4096) == b"x" * 4096
                     assert session.stop_ring(0) == 2
-                said, _ = tracer.communicate(timeout=30)
+                said, _ = tracer.communicate(timeout=60)
             finally:
                 tracer.send_signal(signal.SIGKILL)
     messages = [line for line in map(json.loads, said.splitlines()) if "request" in line]

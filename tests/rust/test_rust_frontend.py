@@ -36,7 +36,7 @@ def image(tmp_path: Path) -> Path:
 def running(command: list[str], socket: Path) -> Iterator[None]:
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         try:
-            end = time.monotonic() + 20
+            end = time.monotonic() + 60
             while not socket.exists():
                 assert process.poll() is None, process.communicate()[1].decode()
                 assert time.monotonic() < end, f"{command[0]} does not listen"

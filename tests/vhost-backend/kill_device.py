@@ -41,7 +41,7 @@ def kill_repeatedly(
         file.truncate(BLOCKS * BLOCK)
     during_set_up = 0
     with (
-        DeviceProcess(lambda: BlockDevice(image), engine=engine, timeout=30.0) as process,
+        DeviceProcess(lambda: BlockDevice(image), engine=engine, timeout=60) as process,
         process.connect(
             features=F_FLUSH | VirtioFeature.IN_ORDER * in_order,
             packed=packed,

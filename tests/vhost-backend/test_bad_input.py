@@ -105,7 +105,7 @@ class Raw:
 
     def __init__(self, path: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(20.0)
+        self.socket.settimeout(60)
         self.socket.connect(path)
 
     def negotiate(self) -> None:

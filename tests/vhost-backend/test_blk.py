@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -301,6 +302,62 @@ def test_what_the_disk_fails_is_said_with_its_place(
     # Those of the burst that came first, and how many there were besides.
     assert caplog.text.count(f"{image}: flush failed: Input/output error") == 3
     assert "8 similar messages were left out" in caplog.text
+
+
+def test_a_file_that_takes_nothing_fails_the_request(
+    image: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A FUSE file system can answer 0 as often as it is asked."""
+
+    def nothing(*_: object) -> int:
+        return 0
+
+    class Slow(BlockDevice):
+        python_types = frozenset((blk.T_OUT,))
+
+    device = Slow(image)
+    with attached(device, engine=engine, features=DRIVER_FEATURES) as session:
+        driver = BlockDriver(session)
+        with monkeypatch.context() as patch:
+            patch.setattr(blk, "write_at", nothing)
+            patch.setattr(os, "pwrite", nothing)
+            patch.setattr(blk, "_fallocate", lambda *_: False)
+            with pytest.raises(BlockError):
+                driver.write(0, bytes(512))
+            with pytest.raises(BlockError):
+                driver.write_zeroes(0, 4096)
+        driver.write(0, bytes(512))
+    device.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_queues": 70_000},
+        {"num_queues": -1},
+        {"num_queues": "4"},
+        {"queue_size": "large"},
+        {"queue_size": 1 << 16},
+        {"seg_max": 1.5},
+        {"seg_max": -1},
+        {"serial": 5},
+        {"locking": "maybe"},
+    ],
+    ids=repr,
+)
+def test_options_that_cannot_be_are_named_and_leave_nothing_open(
+    image: Path, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(DeviceError, match=next(iter(options))):
+        BlockDevice(image, **options)
+    # What was left open would have the image marked as another back-end's.
+    BlockDevice(image).close()
+    assert caplog.messages == []
+
+
+def test_a_path_that_no_file_can_have_is_one_error() -> None:
+    with pytest.raises(DeviceError, match="null byte"):
+        BlockDevice("a\0b")
 
 
 @pytest.mark.parametrize(

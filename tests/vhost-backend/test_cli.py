@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import vhost_protocol as vp
+from vhost_backend.cli import demo as demo_module
 from vhost_backend.cli import main
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
@@ -81,6 +82,45 @@ def test_interrupt_ends_it_without_a_traceback(tmp_path: Path, image: Path) -> N
         assert process.wait(60) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
+
+
+def test_an_interrupt_before_it_serves_is_no_traceback() -> None:
+    program = (
+        "import argparse, signal, sys\n"
+        "from vhost_backend.cli import main\n"
+        "def interrupted(*_): signal.raise_signal(signal.SIGINT)\n"
+        "argparse.ArgumentParser.parse_known_args = interrupted\n"
+        "sys.exit(main(['blk']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_a_full_log_ends_no_disk(tmp_path: Path, image: Path) -> None:
+    """stderr on a full disk: the disk is served, the counters asked for, and it ends as ever."""
+    path = tmp_path / "s"
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            [*COMMAND, "blk", "-vv", f"--socket-path={path}", f"--blk-file={image}"], stderr=full
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not path.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with DriverSession.connect(path, features=DRIVER_FEATURES) as session:
+            driver = BlockDriver(session)
+            driver.write(0, b"x" * 512)
+            process.send_signal(signal.SIGUSR1)
+            assert driver.read(0, 512) == b"x" * 512
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_killed_daemon_leaves_a_socket_that_the_next_one_replaces(
@@ -331,7 +371,7 @@ def test_closed_standard_streams_are_never_the_image(
         for fd in closed:
             assert os.readlink(f"/proc/{process.pid}/fd/{fd}") == "/dev/null"
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
@@ -348,7 +388,7 @@ def test_a_signal_drains_and_removes_the_socket(
     ):
         BlockDriver(session).write(0, b"x" * 512)
         process.send_signal(number)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
     assert not path.exists()
@@ -365,7 +405,7 @@ def test_a_second_front_end_that_has_to_wait_is_one_line(tmp_path: Path, image: 
                 line = process.stderr.readline()
         assert line.startswith(f"vhost-backend: {image}: another front-end has connected")
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         assert process.stderr.read() == ""
 
 
@@ -384,7 +424,7 @@ def test_more_words_say_more(tmp_path: Path, image: Path) -> None:
                 lines.append(process.stderr.readline())
             assert all(line.startswith(f"vhost-backend: {image}: ") for line in lines)
             process.terminate()
-            assert process.wait(30) == 0
+            assert process.wait(60) == 0
         said.append("".join(lines))
     assert "has connected" in said[0]
     assert "queue 0 starts" not in said[0]
@@ -468,6 +508,33 @@ def test_a_demo_in_a_folder_with_a_long_name(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_demo_does_not_follow_a_link_in_the_folder_for_everybody(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"vhost-demo-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    done = run("demo", "--size=1", environment={"TMPDIR": str(tmp_path)})
+    assert done.returncode == 1
+    assert "use --image" in done.stderr
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_demo_waits_for_its_daemons_last_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(subprocess.Popen[bytes]):
+        """It takes longer to end than anybody waits who does not wait for as long as it takes."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait()
+
+    monkeypatch.setattr(subprocess, "Popen", Slow)
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(4096))
+    with demo_module._daemon(image) as connection:
+        assert connection.fileno() >= 0
+
+
 def test_a_demo_that_is_killed_takes_its_daemon_along(tmp_path: Path) -> None:
     with demo(tmp_path) as (process, daemon):
         process.kill()
@@ -520,7 +587,7 @@ def test_a_demo_that_is_ended_takes_its_daemon_along(
 ) -> None:
     with demo(tmp_path) as (process, daemon):
         process.send_signal(number)
-        assert process.wait(30) == 128 + number
+        assert process.wait(60) == 128 + number
         assert select.select([daemon], [], [], 0)[0] == [daemon]  # it has ended
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
@@ -538,9 +605,10 @@ def test_a_demo_whose_daemon_dies_says_so_in_one_line(tmp_path: Path) -> None:
         signal.pidfd_send_signal(daemon, signal.SIGKILL)
         assert process.wait(60) == 1
         assert process.stderr is not None
-        said = process.stderr.read()
-        assert said.startswith("vhost-backend: the daemon ended with status -9: ")
-        assert said.count("\n") == 1
+        *before, last = process.stderr.read().splitlines()
+        assert last.startswith("vhost-backend: the daemon ended with status -9: ")
+        # On a busy machine the daemon may have wondered where the requests are.
+        assert all("no request has come" in line for line in before)
 
 
 def test_the_demo_under_qemu_runs_the_guest_tests_of_the_clone_it_is_started_in(

@@ -112,7 +112,7 @@ def test_a_second_owner_is_taken_and_counted(caplog: pytest.LogCaptureFixture) -
         frontend.set_owner()
         frontend.set_owner()
         assert frontend.get_queue_num() == 1
-    assert "broke a rule 2 times: SET_OWNER: comes once" in caplog.text
+    assert "test: the front-end broke a rule 2 times: SET_OWNER: comes once" in caplog.text
 
 
 @pytest.mark.parametrize("features", [0, VirtioFeature.PROTOCOL_FEATURES])
@@ -332,7 +332,7 @@ def test_a_stopped_ring_ignores_a_late_kick_and_goes_on_where_it_was() -> None:
         with pytest.raises(SessionError):
             vring.completions(0.2)
         session.start_ring(0, base=3)
-        assert vring.completions(5.0) == [(identity, 4)]
+        assert vring.completions(60) == [(identity, 4)]
         assert session.stop_ring(0) == 4
 
 
@@ -342,7 +342,7 @@ def test_a_disabled_ring_is_not_served_until_it_is_enabled() -> None:
         with pytest.raises(SessionError):
             exchange(session, b"while disabled", timeout=0.2)
         session.frontend.set_vring_enable(0, True)
-        assert len(session.vrings[0].completions(5.0)) == 1
+        assert len(session.vrings[0].completions(60)) == 1
 
 
 def test_without_protocol_features_rings_are_enabled_from_the_start() -> None:
@@ -379,7 +379,7 @@ def complete_one(session: DriverSession) -> None:
     vring = session.vrings[0]
     vring.submit([(source, 4)], [(target, 4)])
     vring.kick()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not (done := vring.queue.collect()):
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -395,7 +395,7 @@ def test_a_new_call_descriptor_is_signalled_at_once() -> None:
         session.frontend.set_vring_call(0, call)
         poller = select.poll()
         poller.register(call, select.POLLIN)
-        assert poller.poll(5000)
+        assert poller.poll(60_000)
         os.close(call)
 
 
@@ -419,7 +419,7 @@ def test_a_ring_that_was_never_used_has_nothing_to_signal(engine: str, packed: b
         session.start_ring(0, session.stop_ring(0))
         poller = select.poll()
         poller.register(vring.call_fd, select.POLLIN)
-        assert poller.poll(10_000)
+        assert poller.poll(60_000)
 
 
 def test_a_full_call_descriptor_does_not_block_the_worker() -> None:
@@ -476,7 +476,7 @@ def test_a_ring_outside_of_memory_is_reported_and_comes_back_with_the_memory(
         os.eventfd_write(session.vrings[0].kick_fd, 1)
         poller = select.poll()
         poller.register(error, select.POLLIN)
-        assert poller.poll(5000)
+        assert poller.poll(60_000)
         session.share_memory()
         assert exchange(session, b"home again") == b"home again"
         os.close(fd)
@@ -571,7 +571,7 @@ class _Recorder:
             header = b"".join(n.to_bytes(4, "little") for n in (code, 1, len(payload)))
             self.data += header + payload
         self._socket.sendall(self.data)
-        self._socket.settimeout(5)
+        self._socket.settimeout(60)
         self._socket.recv(4096)
         self._socket.close()
 
@@ -590,8 +590,11 @@ def test_the_daemon_ends_while_connected_and_idle() -> None:
 
 
 def test_get_vring_base_waits_for_requests_in_flight() -> None:
+    taken = threading.Event()
+
     class Slow(VirtioDevice):
         def handle(self, queue: DeviceQueueView, request: Request) -> None:
+            taken.set()
             time.sleep(0.3)
             request.write(b"done")
 
@@ -600,7 +603,7 @@ def test_get_vring_base_waits_for_requests_in_flight() -> None:
         target = session.allocate(4)
         vring.submit([(session.allocate(4), 4)], [(target, 4)])
         vring.kick()
-        time.sleep(0.1)
+        assert taken.wait(60)
         assert session.frontend.get_vring_base(0) == 1
         assert session.memory.read(target, 4) == b"done"
         assert len(vring.queue.collect()) == 1
@@ -724,7 +727,7 @@ def test_a_daemon_as_client_connects_and_comes_back(tmp_path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen()
-            listener.settimeout(10)
+            listener.settimeout(60)
             for _ in range(3):
                 connection, _ = listener.accept()
                 with DriverSession(vp.Frontend(connection, timeout=60)) as session:
@@ -791,7 +794,7 @@ def test_reset_owner_disables_the_rings_and_no_more() -> None:
             vring.completions(0.2)
         session.frontend.set_owner()
         session.frontend.set_vring_enable(0, True)
-        assert len(vring.completions(5.0)) == 1
+        assert len(vring.completions(60)) == 1
         assert session.memory.read(target, 4) == b"late"
 
 
@@ -813,7 +816,7 @@ def test_notifications_as_messages_without_what_they_need_close_the_connection(
 
     with served(Echo()) as path:
         with socket.socket(socket.AF_UNIX) as frontend:
-            frontend.settimeout(5)
+            frontend.settimeout(60)
             frontend.connect(path)
             for code in (1, 15):  # GET_FEATURES, GET_PROTOCOL_FEATURES
                 frontend.sendall(header(code))

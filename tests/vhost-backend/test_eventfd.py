@@ -20,7 +20,7 @@ from vhost_backend.fds import eventfd_signal as aio_signal
 FULL = (1 << 64) - 2
 UNLIMITED = (1 << 64) - 1
 #: What a call gets that must not wait at all.
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 class Hasty:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -258,3 +259,23 @@ def test_two_that_come_at_once_do_not_both_get_it(image: Path) -> None:
         assert results.count(None) <= 1
         for fd in fds:
             os.close(fd)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("locks", ["flock", "101"])
+def test_without_proc_a_lock_of_others_is_said_all_the_same(
+    image: Path, locks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> NoReturn:
+        raise FileNotFoundError(errno.ENOENT, "no /proc")
+
+    with other_program(image, locks), open(image, "r+b") as file:
+        lock = ImageLock(file.fileno(), str(image), writes=True)
+        monkeypatch.setattr(image_lock, "_by_number", missing)
+        monkeypatch.setattr(image_lock, "_by_open_files", missing)
+        if locks != "flock":
+            assert lock.others() == "another program"
+        with pytest.raises(ImageInUse, match="another program"):
+            lock.acquire()
+        assert held_bytes(image) == ([] if locks == "flock" else [101])
+        lock.close()

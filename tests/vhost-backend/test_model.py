@@ -265,7 +265,7 @@ class ControlMachine(RuleBasedStateMachine):
     def _settle(self) -> None:
         assert self.ring is not None
         while self.pending:
-            self.pending -= len(self.ring.completions(10.0))
+            self.pending -= len(self.ring.completions(60))
 
     def teardown(self) -> None:
         if hasattr(self, "daemon"):

@@ -1,15 +1,19 @@
 """Counters: in the process, on SIGUSR1, and for Prometheus."""
 
+import errno
+import logging
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -62,7 +66,7 @@ def test_metrics_are_served(tmp_path: Path, image: Path, kind: str) -> None:
         try:
             if kind == "unix":
                 with socket.socket(socket.AF_UNIX) as client:
-                    client.settimeout(5)
+                    client.settimeout(60)
                     client.connect(str(tmp_path / "metrics"))
                     client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
                     text = b"".join(iter(lambda: client.recv(65536), b"")).decode()
@@ -173,7 +177,7 @@ def test_two_devices_of_one_process_are_told_apart(
 
     def ask() -> None:
         with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(30)
+            client.settimeout(60)
             client.connect(str(tmp_path / "metrics"))
             client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
             answers.append(b"".join(iter(lambda: client.recv(65536), b"")).decode())
@@ -188,3 +192,84 @@ def test_two_devices_of_one_process_are_told_apart(
     assert len(set(series)) == len(series)
     for name in names:
         assert f'vhost_queue_running{{device="{name}",queue="0"}}' in series
+
+
+def silent(server: MetricsServer) -> socket.socket:
+    """A client of the metrics that is being served, and says nothing."""
+    client = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    client.sendall(b"GET /")
+    return client
+
+
+def test_a_silent_client_of_the_metrics_keeps_nothing_waiting(image: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    with VhostUserDaemon("disk", DeviceBackend(BlockDevice(image))) as daemon:
+        server = MetricsServer("127.0.0.1:0", [daemon])
+        with silent(server):
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/", timeout=60) as response:
+                assert b"vhost_queue_running" in response.read()
+            closing = threading.Thread(target=server.close, daemon=True)
+            closing.start()
+            closing.join(60)
+            assert not closing.is_alive()
+
+
+def test_a_client_of_the_metrics_that_resets_has_no_traceback(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("prometheus_client")
+    caplog.set_level(logging.DEBUG, "vhost_backend")
+    server = MetricsServer("127.0.0.1:0", [])
+    try:
+        with silent(server) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        end = time.monotonic() + 60
+        while not caplog.records:
+            assert time.monotonic() < end, "the reset was not noticed"
+            time.sleep(0.01)
+    finally:
+        server.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_metrics_do_not_spin_without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("prometheus_client")
+    from vhost_backend.daemon import prometheus
+
+    pauses = threading.Semaphore(0)
+    monkeypatch.setattr(prometheus, "_pause", pauses.release)
+    server = MetricsServer("127.0.0.1:0", [])
+    accept = server._server._accept
+    failures = 3
+
+    def short() -> Any:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise OSError(errno.EMFILE, "no descriptors")
+        return accept()
+
+    server._server._accept = short  # type: ignore[method-assign]
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/", timeout=60) as response:
+            assert response.status == 200
+        for _ in range(3):
+            assert pauses.acquire(timeout=60)
+    finally:
+        server.close()
+
+
+def test_metrics_of_a_disk_whose_path_is_not_utf_8(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    path = os.fsencode(tmp_path) + b"/\xff.img"
+    with open(path, "wb") as file:
+        file.truncate(4096)
+    device = BlockDevice(os.fsdecode(path))
+    with VhostUserDaemon(device.name, DeviceBackend(device)) as daemon:
+        server = MetricsServer("127.0.0.1:0", [daemon])
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/", timeout=60) as response:
+                assert rb'\\udcff.img",queue="0"} 0.0' in response.read()
+        finally:
+            server.close()
+    device.close()

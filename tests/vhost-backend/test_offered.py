@@ -23,7 +23,7 @@ def offered(image: Path, *, memory_slots: bool = False) -> vp.ProtocolFeatures:
     device = BlockDevice(image)
     with VhostUserDaemon("disk", DeviceBackend(device), memory_slots=memory_slots) as daemon:
         daemon.start_connection(theirs)
-        with vp.Frontend(ours, timeout=30) as frontend:
+        with vp.Frontend(ours, timeout=60) as frontend:
             frontend.get_features()
             features = frontend.get_protocol_features()
     device.close()

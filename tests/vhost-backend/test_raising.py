@@ -61,7 +61,7 @@ def named(error: BaseException) -> str:
 
 
 def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.001)
@@ -74,7 +74,7 @@ def answers(session: DriverSession, count: int, size: int = 8) -> list[tuple[int
     vring.kick()
     done: dict[int, int] = {}
     while len(done) < count:
-        done.update(vring.completions(20))
+        done.update(vring.completions(60))
     return [(position, done[head]) for position, head in enumerate(heads)]
 
 
@@ -286,7 +286,7 @@ def test_chains_of_a_back_end_that_raises_go_back(engine: str, take: str, packed
                 vring.kick()
                 done: dict[int, int] = {}
                 while len(done) < 5:
-                    done.update(vring.completions(20))
+                    done.update(vring.completions(60))
                 assert [done[head] for head in heads] == [12, 12, 0, 0, 0]
                 assert answers(session, 2, 16) == [(0, 12), (1, 12)]
                 session.stop_ring(0)
@@ -323,11 +323,11 @@ def test_a_hook_that_raises_costs_no_other_front_end(hook: str, error: BaseExcep
         costs = hook != "stopped" or not isinstance(error, Exception)
         with (
             contextlib.suppress(*[Exception] * costs),
-            DriverSession.connect(path, timeout=20) as session,
+            DriverSession.connect(path, timeout=60) as session,
         ):
             HOOKS[hook](session)
         fails.clear()
-        with DriverSession.connect(path, timeout=20) as session:
+        with DriverSession.connect(path, timeout=60) as session:
             assert answers(session, 2) == [(0, 2), (1, 2)]
             session.stop_ring(0)
 
@@ -476,7 +476,7 @@ def test_in_a_loop_a_device_that_cancels_its_own_coroutine_fails_that_request(
     tmp_path: Path,
 ) -> None:
     def use() -> None:
-        with DriverSession.connect(tmp_path / "s", timeout=20) as session:
+        with DriverSession.connect(tmp_path / "s", timeout=60) as session:
             assert answers(session, 4) == [(0, 2), (1, 0), (2, 0), (3, 2)]
 
     with expect_errors("CancelsItself") as errors:
@@ -527,7 +527,7 @@ def test_in_a_loop_a_handler_fails_its_request_only(
     tmp_path: Path, kind: type[Raising], error: BaseException
 ) -> None:
     def use() -> None:
-        with DriverSession.connect(tmp_path / "socket", timeout=20) as session:
+        with DriverSession.connect(tmp_path / "socket", timeout=60) as session:
             assert answers(session, 3) == [(0, 2), (1, 0), (2, 2)]
 
     with expect_errors(f"{kind.__name__} failed a request"):
@@ -548,7 +548,7 @@ def test_in_a_loop_a_handler_may_end_the_daemon(
             closed.append(True)
 
     def use() -> None:
-        with DriverSession.connect(tmp_path / "socket", timeout=20) as session:
+        with DriverSession.connect(tmp_path / "socket", timeout=60) as session:
             done.extend(answers(session, 3))
 
     with expect_errors("Closing failed a request"), pytest.raises(type(error)):
@@ -641,7 +641,7 @@ def test_the_references_loop_signals(
             vring.submit([(buffer, 8)], [])
             vring.kick()
             # Raises when completions came without the signal that was asked for.
-            assert len(vring.completions(20)) == 1
+            assert len(vring.completions(60)) == 1
 
 
 def test_a_signal_that_is_owed_is_not_lost_with_the_ring() -> None:
@@ -659,7 +659,7 @@ def test_a_signal_that_is_owed_is_not_lost_with_the_ring() -> None:
                     state.add_used(chain, 0)
             if vrings[0].needs_notification():
                 taken.set()
-                assert go_on.wait(20)
+                assert go_on.wait(60)
                 vrings[0].signal_used_queue()
             return False
 
@@ -667,7 +667,7 @@ def test_a_signal_that_is_owed_is_not_lost_with_the_ring() -> None:
         vring = session.vrings[0]
         vring.submit([(session.allocate(8), 8)], [])
         vring.kick()
-        assert taken.wait(20)
+        assert taken.wait(60)
         session.stop_ring(0)
         signalled = select.select([vring.call_fd], [], [], 0)[0]
         go_on.set()
@@ -695,6 +695,6 @@ def test_a_reader_that_comes_again_does_not_wait_for_a_writer_that_waits_for_it(
         until(lambda: vring._writers_waiting, "no writer waits")
         with vring.get_ref() as state:
             assert not state.enabled
-    writer.join(20)
+    writer.join(60)
     assert not writer.is_alive()
     assert state.enabled

@@ -67,7 +67,7 @@ class Short(socket.socket):
 
 
 def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.001)
@@ -84,7 +84,7 @@ def test_a_front_end_waits_for_a_descriptor(tmp_path: Path, number: int) -> None
         listener.socket.number = number
         with (
             serving(daemon, listener),
-            DriverSession.connect(tmp_path / "socket", timeout=20) as session,
+            DriverSession.connect(tmp_path / "socket", timeout=60) as session,
         ):
             assert session.frontend.get_queue_num() == 1
         assert len(errors) == 3
@@ -92,7 +92,7 @@ def test_a_front_end_waits_for_a_descriptor(tmp_path: Path, number: int) -> None
 
 def test_a_front_end_waits_for_a_descriptor_in_a_loop(tmp_path: Path) -> None:
     def use() -> int:
-        with DriverSession.connect(tmp_path / "socket", timeout=20) as session:
+        with DriverSession.connect(tmp_path / "socket", timeout=60) as session:
             return session.frontend.get_queue_num()
 
     async def main() -> int:
@@ -154,7 +154,7 @@ def test_a_flush_that_fails_is_an_error_and_lets_go_of_the_image(
 
     monkeypatch.setattr(os, "fsync", failing)
     with expect_errors("Input/output error") as errors, served(BlockDevice(image)) as path:
-        with DriverSession.connect(path, timeout=20) as session:
+        with DriverSession.connect(path, timeout=60) as session:
             BlockDriver(session).write(0, b"x" * 512)
             fails.set()
             if how == "stop":
@@ -165,7 +165,7 @@ def test_a_flush_that_fails_is_an_error_and_lets_go_of_the_image(
         # Another device may have it, and this one serves on.
         with attached(BlockDevice(image)) as other:
             assert BlockDriver(other).read(0, 512) == b"x" * 512
-        with DriverSession.connect(path, timeout=20) as session:
+        with DriverSession.connect(path, timeout=60) as session:
             assert BlockDriver(session).read(0, 512) == b"x" * 512
 
 
@@ -182,7 +182,7 @@ def test_memory_that_cannot_be_mapped_is_ours(monkeypatch: pytest.MonkeyPatch) -
             patch.setattr(GuestMemory, "map", fail)
             with pytest.raises((vp.ProtocolError, OSError)):
                 DriverSession.connect(path, timeout=20, protocol_features=vp.ProtocolFeatures(0))
-        with DriverSession.connect(path, timeout=20) as session:
+        with DriverSession.connect(path, timeout=60) as session:
             assert session.frontend.get_queue_num() == 1
 
 
@@ -310,7 +310,7 @@ def test_the_limit_of_descriptors_is_raised_to_what_is_needed(tmp_path: Path) ->
         assert process.stdout is not None
         limit = int(process.stdout.readline())
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     # For 64 rings of three descriptors, and 64 workers of two.
     assert 64 * 5 + 256 < limit < 4096
 
@@ -322,4 +322,4 @@ def test_a_limit_of_descriptors_that_is_too_low_is_said(tmp_path: Path) -> None:
         assert int(process.stdout.readline()) == 300
         assert "file descriptors may be needed, and 300 are allowed" in process.stderr.readline()
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0

@@ -290,7 +290,7 @@ def test_after_a_hang_up_nothing_is_let_go_of_before_the_request_ends(
         disk.wait_held()
     # Another front-end connects, negotiates and sets its ring up.
     with DriverSession.connect(path, timeout=PATIENCE, features=DRIVER_FEATURES) as session:
-        assert "vring 0 waits: the device still works for the last front-end" in caplog.text
+        assert "test: vring 0 waits: the device still works for the last front-end" in caplog.text
         transfer = Transfer(session, T_IN, sector=8)
         assert session.frontend.get_features()
         assert mapped(memory)

@@ -511,7 +511,7 @@ class Late(VirtioDevice):
 def use(session):
     session.vrings[0].submit([(session.allocate(8), 8)], [])
     session.vrings[0].kick()
-    session.vrings[0].completions(timeout=20)
+    session.vrings[0].completions(timeout=60)
 
 def test_wrong(attach): use(attach(Wrong()))
 def test_late(attach): use(attach(Late()))
@@ -526,3 +526,41 @@ def test_expected(attach):
     assert "DeviceErrors" in result.stdout
     assert "the driver should send 7 bytes" in result.stdout
     assert "too late" in result.stdout
+
+
+def test_a_devices_process_takes_any_free_descriptors() -> None:
+    """Here the lowest is the one that errors are sent on."""
+    program = """
+import os
+
+os.closerange(3, 64)
+held = os.open(os.devnull, os.O_RDONLY)
+assert held == 3
+
+from vhost_backend import VirtioDevice
+from vhost_backend.testing import DeviceProcess, expect_errors, process
+
+class Failing(VirtioDevice):
+    def handle(self, queue, request):
+        raise ValueError("asked for")
+
+class Lowest(process.ChildErrors):
+    def __init__(self):
+        os.close(held)
+        super().__init__()
+        assert self.fd == 3
+
+process.ChildErrors = Lowest
+with DeviceProcess(Failing) as device, expect_errors("asked for"):
+    with device.connect() as session:
+        source, target = session.allocate(8), session.allocate(8)
+        vring = session.vrings[0]
+        vring.submit([(source, 8)], [(target, 8)])
+        vring.kick()
+        vring.completions(60)
+    device.terminate()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -62,7 +62,7 @@ def test_nothing_to_say_where_requests_come(image: Path, packed: bool) -> None:
     with VhostUserDaemon("disk", DeviceBackend(device), holder) as daemon:
         daemon.start_connection(theirs)
         with DriverSession(
-            vp.Frontend(ours, timeout=30), features=DRIVER_FEATURES, packed=packed
+            vp.Frontend(ours, timeout=60), features=DRIVER_FEATURES, packed=packed
         ) as session:
             doubt = unshared.UnsharedMemory("disk", daemon.vrings, holder)
             assert doubt.is_likely()

@@ -217,7 +217,7 @@ def test_other_threads_wait_until_a_thread_that_entered_twice_has_left(vring: Vr
             other.start()
         other.join(0.05)
         assert not state.enabled
-    other.join(20)
+    other.join(60)
     assert not other.is_alive()
     with vring.get_ref() as state:
         assert state.enabled

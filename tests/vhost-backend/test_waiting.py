@@ -541,3 +541,51 @@ def restart(session: DriverSession, device: News, chance: random.Random, out: se
     assert bases, "the ring was not stopped"
     assert not device.names()
     session.start_ring(0, bases[0])
+
+
+class Relay(VirtioDevice):
+    """What comes on queue 1 goes out on queue 0, whichever comes first: a network card in short."""
+
+    num_queues = 2
+
+    def __init__(self) -> None:
+        self.frames: asyncio.Queue[bytes] = asyncio.Queue()
+        self.taken = threading.Event()
+        self.loops: set[asyncio.AbstractEventLoop] = set()
+
+    async def handle(self, queue: Queue, request: Request) -> None:
+        self.loops.add(asyncio.get_running_loop())
+        if queue.index == 1:
+            self.frames.put_nowait(request.read())
+            return
+        self.taken.set()
+        async with request.waiting():
+            frame = await self.frames.get()
+        request.write(frame)
+
+
+def test_coroutines_of_different_queues_share_a_loop() -> None:
+    device = Relay()
+    with attached(device, num_queues=2) as session:
+        receive, transmit = session.vrings
+        room, frame = session.allocate(8), session.allocate(8)
+        receive.submit([], [(room, 8)])
+        receive.kick()
+        assert device.taken.wait(PATIENCE)  # it waits before there is anything
+        session.memory.write(frame, b"a frame.")
+        transmit.submit([(frame, 8)], [])
+        transmit.kick()
+        ((_, written),) = receive.completions(timeout=PATIENCE)
+        assert written == 8
+        assert session.memory.read(room, 8) == b"a frame."
+        # With two of them nobody wakes the one that waits, but by accident.
+        assert len(device.loops) == 1
+
+
+def test_a_device_of_coroutines_chooses_its_workers() -> None:
+    class Apart(Relay):
+        def queues_per_thread(self) -> list[int]:
+            return [0b10, 0b01]
+
+    assert DeviceBackend.of(Relay()).queues_per_thread() == [0b11]
+    assert DeviceBackend.of(Apart()).queues_per_thread() == [0b10, 0b01]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +30,19 @@ def fds() -> Iterator[list[int]]:
     yield made
     for fd in made:
         os.close(fd)
+
+
+@pytest.fixture
+def full_listener(tmp_path: Path) -> Iterator[socket.socket]:
+    """A listener on `full` that takes no more connections before one is accepted."""
+    path = str(tmp_path / "full")
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(path)
+        listener.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(path)
+        yield listener

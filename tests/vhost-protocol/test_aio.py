@@ -386,3 +386,21 @@ def test_shutdown_wakes_the_task_that_waits() -> None:
                 assert await task is None
 
     run(test)
+
+
+def test_a_full_queue_of_connections_is_no_connection(full_listener: socket.socket) -> None:
+    path = full_listener.getsockname()
+
+    async def test() -> None:
+        with pytest.raises(Timeout):
+            await AsyncFrontend.connect(path, timeout=0.05)
+        with pytest.raises(BlockingIOError):
+            await AsyncFrontend.connect(path, timeout=0)
+        for timeout in (60, None):
+            connecting = asyncio.create_task(AsyncFrontend.connect(path, timeout=timeout))
+            await asyncio.sleep(0.05)
+            assert not connecting.done()
+            full_listener.accept()[0].close()
+            (await connecting).close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))

@@ -131,7 +131,7 @@ def serving(endpoint: AnsweringEndpoint, handler: Handler) -> Iterator[list[Rece
     try:
         yield seen
     finally:
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
     assert not errors, errors
 
@@ -448,10 +448,10 @@ def test_partial_writes_keep_descriptors_with_the_first_byte(
     thread.start()
     regions = [MemoryRegion(n << 20, 4096, 1 << 40) for n in range(3)]
     session = opened(ALL & ~ProtocolFeatures.REPLY_ACK)
-    with Frontend(ours, timeout=20, session=session) as front:
+    with Frontend(ours, timeout=60, session=session) as front:
         for _ in range(40):
             front.set_mem_table(regions, fds)
-        thread.join(20)
+        thread.join(60)
     assert done.is_set()
 
 
@@ -700,6 +700,27 @@ def test_connecting(tmp_path: Path) -> None:
             assert front.fileno() >= 0
             assert front.timeout == 60
         thread.join(60)
+
+
+@pytest.mark.timeout(90)
+def test_a_full_queue_of_connections_is_waited_for_until_the_timeout(
+    full_listener: socket.socket,
+) -> None:
+    path = full_listener.getsockname()
+    with pytest.raises(Timeout):
+        Frontend.connect(path, timeout=0.05)
+    with pytest.raises(BlockingIOError):
+        Frontend.connect(path, timeout=0)
+
+    def make_room() -> None:
+        full_listener.accept()[0].close()
+
+    for timeout in (60, None):
+        timer = threading.Timer(0.05, make_room)
+        timer.start()
+        with Frontend.connect(path, timeout=timeout) as front:
+            assert front.fileno() >= 0
+        timer.join(60)
 
 
 def test_a_socket_with_a_timeout_of_its_own_is_taken() -> None:

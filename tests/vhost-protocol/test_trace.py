@@ -209,7 +209,7 @@ def tracing(proxy: Proxy, *, once: bool = True) -> Iterator[None]:
         yield
     finally:
         proxy.stop()
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
         proxy.close()
 
@@ -298,7 +298,7 @@ def test_the_proxy_survives_nonsense(tmp_path: Path, fds: list[int]) -> None:
         # There is no back-end yet.
         with socket.socket(socket.AF_UNIX) as front:
             front.connect(front_path)
-            front.settimeout(10)
+            front.settimeout(60)
             assert front.recv(1) == b""
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(back_path)
@@ -313,7 +313,7 @@ def test_the_proxy_survives_nonsense(tmp_path: Path, fds: list[int]) -> None:
                     front.connect(front_path)
                     back, _ = listener.accept()
                     with back:
-                        back.settimeout(10)
+                        back.settimeout(60)
                         sender = threading.Thread(target=send_all, args=(front, data, fds))
                         sender.start()
                         got = b""
@@ -323,6 +323,26 @@ def test_the_proxy_survives_nonsense(tmp_path: Path, fds: list[int]) -> None:
                         assert got == data
     notes = [json.loads(line).get("note") for line in out.getvalue().splitlines()]
     assert any(note and "cannot connect" in note for note in notes)
+
+
+@pytest.mark.usefixtures("no_fd_leak")
+@pytest.mark.timeout(90)
+def test_a_full_queue_of_connections_holds_up_nothing(
+    tmp_path: Path, full_listener: socket.socket
+) -> None:
+    """Neither the tracer, when its back-end's is full, nor its start, when its own path's is."""
+    path = full_listener.getsockname()
+    with pytest.raises(TraceError, match="in use"):
+        Proxy(path, str(tmp_path / "back"), Printer(io.StringIO(), as_json=True), None)
+    out = io.StringIO()
+    with (
+        tracing(Proxy(str(tmp_path / "front"), path, Printer(out, as_json=True), None), once=False),
+        socket.socket(socket.AF_UNIX) as front,
+    ):
+        front.settimeout(60)
+        front.connect(str(tmp_path / "front"))
+        assert front.recv(1) == b""
+    assert "cannot connect to the back-end" in out.getvalue()
 
 
 class _Reluctant(socket.socket):
@@ -408,14 +428,14 @@ def running(*command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
     finally:
         if process.poll() is None:
             process.terminate()
-        process.wait(20)
+        process.wait(60)
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.02)
@@ -480,7 +500,7 @@ def test_between_qemu_and_its_storage_daemon(tmp_path: Path) -> None:
             qemu.stdin.write('{"execute":"qmp_capabilities"}{"execute":"quit"}')
             qemu.stdin.flush()
             events += [json.loads(line) for line in trace.stdout]
-        assert trace.wait(20) == 0
+        assert trace.wait(60) == 0
     messages = [event for event in events if "note" not in event]
     assert [m["request"] for m in messages if not m["reply"]][:4] == START[:4]
     assert [m["violations"] for m in messages if m["violations"]] == []
@@ -495,7 +515,7 @@ def test_between_qemu_and_its_storage_daemon(tmp_path: Path) -> None:
 def test_our_front_end_against_the_storage_daemon(tmp_path: Path, fds: list[int]) -> None:
     with (
         storage_daemon(tmp_path) as path,
-        Frontend.connect(str(path), timeout=20) as front,
+        Frontend.connect(str(path), timeout=60) as front,
     ):
         features = front.get_features()
         assert features >> 30 & 1
@@ -552,7 +572,7 @@ def test_our_back_end_against_qemu(tmp_path: Path) -> None:
     def back_end() -> None:
         try:
             sock, _ = listener.accept()
-            with BackendConnection(sock, timeout=20) as back:
+            with BackendConnection(sock, timeout=60) as back:
                 while (received := back.receive()) is not None:
                     with received:
                         seen.append(received.request.name)
@@ -587,8 +607,8 @@ def test_our_back_end_against_qemu(tmp_path: Path) -> None:
             assert qemu.stdin is not None
             qemu.stdin.write('{"execute":"qmp_capabilities"}{"execute":"quit"}')
             qemu.stdin.flush()
-            qemu.wait(30)
-        thread.join(20)
+            qemu.wait(60)
+        thread.join(60)
     assert not errors, errors
     assert seen[:7] == START
     assert "GET_CONFIG" in seen
@@ -602,9 +622,29 @@ def test_the_program_ends_on_a_signal(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
     ) as trace:
         wait_for(front)
-        time.sleep(0.2)
         trace.send_signal(signal.SIGTERM)
-        assert trace.wait(20) == 0
+        assert trace.wait(60) == 0
+    assert not front.exists()
+
+
+def test_a_signal_at_once_leaves_no_socket_behind(tmp_path: Path) -> None:
+    front = tmp_path / "front"
+    command = """
+import os, signal, sys
+from vhost_protocol.trace import cli
+
+class Told(cli.Proxy):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+cli.Proxy = Told
+sys.exit(cli.main())
+"""
+    with running(
+        *(sys.executable, "-c", command, "--listen", str(front), "--connect", "nowhere")
+    ) as trace:
+        assert trace.wait(60) == 0
     assert not front.exists()
 
 

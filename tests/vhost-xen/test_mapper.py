@@ -542,7 +542,7 @@ def test_pins_from_many_threads(mapper: XenMapper, system: Recorder) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert not failures
     mapping.close()
     assert system.held == 0

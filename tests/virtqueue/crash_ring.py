@@ -109,7 +109,7 @@ def main() -> int:
             os._exit(1)
         try:
             if last:
-                drive(time.monotonic() + 20, offering=False)
+                drive(time.monotonic() + 60, offering=False)
             else:
                 drive(time.monotonic() + random_.uniform(0.001, 0.03))
         finally:

@@ -153,14 +153,19 @@ def test_an_interrupt_completes_what_is_in_hand(rig: Any, fds: Fds) -> None:
 
 def test_while_it_looks_the_driver_need_not_kick(rig: Any, fds: Fds) -> None:
     server = serving(rig, fds, spin_max=0.9)
-    found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(server.serve()))
-    thread.start()
-    time.sleep(0.05)
-    rig.offer()
-    assert not rig.driver.publish()
-    thread.join(60)
-    assert found == [1]
+    kicked = True
+    while kicked:  # on a busy machine it may not look yet, or sleep already
+        found: list[int] = []
+        thread = threading.Thread(target=lambda into: into.append(server.serve()), args=(found,))
+        thread.start()
+        time.sleep(0.05)
+        rig.offer()
+        kicked = rig.driver.publish()
+        if kicked:
+            os.eventfd_write(fds.kick, 1)
+        thread.join(60)
+        assert found == [1]
+        server.begin(1)
 
 
 def test_a_long_sleep_shortens_the_next_look(rig: Any, fds: Fds) -> None:
@@ -211,9 +216,9 @@ def test_no_wake_up_is_lost(rig: Any, fds: Fds) -> None:
             os.eventfd_write(fds.kick, 1)
         while not rig.driver.collect():
             if not rig.driver.enable_notification():
-                assert poller.poll(20_000), "a wake-up was lost"
+                assert poller.poll(60_000), "a wake-up was lost"
                 os.eventfd_read(fds.call)
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
 
 

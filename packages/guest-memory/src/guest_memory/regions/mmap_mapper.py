@@ -173,6 +173,8 @@ class MmapMapper:
         address, size, offset = region.guest_address, region.size, region.mmap_offset
         if fd is None:
             raise InvalidRegion(address, size, "it came without a file descriptor")
+        # Asked before the size: a file that is sealed between the two may have been cut meanwhile.
+        sealed = seals.cannot_shrink(fd)
         try:
             status = os.fstat(fd)
         except OSError as error:
@@ -190,7 +192,6 @@ class MmapMapper:
         length = align_up(delta + size, page_size)
         if file_offset + length > _OFFSET_LIMIT:
             raise InvalidRegion(address, size, "offset and size exceed what a file can have")
-        sealed = seals.cannot_shrink(fd)
         if self.require_seal and not sealed:
             raise InvalidRegion(address, size, "its file is not sealed against shrinking")
         # A sealed hugetlb file may still run out of large pages after a hole was punched.

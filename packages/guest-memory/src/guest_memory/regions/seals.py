@@ -12,7 +12,7 @@ def cannot_shrink(fd: int) -> bool:
     """Tell whether no process can ever shorten the file again."""
     try:
         return bool(fcntl.fcntl(fd, _F_GET_SEALS) & _F_SEAL_SHRINK)
-    except OSError:  # not a memfd
+    except (OSError, ValueError):  # not a memfd, or no file at all
         return False
 
 

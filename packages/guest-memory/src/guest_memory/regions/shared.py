@@ -58,6 +58,8 @@ class SharedMapping:
     def __init__(self, fd: int, size: int, offset: int = 0, *, guarded: bool = False) -> None:
         if size <= 0 or offset < 0 or offset + size > 1 << 62:
             raise InvalidRegion(offset, size, "size and offset are not those of a file")
+        # Asked before the size: a file that is sealed between the two may have been cut meanwhile.
+        sealed = seals.cannot_shrink(fd)
         try:
             status = os.fstat(fd)
         except OSError as error:
@@ -80,7 +82,7 @@ class SharedMapping:
         self.size = size
         self.page_size: int = page
         # A sealed hugetlb file may still run out of large pages after a hole was punched.
-        self.sealed: bool = seals.cannot_shrink(fd) and not hugetlb
+        self.sealed: bool = sealed and not hugetlb
         self.direct: bool = self.sealed or guarded
         self._address = base + offset - start
         self._range: _Range | None = _Range(base, length)

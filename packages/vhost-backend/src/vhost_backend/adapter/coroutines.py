@@ -108,6 +108,14 @@ class AsyncDeviceBackend(DeviceBackend):
         #: By loop: the task that its worker lives in, None when there is none.
         self.hosts: dict[asyncio.AbstractEventLoop, asyncio.Task[object] | None] = {}
 
+    def queues_per_thread(self) -> Sequence[int]:
+        """One worker for all queues, unless the device chooses: what its coroutines share of
+        asyncio (a Queue, an Event) belongs to one loop.
+        """
+        if type(self.device).queues_per_thread is VirtioDevice.queues_per_thread:
+            return [(1 << self.device.num_queues) - 1]
+        return super().queues_per_thread()
+
     def handle_event(
         self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
     ) -> bool:

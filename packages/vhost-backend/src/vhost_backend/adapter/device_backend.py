@@ -142,8 +142,15 @@ class DeviceBackend(VhostUserBackendBase):
 
     def set_device_state_fd(self, direction: int, phase: int, fd: int) -> int | None:
         """Save (0) or load (1) the device's state on a thread of its own."""
+        self.abandon_device_state()
         self._transfer = StateTransfer(self.device, fd, load=direction == 1)
         return None
+
+    def abandon_device_state(self) -> None:
+        """No state of the present front-end's is loaded any more."""
+        transfer, self._transfer = self._transfer, None
+        if transfer is not None:
+            transfer.abandon()
 
     def check_device_state(self) -> bool:
         """How the last transfer ended; False without one."""

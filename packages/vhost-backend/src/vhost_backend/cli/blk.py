@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -109,6 +108,7 @@ def run(options: SimpleNamespace) -> int:
     from ..daemon.serve import serve
     from ..devices import BlockDevice
     from ..fds.listener import Listener
+    from .main import say
 
     engine = chosen_engine()
     mapper = _xen_mapper(options.no_mem_slots) if options.xen else None
@@ -124,7 +124,7 @@ def run(options: SimpleNamespace) -> int:
     where = options.socket_path if options.fd is None else Listener.from_fd(options.fd)
 
     def announce() -> None:
-        print(f"vhost-backend: {_describe(device, engine, options)}", file=sys.stderr, flush=True)
+        say(_describe(device, engine, options))
 
     serve(
         device,

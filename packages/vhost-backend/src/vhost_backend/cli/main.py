@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
     from types import SimpleNamespace
+    from typing import TextIO
 
 # What a command needs is imported when it is the one that was given.
 _COMMANDS = {
@@ -33,14 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Here what cannot be written is an error as any; at the interpreter's end it is not.
             sys.stdout.flush()
         return status
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # who read our output has enough
-        _give_up_output()
+        _give_up_output(sys.stdout)
         return 128 + 13
     except OSError as error:
-        _give_up_output()
+        _give_up_output(sys.stdout)
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
-        print(f"vhost-backend: {what}", file=sys.stderr)
+        say(str(what))
         return 1
+    finally:
+        # Log lines that nobody could take would turn the exit status into 120.
+        _give_up_output(sys.stderr)
 
 
 def _open_standard_streams() -> None:
@@ -63,15 +69,23 @@ def _open_standard_streams() -> None:
         reconfigure(errors="backslashreplace")
 
 
-def _give_up_output() -> None:
+def say(text: str) -> None:
+    """Print a line on stderr. Where that cannot be written (a full disk) nothing depends on it."""
+    try:  # noqa: SIM105
+        print(f"vhost-backend: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        pass
+
+
+def _give_up_output(stream: TextIO) -> None:
     """If it cannot be written, keep the interpreter from trying when it ends."""
     try:
-        sys.stdout.flush()
+        stream.flush()
         return
     except OSError:
         pass
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
+    os.dup2(null, stream.fileno())
     os.close(null)
 
 
@@ -105,11 +119,9 @@ def _run(options: SimpleNamespace) -> int:
     try:
         status: int = options.run(options)
     except VhostBackendError as error:
-        _give_up_output()
-        print(f"vhost-backend: {error}", file=sys.stderr)
+        _give_up_output(sys.stdout)
+        say(str(error))
         return 1
-    except KeyboardInterrupt:
-        return 130
     return status
 
 

@@ -31,7 +31,13 @@ class DeviceState:
         return self._context.backend.protocol_features() & vp.ProtocolFeatures.DEVICE_STATE
 
     def disconnect(self) -> None:
-        """A transfer under way ends with its channel."""
+        """State that this front-end still sends must not reach the device under the next one.
+
+        A back-end that lacks the method does its own transfers.
+        """
+        abandon = getattr(self._context.backend, "abandon_device_state", None)
+        if abandon is not None:
+            abandon()
 
     def _set_fd(self, message: vp.SetDeviceStateFd, fds: Descriptors) -> Outcome:
         context = self._context

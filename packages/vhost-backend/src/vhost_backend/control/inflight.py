@@ -37,7 +37,7 @@ class Inflight:
         try:
             os.close(allocate_memfd(1, "vhost-inflight"))
         except GuestMemoryError as error:
-            log.info("requests in flight are not recorded: %s", error)
+            log.info("%s: requests in flight are not recorded: %s", self._context.name, error)
             return vp.ProtocolFeatures(0)
         return vp.ProtocolFeatures.INFLIGHT_SHMFD
 

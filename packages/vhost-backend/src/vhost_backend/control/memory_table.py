@@ -72,7 +72,7 @@ class MemoryTable:
             features |= vp.ProtocolFeatures.XEN_MMAP
         if self._slots:
             features |= vp.ProtocolFeatures.CONFIGURE_MEM_SLOTS
-        elif self._context.mapper is None and _userfault_works():
+        elif self._context.mapper is None and _userfault_works(self._context.name):
             features |= vp.ProtocolFeatures.PAGEFAULT
         return features
 
@@ -171,7 +171,7 @@ class MemoryTable:
             userfault.close()
 
 
-def _userfault_works() -> bool:
+def _userfault_works(name: str) -> bool:
     """Whether this process can have pages of shared memory waited for.
 
     A capability, a sysctl, a seccomp filter or the kernel's configuration may stand against it; so
@@ -185,7 +185,7 @@ def _userfault_works() -> bool:
         finally:
             os.close(fd)
     except (GuestMemoryError, OSError) as error:
-        log.info("postcopy is not offered: %s", error)
+        log.info("%s: postcopy is not offered: %s", name, error)
         return False
     return True
 

@@ -58,7 +58,10 @@ class Negotiation:
         session = self._context.session
         if session is not None:
             for (request, rule), count in session.tolerated.items():
-                log.info("the front-end broke a rule %d times: %s: %s", count, request, rule)
+                log.info(
+                    "%s: the front-end broke a rule %d times: %s: %s",
+                    *(self._context.name, count, request, rule),
+                )
         self._disowned = False
         self._answered = None
         self._context.features = VirtioFeature(0)

@@ -155,7 +155,9 @@ class ControlPlane:
             try:
                 section.disconnect()
             except BaseException as error:
-                log.exception("a front-end's remains cannot all be cleared away")
+                log.exception(
+                    "%s: a front-end's remains cannot all be cleared away", self._context.name
+                )
                 if not isinstance(error, Exception):
                     passes = error
         self._context.session = None

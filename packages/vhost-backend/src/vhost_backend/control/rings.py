@@ -102,7 +102,10 @@ class Rings:
                 if state.deferred and self._start_late(state):
                     waited.append(index)
         if waited:
-            log.warning("requests of the last front-end have ended: vrings %s start", waited)
+            log.warning(
+                "%s: requests of the last front-end have ended: vrings %s start",
+                *(context.name, waited),
+            )
         elif not self._any_started():
             context.device_stopped()
         for index in waited:
@@ -378,7 +381,8 @@ class Rings:
         if self._remains:
             state.started = state.deferred = True
             log.warning(
-                "vring %d waits: the device still works for the last front-end (vrings %s)",
+                "%s: vring %d waits: the device still works for the last front-end (vrings %s)",
+                self._context.name,
                 state.index,
                 list(self._remains),
             )

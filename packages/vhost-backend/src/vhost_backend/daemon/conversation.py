@@ -7,9 +7,10 @@ nothing left to await, so that `run` finishes the coroutine in one go.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import vhost_protocol as vp
@@ -19,6 +20,10 @@ from ..errors import Refused
 from .waiting import ReadAhead, Remains, WaitLog
 
 T = TypeVar("T")
+
+#: Seconds that a front-end may leave answers unread once its socket holds no more of them. Without
+#: a limit it could keep the daemon from ending.
+ANSWER_PATIENCE = 10.0
 
 
 class Seen(enum.Enum):
@@ -174,6 +179,16 @@ class Conversation:
         self._control.settle()
         report.look()
         return seen
+
+
+@contextlib.contextmanager
+def answering(connection: vp.BackendConnection | vp.AsyncBackendConnection) -> Iterator[None]:
+    """Bound the time of an answer. What arrives may take as long as it likes."""
+    connection.timeout = ANSWER_PATIENCE
+    try:
+        yield
+    finally:
+        connection.timeout = None
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

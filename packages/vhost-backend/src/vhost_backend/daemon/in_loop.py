@@ -14,7 +14,7 @@ import logging
 import os
 import select
 import socket
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import vhost_protocol as vp
@@ -31,7 +31,7 @@ from ..errors import kept
 from ..fds.listener import Listener, announce
 from ..vring.locks import VringMutex
 from .base import DaemonBase, Pause, say_another_waits
-from .conversation import Seen
+from .conversation import Seen, answering
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -115,8 +115,8 @@ class AsyncDaemon(DaemonBase):
         Raises `ListenError`, and what `serve_connection` raises.
         """
         try:
-            with Listener(path) as listener:
-                await self._supervised(self._serve_one(listener))
+            with Listener(path) as listener, self._ended_by_a_worker():
+                await self.serve_connection(await self._accept(listener))
         finally:
             await self.__aexit__()
 
@@ -129,31 +129,36 @@ class AsyncDaemon(DaemonBase):
         with contextlib.ExitStack() as stack:
             if not isinstance(where, Listener):
                 where = stack.enter_context(Listener(where))
-            await self._supervised(self._accept_all(where))
+            with self._ended_by_a_worker():
+                await self._accept_all(where)
 
     async def serve_connection(self, sock: socket.socket) -> None:
         """Serve one connected socket, which is taken over, until the front-end hangs up.
 
-        Raises what else has ended the connection.
+        Raises what else has ended the connection, and what has ended a worker.
         """
-        error = await self._serve_connection(sock)
+        with contextlib.closing(sock), self._ended_by_a_worker():
+            error = await self._serve_connection(sock)
         if error is not None:
             raise kept(error)
 
-    async def _supervised(self, serving: Coroutine[Any, Any, None]) -> None:
-        """Await `serving`, which ends with a worker that cannot go on."""
-        self._task = asyncio.current_task()
+    @contextlib.contextmanager
+    def _ended_by_a_worker(self) -> Iterator[None]:
+        """What serves is cancelled when a worker fails, and raises what that has failed with."""
+        if self._failure is not None:
+            raise self._failure
+        outermost = self._task is None
+        if outermost:
+            self._task = asyncio.current_task()
         try:
-            await serving
+            yield
         except asyncio.CancelledError:
             if self._failure is None:
                 raise
             raise self._failure from None
         finally:
-            self._task = None
-
-    async def _serve_one(self, listener: Listener) -> None:
-        await self.serve_connection(await self._accept(listener))
+            if outermost:
+                self._task = None
 
     async def _accept_all(self, listener: Listener) -> None:
         while True:
@@ -220,7 +225,8 @@ class AsyncDaemon(DaemonBase):
         return None
 
     def _worker_failed(self, error: BaseException) -> None:
-        self._failure = error
+        if self._failure is None:
+            self._failure = kept(error)
         if self._task is not None:
             self._task.cancel()
 
@@ -340,10 +346,12 @@ class _LoopLine:
     async def reply(
         self, received: vp.Received, message: vp.Reply, fds: Sequence[vp.FdLike]
     ) -> None:
-        await self._connection.reply(received, message, fds)
+        with answering(self._connection):
+            await self._connection.reply(received, message, fds)
 
     async def acknowledge(self, received: vp.Received, ok: bool) -> bool:
-        return await self._connection.acknowledge(received, ok)
+        with answering(self._connection):
+            return await self._connection.acknowledge(received, ok)
 
 
 def _seen(fd: int, reading: bool) -> Seen:

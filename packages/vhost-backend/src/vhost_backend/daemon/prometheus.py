@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from ..errors import ListenError, VhostBackendError
 from ..fds.listener import Listener
-from .report import report
+from .report import QueueReport, report
 from .threaded import VhostUserDaemon
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
+
+log: logging.Logger = logging.getLogger("vhost_backend")
+
+#: Seconds that a client may be silent.
+PATIENCE = 10.0
 
 
 class MetricsServer:
@@ -37,7 +44,7 @@ class MetricsServer:
         self._listener: Listener | None = None
         if where.startswith("unix:"):
             self._listener = Listener(where.removeprefix("unix:"))
-            self._server: WSGIServer = _UnixServer(self._listener)
+            self._server: _Server = _UnixServer(self._listener)
         else:
             self._server = _tcp_server(where)
         self._server.set_app(make_wsgi_app(registry))
@@ -78,7 +85,7 @@ class _Collector:
             "vhost_queue_in_flight", "Requests taken and not completed", labels=labels
         )
         for entry in reports:
-            place = [entry.device, str(entry.queue)]
+            place = _place(entry)
             running.add_metric(place, float(entry.running))
             in_flight.add_metric(place, entry.in_flight)
         yield running
@@ -88,12 +95,19 @@ class _Collector:
                 f"vhost_queue_{name}", f"{name.replace('_', ' ').capitalize()}", labels=labels
             )
             for entry in reports:
-                family.add_metric([entry.device, str(entry.queue)], entry.counters[name])
+                family.add_metric(_place(entry), entry.counters[name])
             yield family
+
+
+def _place(entry: QueueReport) -> list[str]:
+    """The labels' values. A path need not be UTF-8, and Prometheus' text has to be."""
+    return [entry.device.encode(errors="backslashreplace").decode(), str(entry.queue)]
 
 
 class _Quiet(WSGIRequestHandler):
     """A request log would be the only thing on stderr."""
+
+    timeout = PATIENCE
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
@@ -103,7 +117,33 @@ class _Quiet(WSGIRequestHandler):
         return "local"
 
 
-class _UnixServer(WSGIServer):
+def _pause() -> None:
+    time.sleep(0.1)
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """A thread for each client: one that is silent keeps neither others nor the end waiting."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """The next client."""
+        try:
+            return self._accept()
+        except OSError:  # too many open files, say: the client stays, and this loop must not spin
+            _pause()
+            raise
+
+    def _accept(self) -> tuple[socket.socket, Any]:
+        return self.socket.accept()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that is silent or goes away has no traceback."""
+        log.debug("a client of the metrics was not served", exc_info=True)
+
+
+class _UnixServer(_Server):
     address_family = socket.AF_UNIX
 
     def __init__(self, listener: Listener) -> None:
@@ -112,7 +152,7 @@ class _UnixServer(WSGIServer):
         self.server_name, self.server_port = "localhost", 0
         self.setup_environ()
 
-    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
+    def _accept(self) -> tuple[socket.socket, Any]:
         connection, _ = self.socket.accept()
         return connection, ("local", 0)
 
@@ -120,7 +160,7 @@ class _UnixServer(WSGIServer):
         """The listener closes its socket."""
 
 
-def _tcp_server(where: str) -> WSGIServer:
+def _tcp_server(where: str) -> _Server:
     host, colon, port = where.rpartition(":")
     if not colon or not port.isdigit() or int(port) > 65535:
         raise VhostBackendError(f"{where!r} is neither unix:PATH nor HOST:PORT")
@@ -128,6 +168,6 @@ def _tcp_server(where: str) -> WSGIServer:
     if host not in ("localhost", "::1") and not host.startswith("127."):
         raise VhostBackendError(f"metrics are served on loopback only, not on {host}")
     try:
-        return WSGIServer((host, int(port)), _Quiet)
+        return _Server((host, int(port)), _Quiet)
     except OSError as error:
         raise ListenError(where, error.strerror or str(error)) from None

@@ -219,6 +219,8 @@ class _Serving(threading.Thread):
         super().__init__(name=f"{daemon.name}-control", daemon=True)
         self.served = daemon
         self.failure: BaseException | None = None
+        #: Set before the bell rings: one that has rung is never waited for again.
+        self.ended = False
         self._listener = listener
         self._bell = bell
         self.start()
@@ -231,22 +233,22 @@ class _Serving(threading.Thread):
                 log.critical("%s: the daemon ends", self.served.name, exc_info=error)
             self.failure = kept(error)
         finally:
+            self.ended = True
             self._bell.ring()
 
 
 def _wait_for_all(serving: Sequence[_Serving], bell: _Bell) -> None:
     """Wait until every daemon has ended; the failure of one ends the others."""
     failure: BaseException | None = None
-    while any(thread.is_alive() for thread in serving):
+    while not all(thread.ended for thread in serving):
         bell.wait()
         for thread in serving:
-            # One that has rung is about to end.
-            thread.join(0.1)
             if failure is None and thread.failure is not None:
                 failure = thread.failure
                 for other in serving:
                     other.served.shutdown()
     for thread in serving:
+        thread.join()
         failure = failure or thread.failure
     if failure is not None:
         raise failure

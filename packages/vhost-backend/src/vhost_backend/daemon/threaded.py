@@ -35,7 +35,7 @@ from ..fds.eventfd import WakeFd
 from ..fds.listener import Listener
 from ..vring.locks import VringMutex, VringRwLock
 from .base import DaemonBase, Pause
-from .conversation import Seen, run
+from .conversation import Seen, answering, run
 
 T = TypeVar("T")
 
@@ -433,10 +433,12 @@ class _ThreadLine:
         return self._daemon._control.handle(received.message, received.fds)
 
     async def reply(self, received: Received, message: Reply, fds: Sequence[FdLike]) -> None:
-        self._connection.reply(received, message, fds)
+        with answering(self._connection):
+            self._connection.reply(received, message, fds)
 
     async def acknowledge(self, received: Received, ok: bool) -> bool:
-        return self._connection.acknowledge(received, ok)
+        with answering(self._connection):
+            return self._connection.acknowledge(received, ok)
 
 
 def _connect(path: str) -> socket.socket:

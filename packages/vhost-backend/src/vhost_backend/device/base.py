@@ -1,8 +1,8 @@
 """Devices the comfortable way: derive from `VirtioDevice` and override one of three methods.
 
 - `handle(queue, request)` is called for each request, which completes when it returns.
-- `async def handle(queue, request)`: requests of a queue run concurrently on their worker's event
-  loop and complete in whatever order their coroutines end. What only waits, for a packet or a key,
+- `async def handle(queue, request)`: requests of all queues run concurrently on one event loop
+  and complete in whatever order their coroutines end. What only waits, for a packet or a key,
   is marked with `async with request.waiting():`, so that stopping the ring need not wait for it.
 - `handle_batch(queue, batch)` is called with everything that was waiting: the fastest way.
 
@@ -380,7 +380,12 @@ class VirtioDevice:
     # -- placement ------------------------------------------------------------------------------
 
     def queues_per_thread(self) -> Sequence[int]:
-        """One worker for each queue."""
+        """Which queues each worker has, as masks: by default one worker for each queue.
+
+        Where `handle` is a coroutine function and this is not overridden, one worker has them all.
+        Coroutines of different workers run on different threads' event loops: they must not share
+        what asyncio has (a Queue, an Event).
+        """
         return [1 << index for index in range(self.num_queues)]
 
     def close(self) -> None:

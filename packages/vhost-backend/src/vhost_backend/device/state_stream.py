@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import Final
 
 from ..errors import VhostBackendError
-from .base import VirtioDevice
+from ..fds.eventfd import WakeFd
+from .base import VirtioDevice, name_of
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -74,7 +75,12 @@ class StateTransfer:
         self._device = device
         self._fd = fd
         self._done = False
+        #: Held while the device loads, which is not done any more once it is abandoned.
+        self._loading = threading.Lock()
+        self._abandoned = False
+        wake: WakeFd | None = None
         try:
+            self._wake = wake = WakeFd()
             os.set_blocking(fd, False)
             # The state is taken now, while the device is suspended, not when the thread gets to it.
             data = b"" if load else encode(device)
@@ -85,11 +91,24 @@ class StateTransfer:
             self._thread.start()
         except BaseException:
             os.close(fd)
+            if wake is not None:
+                wake.close()
             raise
+
+    def abandon(self) -> None:
+        """Load nothing any more; returns when the device does not load.
+
+        What is being saved still goes: it was taken from the device at the beginning.
+        """
+        with self._loading:
+            self._abandoned = True
+        self._wake.wake()
 
     def succeeded(self) -> bool:
         """Whether all of it is through; waits for what is under way."""
         self._thread.join(PATIENCE)
+        if not self._done:
+            self.abandon()  # the front-end is told that it failed, and so it has to
         return self._done
 
     def _run(self, target: Callable[[], None]) -> None:
@@ -97,15 +116,18 @@ class StateTransfer:
             target()
             self._done = True
         except (StateError, OSError) as error:
-            log.warning("the state of %s was not moved: %s", type(self._device).__name__, error)
+            log.warning("%s: its state was not moved: %s", name_of(self._device), error)
         except BaseException:
-            log.exception("%s failed to load its state", type(self._device).__name__)
+            log.exception("%s failed to load its state", name_of(self._device))
         finally:
             os.close(self._fd)
+            self._wake.close()
 
     def _wait(self, event: int) -> None:
         poller = select.poll()
         poller.register(self._fd, event)
+        if event == select.POLLIN:
+            poller.register(self._wake.fd, select.POLLIN)
         if not poller.poll(PATIENCE * 1000):
             raise StateError(f"nothing moved for {PATIENCE:g} s")
 
@@ -124,11 +146,19 @@ class StateTransfer:
                 piece = os.read(self._fd, 1 << 16)
             except BlockingIOError:
                 self._wait(select.POLLIN)
+                self._check_wanted()
                 continue
             if not piece:
                 break
             stream += piece
             if len(stream) > MAX_STATE:
                 raise StateError(f"the stream has more than {MAX_STATE} bytes")
+            self._check_wanted()
         version, payload = decode(self._device, bytes(stream))
-        self._device.load_state(version, payload)
+        with self._loading:
+            self._check_wanted()
+            self._device.load_state(version, payload)
+
+    def _check_wanted(self) -> None:
+        if self._abandoned:
+            raise StateError("its front-end has gone, or has begun another transfer")

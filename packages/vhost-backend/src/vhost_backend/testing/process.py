@@ -104,7 +104,7 @@ class DeviceProcess:
     def _run(self, lifeline: int) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        listening = os.dup2(self._listener.fileno(), 3 if lifeline != 3 else 4)
+        listening = os.dup(self._listener.fileno())
         _close_all_but({listening, lifeline, self._errors.fd})
         # What they write to may be a file of the parent's that has just been closed.
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)

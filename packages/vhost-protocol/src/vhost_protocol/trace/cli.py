@@ -82,10 +82,21 @@ def _trace(options: argparse.Namespace) -> int:
         if options.write is not None:
             recording = stack.enter_context(open(options.write, "w", encoding="utf-8"))
         printer = Printer(sys.stdout, as_json=options.json)
+        proxy: Proxy | None = None
+        told = False
+
+        def end(*_: object) -> None:
+            nonlocal told
+            told = True
+            if proxy is not None:
+                proxy.stop()
+
+        # Before a socket exists: from then on a signal has something to clean up.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stack.callback(signal.signal, number, signal.signal(number, end))
         proxy = Proxy(options.listen, options.connect, printer, recording)
         stack.callback(proxy.close)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            old = signal.signal(number, lambda *_: proxy.stop())
-            stack.callback(signal.signal, number, old)
+        if told:
+            proxy.stop()
         proxy.run(once=options.once)
     return 0 if proxy.recorded else 2

@@ -51,13 +51,13 @@ class Proxy:
         self._recording = recording
         self.recorded: bool = True
         self._start = time.monotonic()
-        self._selector = selectors.DefaultSelector()
         self._pipes: dict[int, list[Pipe]] = {}
         self._sockets: dict[int, list[socket.socket]] = {}
         self._connections = 0
         self._waiting = False
         self._path = listen
         self._listener = _listen(listen)
+        self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._stop_read, self._stop_write = socket.socketpair()
         self._stop_write.setblocking(False)
@@ -107,6 +107,8 @@ class Proxy:
         back = None
         try:
             back = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            # A back-end whose queue of connections is full must not hold up those there are.
+            back.setblocking(False)
             back.connect(self._connect)
         except OSError as error:
             front.close()
@@ -259,6 +261,7 @@ def _stale(path: str) -> bool:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return False
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)  # a full queue of connections is a listener's
             probe.connect(path)
     except ConnectionRefusedError:
         return True

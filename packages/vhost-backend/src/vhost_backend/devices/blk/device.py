@@ -32,7 +32,7 @@ from virtqueue import (
 from ...device.base import Queue, VirtioDevice
 from ...errors import DeviceError, Refused
 from ...rate_limited_log import RateLimited
-from .file_io import REFUSALS, read_at, write_at
+from .file_io import REFUSALS, read_at, write_at, written
 from .image_lock import ImageLock, Locking
 
 log: logging.Logger = logging.getLogger("vhost_backend.blk")
@@ -134,18 +134,36 @@ class BlockDevice(VirtioDevice):
         direct: bool = False,
         locking: Locking = "auto",
     ) -> None:
-        self.path: str = os.fspath(path)
+        self.path: str = os.fsdecode(path)
         self.name: str = self.path
         self.read_only = read_only
         self.num_queues = num_queues
         self.queue_size = queue_size
         self._fd = -1
+        for name, number, most in (
+            ("num_queues", num_queues, 0xFFFF),
+            ("queue_size", queue_size, 1 << 15),
+            ("seg_max", seg_max, 0xFFFF_FFFF),
+        ):
+            if not isinstance(number, int) or not 0 <= number <= most:
+                raise DeviceError(f"{name} is {number!r}: a number up to {most}")
+        if not isinstance(serial, str):
+            raise DeviceError(f"serial {serial!r} is not text")
         try:
             self.serial: bytes = serial.encode("ascii")
         except UnicodeEncodeError:
             raise DeviceError(f"serial {serial!r} is not ASCII") from None
         if len(self.serial) > ID_LENGTH:
             raise DeviceError(f"serial {serial!r} is longer than {ID_LENGTH} bytes")
+        # A request without an indirect table has to fit into the ring, header and status included.
+        self.seg_max: int = max(1, min(seg_max, queue_size - 2))
+        # Until the driver accepts FLUSH it knows no way to ask for durability (5.2.6.2).
+        self._durable_writes = True
+        self._handlers: list[FileHandler] = []
+        self._faults = RateLimited(log)
+        self._running = False
+        self.features: int = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ
+        self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
         self._fd = _open(self.path, read_only)
         #: For plain requests; misaligned ones go through the page cache.
         self._direct_fd = -1
@@ -154,21 +172,12 @@ class BlockDevice(VirtioDevice):
             if direct:
                 self._direct_fd = _open_direct(self.path, read_only)
             self._lock = ImageLock(self._fd, self.path, writes=not read_only, locking=locking)
+            self.capacity: int = size // SECTOR
+            self._config = self._build_config()
+            self._warn_about(size)
         except BaseException:
             self._close_files()
             raise
-        self._running = False
-        self.capacity: int = size // SECTOR
-        self._warn_about(size)
-        # A request without an indirect table has to fit into the ring, header and status included.
-        self.seg_max: int = max(1, min(seg_max, queue_size - 2))
-        # Until the driver accepts FLUSH it knows no way to ask for durability (5.2.6.2).
-        self._durable_writes = True
-        self._handlers: list[FileHandler] = []
-        self._faults = RateLimited(log)
-        self.features: int = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ
-        self.features |= F_RO if read_only else F_DISCARD | F_WRITE_ZEROES
-        self._config = self._build_config()
 
     def _build_config(self) -> bytes:
         ranges = 0 if self.read_only else _MAX_RANGE_SECTORS
@@ -184,11 +193,13 @@ class BlockDevice(VirtioDevice):
 
     def close(self) -> None:
         """Close the image."""
-        if self._fd >= 0:
-            self._lock.close()
-        self._faults.flush()
-        self._handlers.clear()
-        self._close_files()
+        try:
+            if self._fd >= 0:
+                self._lock.close()
+        finally:
+            self._faults.flush()
+            self._handlers.clear()
+            self._close_files()
 
     def _close_files(self) -> None:
         fds, self._fd, self._direct_fd = (self._fd, self._direct_fd), -1, -1
@@ -412,7 +423,7 @@ class BlockDevice(VirtioDevice):
             skip -= len(piece) - len(view)
             position = 0
             while position < len(view):
-                count = write_at(self._fd, view[position:], offset, self._durable_writes)
+                count = written(write_at(self._fd, view[position:], offset, self._durable_writes))
                 position += count
                 offset += count
         return S_OK
@@ -463,6 +474,8 @@ def _open(path: str, read_only: bool) -> int:
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         fd = os.open(path, flags)
+    except ValueError as error:  # it has a zero byte
+        raise DeviceError(f"{path!r}: {error}") from None
     except OSError as error:
         raise DeviceError(f"{path or repr(path)}: {error.strerror}") from None
     os.set_blocking(fd, True)
@@ -509,6 +522,6 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
 def _write_zeroes(fd: int, offset: int, length: int) -> None:
     zeroes = bytes(min(length, 1 << 20))
     while length:
-        count = os.pwrite(fd, zeroes[:length], offset)
+        count = written(os.pwrite(fd, zeroes[:length], offset))
         offset += count
         length -= count

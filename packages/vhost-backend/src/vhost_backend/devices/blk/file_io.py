@@ -45,3 +45,13 @@ def write_at(fd: int, view: memoryview, offset: int, durable: bool) -> int:
     count = os.pwrite(fd, view, offset)
     os.fdatasync(fd)
     return count
+
+
+def written(count: int) -> int:
+    """`count`, what a write has returned.
+
+    Raises OSError for 0: a FUSE file system can answer that as often as it is asked.
+    """
+    if not count:
+        raise OSError(errno.EIO, "the file takes nothing")
+    return count

@@ -112,9 +112,11 @@ class ImageLock:
 
     def close(self) -> None:
         """Release everything, also while a copy of the descriptor lives on elsewhere."""
-        self.release()
-        if self._ofd:
-            _set(self._fd, fcntl.F_UNLCK, _OPEN_READER, _END - _OPEN_READER)
+        try:
+            self.release()
+        finally:
+            if self._ofd:
+                _set(self._fd, fcntl.F_UNLCK, _OPEN_READER, _END - _OPEN_READER)
 
     def _try(self) -> str | None:
         """Take what can be had at once; nothing is held when it returns what stands against it."""
@@ -138,9 +140,8 @@ class ImageLock:
             raise DeviceError(f"{self._path}: cannot be locked: {error.strerror}") from None
         if not taken:
             return None
-        holder = _holder(self._fd, "OFDLCK")
         self.release()
-        return f"{holder} {_CLAIMS[taken[0]]}"
+        return f"{_holder(self._fd, 'OFDLCK')} {_CLAIMS[taken[0]]}"
 
     def _missing(self, error: OSError) -> bool:
         """False, after a word about it: there are no such locks here."""
@@ -167,7 +168,10 @@ def _taken(fd: int, byte: int) -> bool:
 
 def _holder(fd: int, kind: str) -> str:
     """Which process has a lock of that kind (as /proc/locks names it) on the file, in words."""
-    processes = _by_number(fd, kind) or _by_open_files(fd, kind)
+    try:
+        processes = _by_number(fd, kind) or _by_open_files(fd, kind)
+    except OSError:  # there is no /proc to tell
+        processes = set()
     if not processes:
         return "another program"
     process = min(processes)

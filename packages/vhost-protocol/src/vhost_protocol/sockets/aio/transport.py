@@ -127,10 +127,13 @@ def _late(waiter: asyncio.Future[None], seconds: float) -> None:
 
 
 async def connect_socket(path: str, timeout: float | None) -> socket.socket:
-    """Connect to a listening Unix socket, waiting for it to appear for at most ``timeout`` seconds.
+    """Connect to a listening Unix socket.
+
+    Waits at most ``timeout`` seconds for it to appear and to have room in its queue of connections.
+    With None only the room is waited for, as long as it takes.
 
     Raises:
-        Timeout: it does not listen by then.
+        Timeout: it cannot be connected to by then.
         OSError: it cannot be connected to, and waiting would not help.
     """
     loop = asyncio.get_running_loop()
@@ -139,11 +142,13 @@ async def connect_socket(path: str, timeout: float | None) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
         try:
-            await loop.sock_connect(sock, path)
+            # At once or not at all. The loop's own call takes a full queue for a connection.
+            sock.connect(path)
             return sock
-        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
             sock.close()
-            if loop.time() >= end:
+            full = isinstance(error, BlockingIOError)
+            if loop.time() >= end and not (full and timeout is None):
                 if timeout:
                     raise Timeout(timeout) from None
                 raise

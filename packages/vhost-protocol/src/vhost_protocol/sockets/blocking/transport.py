@@ -104,21 +104,27 @@ class Transport:
 
 
 def connect_socket(path: str, timeout: float | None) -> socket.socket:
-    """Connect to a listening Unix socket, waiting for it to appear for at most ``timeout`` seconds.
+    """Connect to a listening Unix socket.
+
+    Waits at most ``timeout`` seconds for it to appear and to have room in its queue of connections.
+    With None only the room is waited for, as long as it takes.
 
     Raises:
-        Timeout: it does not listen by then.
+        Timeout: it cannot be connected to by then.
         OSError: it cannot be connected to, and waiting would not help.
     """
-    end = None if timeout is None else time.monotonic() + timeout
+    end = time.monotonic() + (timeout or 0)
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
+            # A blocking call waits for room without a limit.
+            sock.setblocking(timeout is None)
             sock.connect(path)
+            sock.setblocking(True)
             return sock
-        except (FileNotFoundError, ConnectionRefusedError):
+        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
             sock.close()
-            if end is None or time.monotonic() >= end:
+            if time.monotonic() >= end:
                 if timeout:
                     raise Timeout(timeout) from None
                 raise
