@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import select
 import socket
 import struct
@@ -30,10 +31,11 @@ from vhost_backend import (
     VirtioDevice,
     Vring,
     WakeFd,
+    serve_async,
 )
 from vhost_backend.control import unshared
 from vhost_backend.driver.block import DRIVER_FEATURES
-from vhost_backend.testing import DriverSession
+from vhost_backend.testing import DriverSession, SessionError
 
 PATIENCE = 60.0
 WRONG = struct.pack("<III", 9999, 1, 0)
@@ -298,3 +300,110 @@ def test_in_a_loop_memory_that_is_not_shared_is_told_of(
 
     with contextlib.closing(BlockDevice(image)) as device, caplog.at_level(logging.WARNING):
         in_loop(serve, device)
+
+
+class EchoInLoop(VirtioDevice):
+    device_id = 40
+
+    async def handle(self, queue: Queue, request: Request) -> None:
+        request.write(request.read())
+
+
+def served_without_a_kick(session: DriverSession) -> bool:
+    """Whether a worker finds a request by itself: it looks on after one that was kicked."""
+    assert answered(session)
+    vring = session.vrings[0]
+    vring.submit([], [(session.allocate(4), 4)])
+    wanted = vring.queue.publish()
+    try:
+        return len(vring.completions(0.5)) == 1
+    except SessionError:
+        assert wanted
+        os.eventfd_write(vring.kick_fd, 1)
+        assert len(vring.completions(PATIENCE)) == 1
+        return False
+
+
+def looks_on(session: DriverSession) -> None:
+    # A worker looks for a second at the most, and this thread may sleep as long on a busy machine.
+    until(lambda: served_without_a_kick(session), "no worker looks on")
+
+
+def test_busy_poll_with_coroutines_on_a_thread(tmp_path: Path) -> None:
+    device = DeviceBackend.of(EchoInLoop())
+    with VhostUserDaemon("test", device, busy_poll=0.99) as daemon, user(tmp_path / "s", looks_on):
+        daemon.serve(tmp_path / "s")
+
+
+def test_busy_poll_in_a_loop_leaves_other_tasks_their_turns(tmp_path: Path) -> None:
+    turns = 0
+
+    async def main() -> None:
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        device = DeviceBackend.of(Echo())
+        async with AsyncDaemon("test", device, busy_poll=0.99) as daemon:
+            counting = asyncio.create_task(count())
+            await daemon.serve(tmp_path / "s")
+            counting.cancel()
+
+    with user(tmp_path / "s", looks_on):
+        asyncio.run(main())
+    assert turns > 10
+
+
+def test_no_look_without_busy_poll(tmp_path: Path) -> None:
+    def use(session: DriverSession) -> None:
+        assert not any(served_without_a_kick(session) for _ in range(3))
+
+    with user(tmp_path / "s", use):
+        in_loop(lambda daemon: daemon.serve(tmp_path / "s"))
+
+
+def test_in_a_loop_the_processors_are_the_threads_until_the_end(tmp_path: Path) -> None:
+    before = os.sched_getaffinity(0)
+    cpu = min(before)
+
+    async def main() -> None:
+        def ready() -> None:
+            assert os.sched_getaffinity(0) == {cpu}
+            asyncio.get_running_loop().call_soon(serving.cancel)
+
+        serving = asyncio.create_task(
+            serve_async(EchoInLoop(), tmp_path / "s", cpus=[cpu], ready=ready)
+        )
+        await asyncio.gather(serving, return_exceptions=True)
+        assert os.sched_getaffinity(0) == before
+        with pytest.raises(BackendUsageError, match="4095"):
+            await serve_async(EchoInLoop(), tmp_path / "s", cpus=[4095])
+
+    asyncio.run(main())
+
+
+def test_in_a_loop_the_counters_are_served_to_prometheus(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+
+    def scrape() -> str:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(PATIENCE)
+            client.connect(str(tmp_path / "m"))
+            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            return b"".join(iter(lambda: client.recv(65536), b"")).decode()
+
+    async def main() -> None:
+        ready = asyncio.Event()
+        serving = asyncio.create_task(
+            serve_async(EchoInLoop(), tmp_path / "s", metrics=f"unix:{tmp_path}/m", ready=ready.set)
+        )
+        await ready.wait()
+        text = await asyncio.to_thread(scrape)
+        assert 'device="EchoInLoop"' in text
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+    asyncio.run(main())
+    assert not (tmp_path / "m").exists()

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from guest_memory import abi
 from virtqueue import layout
 from virtqueue.c_library import library
 from virtqueue.counters import Counters
-from virtqueue.memory import table
 from virtqueue.native.file_handler import FileBlock
 from virtqueue.native.server import ServerBlock
 from virtqueue.native.transfer import Operation, TransferFlags, TransferItem
 
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
-    "gm_region": table.MemoryRegion,
-    "gm_iotlb_entry": table.MemoryIotlbEntry,
-    "gm_table": table.MemoryTable,
-    "gm_log": table.MemoryLog,
+    "gm_region": abi.GmRegion,
+    "gm_iotlb_entry": abi.GmIotlbEntry,
+    "gm_table": abi.GmTable,
+    "gm_log": abi.GmLog,
     "vq_queue": layout.QueueBlock,
     "vq_provision": layout.Provision,
     "vq_counters": Counters,
@@ -86,6 +86,17 @@ def test_packed_formats_are_equal(compiled: dict[str, tuple[int, int]], name: st
         values[index] = b"\xff" * 16 if field == "header" else (1 << 8 * size) - 1
         raw = packing.pack(*values)
         assert [i for i, byte in enumerate(raw) if byte] == list(range(offset, offset + size))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("vq_record", layout.RecordField), ("vq_done", layout.DoneField)]
+)
+def test_the_places_of_fields_are_those_of_the_format(name: str, fields: type) -> None:
+    packing, names = FORMATS[name]
+    places = {field: place for field, place in vars(fields).items() if field.isupper()}
+    assert places == {field.upper(): place for place, field in enumerate(names.split())}
+    assert len(packing.unpack(bytes(packing.size))) == len(places)
+    assert layout.DONE.pack(0, 0, 0xFF, 0)[layout.DONE_FLAGS_OFFSET] == 0xFF
 
 
 HEADER = Path(__file__).parents[2] / "packages" / "virtqueue" / "csrc" / "virtqueue.h"

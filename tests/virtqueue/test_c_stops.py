@@ -24,6 +24,7 @@ from guest_memory import GuestMemory
 from virtqueue import InflightRegion, c_library, inflight_size
 from virtqueue.engine import c as c_engine
 
+TEST_STOP = Path(__file__).parent / "c" / "test_stop.c"
 BUILD = Path(__file__).parents[2] / "packages" / "virtqueue" / "hatch_build.py"
 
 pytestmark = [
@@ -39,7 +40,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def stopping(tmp_path_factory: pytest.TempPathFactory) -> c_library.Library:
     path = tmp_path_factory.mktemp("engine") / "libvirtqueue.so"
-    arguments = ["--output", str(path), "--flag=-DVQ_TEST_STOP"]
+    flags = ("-DVQ_TEST_STOP", "-I.", str(TEST_STOP))  # the compiler runs in csrc
+    arguments = ["--output", str(path), *(f"--flag={flag}" for flag in flags)]
     subprocess.run([sys.executable, BUILD, *arguments], check=True, capture_output=True)
     return c_library.Library(path)
 

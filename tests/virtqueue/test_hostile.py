@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from virtqueue_rig import GUEST, USER, Rig
 
-from guest_memory import GuestAddress, GuestMemory, Region, UserAddress, allocate_memfd
+from guest_memory import GuestAddress, GuestMemory, Region, UserAddress, abi, allocate_memfd
 from virtqueue import QueueBroken, Reason
-from virtqueue.memory.table import MemoryRegion, MemoryTable
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 AVAIL, USED = 1 << 7, 1 << 15
@@ -284,8 +283,8 @@ def test_the_chains_before_a_wrong_one_are_served(make_rig: Any) -> None:
 
 def test_a_write_into_read_only_memory(make_rig: Any, packed: bool) -> None:
     memory = two_regions()
-    table = MemoryTable.from_address(memory.table_address)
-    MemoryRegion.from_address(table.regions + ctypes.sizeof(MemoryRegion)).flags = 2
+    table = abi.GmTable.from_address(memory.table_address)
+    abi.GmRegion.from_address(table.regions + ctypes.sizeof(abi.GmRegion)).flags = 2
     rig: Rig = make_rig(packed=packed, memory=memory)
     rig.driver.add([(SECOND, 4)])
     rig.driver.add([], [(SECOND, 4)])
@@ -320,8 +319,8 @@ def test_memory_that_is_truncated_under_us_breaks_the_queue(make_rig: Any, packe
     rig: Rig = make_rig(packed=packed)
     rig.offer_many(2)
     batch = rig.device.take()
-    table = MemoryTable.from_address(rig.memory.table_address)
-    word = ctypes.c_uint32.from_address(MemoryRegion.from_address(table.regions).poison)
+    table = abi.GmTable.from_address(rig.memory.table_address)
+    word = ctypes.c_uint32.from_address(abi.GmRegion.from_address(table.regions).poison)
     before = rig.memory.read(rig.ring, rig.layout.size)
     word.value = 1
     try:

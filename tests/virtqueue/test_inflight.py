@@ -15,14 +15,9 @@ import pytest
 from virtqueue_rig import Rig
 
 from virtqueue import InflightRegion, QueueBroken, Reason, UsageError, inflight_size
-from virtqueue.engine.inflight import (
-    PackedInflight,
-    PackedRegion,
-    PackedState,
-    SplitInflight,
-    SplitRegion,
-    SplitState,
-)
+from virtqueue.engine.inflight import PackedRegion, PackedState, SplitRegion, SplitState
+from virtqueue.engine.python.packed_inflight import PackedInflight
+from virtqueue.engine.python.split_inflight import SplitInflight
 from virtqueue.memory import access
 
 

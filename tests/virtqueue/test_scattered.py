@@ -25,6 +25,7 @@ from guest_memory import (
     UserAddress,
     allocate_memfd,
 )
+from guest_memory.linux import syscalls
 from virtqueue import (
     DeviceQueue,
     DriverQueue,
@@ -34,7 +35,7 @@ from virtqueue import (
     RingConfig,
     ring_layout,
 )
-from virtqueue.memory import joined as joined_module
+from virtqueue.memory.joined import Joined
 from virtqueue.memory.table import Broken, Piece
 
 PAGE = 4096
@@ -297,23 +298,23 @@ def test_a_hole_that_a_refused_mapping_leaves_is_not_unmapped(
     host = memory.translate(GuestAddress(0), 4 * PAGE)
     pieces = [Piece(host + n * PAGE, n * PAGE, PAGE, 0, None) for n in (0, 2)]
     strangers: list[int] = []
-    real = joined_module._mremap
+    real = syscalls._mremap
 
     def refuse(old: int, old_size: int, size: int, flags: int, target: int) -> int:
         if target and strangers == []:
-            joined_module._munmap(target, size)
-            got = joined_module._mmap(target, size, 3, 0x100022, -1, 0)  # MAP_FIXED_NOREPLACE
+            syscalls.unmap_memory(target, size)
+            got = syscalls.map_memory(target, size, 3, 0x100022, -1, 0)  # MAP_FIXED_NOREPLACE
             assert got == target
             ctypes.c_uint8.from_address(target).value = 42
             strangers.append(target)
-            return int(joined_module._FAILED)
+            return ctypes.c_size_t(-1).value
         return int(real(old, old_size, size, flags, target))
 
     with monkeypatch.context() as patch:
-        patch.setattr(joined_module, "_mremap", refuse)
+        patch.setattr(syscalls, "_mremap", refuse)
         with pytest.raises(Broken):
-            joined_module.Joined(pieces)
+            Joined(pieces)
     gc.collect()
     (place,) = strangers
     assert ctypes.c_uint8.from_address(place).value == 42
-    joined_module._munmap(place, PAGE)
+    syscalls.unmap_memory(place, PAGE)

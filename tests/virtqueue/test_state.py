@@ -21,10 +21,11 @@ from guest_memory import (
     Iova,
     Region,
     UserAddress,
+    abi,
     allocate_memfd,
 )
 from virtqueue import DONE, DoneFlags, Need, QueueBroken, Reason, UsageError
-from virtqueue.memory.table import MemoryRegion, MemoryTable, Table
+from virtqueue.memory.table import Table
 
 
 def serve(rig: Rig, device: Any = None, count: int = 1) -> None:
@@ -209,10 +210,10 @@ def test_a_snapshot_of_another_abi_is_refused(make_rig: Any) -> None:
         table_address = 0
         window = None
 
-    table = MemoryTable()
+    table = abi.GmTable()
     ctypes.memmove(ctypes.addressof(table), rig.memory.table_address, ctypes.sizeof(table))
     for field in ("magic", "abi", "size"):
-        changed = MemoryTable.from_buffer_copy(table)
+        changed = abi.GmTable.from_buffer_copy(table)
         setattr(changed, field, 7)
         strange = Strange()
         strange.table_address = ctypes.addressof(changed)
@@ -486,8 +487,8 @@ def test_memory_on_demand_is_needed_provided_and_released(make_rig: Any, packed:
     first, fd = region(0)
     second, other = region(1 << 30)
     memory = GuestMemory.map([(first, fd), (second, other)])
-    table = MemoryTable.from_address(memory.table_address)
-    row = MemoryRegion.from_address(table.regions + ctypes.sizeof(MemoryRegion))
+    table = abi.GmTable.from_address(memory.table_address)
+    row = abi.GmRegion.from_address(table.regions + ctypes.sizeof(abi.GmRegion))
     host, row.host_address, row.flags = row.host_address, 0, 1
     far = second.guest_address
     rig: Rig = make_rig(packed=packed, memory=memory)

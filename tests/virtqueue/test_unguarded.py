@@ -17,7 +17,15 @@ from typing import Any
 import pytest
 from virtqueue_rig import GUEST, USER, Rig
 
-from guest_memory import GuestAddress, GuestMemory, Region, SharedMapping, UserAddress
+from guest_memory import (
+    GuestAddress,
+    GuestMemory,
+    Region,
+    SharedMapping,
+    UserAddress,
+    atomic_flip,
+    store_halfword,
+)
 from virtqueue import (
     DriverQueue,
     EngineUnavailable,
@@ -27,7 +35,7 @@ from virtqueue import (
     UsageError,
     inflight_size,
 )
-from virtqueue.memory import access, barrier
+from virtqueue.memory import access
 
 SIZE = 1 << 20
 
@@ -125,72 +133,43 @@ def test_an_available_index_in_the_lower_half_of_a_word_is_refused(make_rig: Any
 # Words that a partner reads while they change.
 
 
-class Word:
-    """Two 16-bit words in one of 32 bits, and every value they have had."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, flags: bool) -> None:
-        self.memory = (ctypes.c_uint16 * 2)(0xBEEF, 0)
-        self.words = access.KernelWords(ctypes.addressof(self.memory), 2, ctypes.c_uint32(), flags)
-        self.seen: list[int] = []
-        for name in ("atomic_add_bit", "atomic_flip_bit"):
-            monkeypatch.setattr(barrier, name, self.watched(getattr(barrier, name)))
-
-    def watched(self, step: Any) -> Any:
-        def watch(address: int, bit: int) -> None:
-            step(address, bit)
-            self.seen.append(self.memory[1])
-
-        return watch
-
-    def move(self, old: int, new: int) -> list[int]:
-        self.memory[1] = old
-        self.seen.clear()
-        self.words[1] = new
-        assert self.words[1] == self.memory[1] == new
-        assert self.memory[0] == 0xBEEF
-        return self.seen
-
-
-def test_an_index_only_moves_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    word = Word(monkeypatch, flags=False)
-    for old in (0, 1, 0x7F, 0xFF, 0x1FE, 0x7FFF, 0xFFFE, 0xFFFF):
-        for distance in (1, 2, 3, 5, 127, 128, 255, 256, 1000, 32768):
-            steps = [(value - old) & 0xFFFF for value in word.move(old, (old + distance) & 0xFFFF)]
-            assert steps == sorted(steps)
-            assert steps[-1] == distance
-
-
 @pytest.mark.parametrize("wrap", [0, 1])
 def test_a_descriptor_changes_hands_last(monkeypatch: pytest.MonkeyPatch, wrap: int) -> None:
-    word = Word(monkeypatch, flags=True)
+    memory = (ctypes.c_uint16 * 2)(0xBEEF, 0)
+    words = access.KernelWords(ctypes.addressof(memory), 2, ctypes.c_uint32(), flags=True)
+    seen: list[int] = []
+
+    def watched(address: int, mask: int) -> bool:
+        done = atomic_flip(address, mask)
+        seen.append(memory[1])
+        return done
+
+    monkeypatch.setattr(access, "atomic_flip", watched)
     available = 0x80 if wrap else 0x8000
     used = 0x8080 if wrap else 0
     for kind in range(8):
         for written in (0, 2):
-            seen = word.move(available | kind, used | written)
-            assert all(value & 0x8080 == available for value in seen[:-1])
-            assert seen[-1] == used | written
+            memory[1] = available | kind
+            seen.clear()
+            words[1] = used | written
+            assert seen == [available | written, used | written]
+            assert words[1] == used | written
+            assert memory[0] == 0xBEEF
 
 
-@pytest.mark.parametrize("pipe", [False, True])
-def test_a_copy_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, pipe: bool) -> None:
-    monkeypatch.setattr(access, "_without_process_vm", pipe)
-    fd = os.memfd_create("unsealed")
-    os.ftruncate(fd, 3 * 4096)
-    region = Region(GuestAddress(0), 3 * 4096, UserAddress(USER))
-    memory = GuestMemory.map([(region, fd)])
-    host = memory.translate(GuestAddress(0), 4096, 1)
-    local = ctypes.create_string_buffer(b"x" * 9000, 9000)
-    here = ctypes.addressof(local)
-    assert access.copy(host + 100, here, 9000, True)
-    assert memory.read(GuestAddress(0), 9101) == bytes(100) + b"x" * 9000 + b"\0"
-    assert access.copy(host, here, 100, False)
-    assert local.raw[:101] == bytes(100) + b"x"
-    os.ftruncate(fd, 4096)
-    assert access.copy(host, here, 4096, False)
-    assert not access.copy(host + 4000, here, 200, False)
-    assert not access.copy(host + 4000, here, 200, True)
-    os.close(fd)
+def test_an_index_is_stored_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = (ctypes.c_uint16 * 2)(0xBEEF, 0xFFFF)
+    words = access.KernelWords(ctypes.addressof(memory), 2, ctypes.c_uint32())
+    stored: list[int] = []
+
+    def watched(address: int, value: int) -> bool:
+        stored.append(value)
+        return store_halfword(address, value)
+
+    monkeypatch.setattr(access, "store_halfword", watched)
+    words[1] = 3
+    assert stored == [3]
+    assert list(memory) == [0xBEEF, 3]
 
 
 # Truncation.

@@ -1,3 +1,7 @@
+/*
+ * The rare cases of walking and completing a chain, out of line: a buffer that breaks a rule, lies
+ * in several regions or is mapped on demand, and the dirty log.  chain.h has the hot path.
+ */
 #include "chain.h"
 
 /* A buffer that breaks a rule of its own. */

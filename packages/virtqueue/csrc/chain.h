@@ -389,7 +389,7 @@ static inline bool poison_possible(const struct engine *engine)
            __atomic_load_n(&guard_events, __ATOMIC_RELAXED) != engine->guard_events;
 }
 
-/* In builds for tests the process ends at the n-th store of the protocol. */
+/* A build for tests brings a function that ends the process at the n-th store of the protocol. */
 #ifdef VQ_TEST_STOP
 void test_stop(void);
 #else

@@ -1,4 +1,4 @@
-/* Monotonic nanoseconds.  Who includes this defines _GNU_SOURCE first. */
+/* Monotonic nanoseconds.  A file that includes this defines _GNU_SOURCE first. */
 #ifndef VQ_CLOCK_H
 #define VQ_CLOCK_H
 

@@ -1,8 +1,9 @@
 /*
  * Requests that read and write a file, a batch at a time: a handler in C (vq_handler).
  *
- * What a type means comes from its owner as a table; what is not plain is left to its owner, who
- * does the same work in another language with an eye on the details and says what is wrong.
+ * The handler's owner says in a table what each request type means.  A request that is not plain is
+ * left to the owner, which does the same work in another language, checks the details and says what
+ * is wrong.
  */
 #include "bulk.h"
 #include "pace.h"

@@ -69,7 +69,7 @@ static bool mend(uint64_t address)
             if (raw_mmap(page, entry->page_size) == MAP_FAILED)
                 return false;
             __atomic_store_n((uint32_t *)pointer(entry->poison), 1, __ATOMIC_RELEASE);
-            /* After the word, so that who sees the count move finds it. */
+            /* After the word: a thread that sees the count move finds the word set. */
             __atomic_fetch_add(&guard_events, 1, __ATOMIC_RELEASE);
             return true;
         }

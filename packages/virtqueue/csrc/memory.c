@@ -1,3 +1,7 @@
+/*
+ * Adopting a snapshot's region table into the engine's compact copy, and the look-ups that are not
+ * worth inlining: the IOTLB, memory mapped on demand, the dirty log.  memory.h has the hot path.
+ */
 #include "memory.h"
 
 #include <stdlib.h>

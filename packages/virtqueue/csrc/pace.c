@@ -1,9 +1,13 @@
+/*
+ * Choosing how many requests to take at once: measure each number for a window of time, keep the
+ * one with which a request takes least, and try another one now and then.  pace.h says why.
+ */
 #define _GNU_SOURCE
 #include "clock.h"
 #include "pace.h"
 
 #define WINDOW_NS 2000000u /* one measurement */
-#define PAUSE_NS 1000000u  /* longer between two batches: nobody was in a hurry */
+#define PAUSE_NS 1000000u  /* longer between two batches: the driver was in no hurry */
 #define TRY_EVERY 32u      /* windows */
 #define LARGE (UINT64_C(256) << 10) /* bytes that are enough for one batch */
 

@@ -480,8 +480,7 @@ int vq_arm(struct vq_queue *queue)
     struct engine *engine = engine_of(queue);
     if (queue->stopped || !queue->descriptors)
         return 0;
-    int ready = format_of(queue)->arm(engine);
-    queue->armed = 1;
+    const int ready = format_of(queue)->arm(engine);
     if (queue->resubmit || queue->reason)
         return queue->resubmit != 0;
     return ready;
@@ -489,7 +488,6 @@ int vq_arm(struct vq_queue *queue)
 
 int vq_disarm(struct vq_queue *queue)
 {
-    queue->armed = 0;
     if (queue->stopped || !queue->descriptors)
         return 0;
     return format_of(queue)->disarm(engine_of(queue));
@@ -497,7 +495,6 @@ int vq_disarm(struct vq_queue *queue)
 
 void queue_quiet(struct vq_queue *queue)
 {
-    queue->armed = 0;
     if (!queue->stopped && !queue->reason && queue->descriptors)
         format_of(queue)->quiet(engine_of(queue));
 }

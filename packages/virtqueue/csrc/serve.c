@@ -1,18 +1,16 @@
 /*
- * One worker's life with one queue: look at the ring, sleep, take, have a handler work, complete,
+ * A worker's loop over one queue: look at the ring, sleep, take, have a handler work, complete,
  * signal.
  *
- * Who may touch the queue.  The worker's caller holds a lock of its own for as long as it is in
- * here, and others who want the queue set `interrupt` and wake the epoll descriptor: then the worker
- * comes back soon.  Only a handler in C may take long (it may wait for a disk), so while it works the
- * queue belongs to nobody, and whoever wants it may borrow it.  The handler works on the arrays of
- * its batch and on guest memory that the caller keeps mapped, never on the ring or the engine; when
- * it is done and finds that the queue was borrowed, the batch goes back to the caller, who looks
- * whether it still counts.
+ * Ownership.  The worker holds a lock of its caller's while it runs here.  Another thread that wants
+ * the queue sets `interrupt` and wakes the epoll descriptor; the worker returns soon after.  Only a
+ * handler in C may take long, as it may wait for a disk.  The queue therefore belongs to no thread
+ * while a handler works, and any thread may borrow it.  The handler works on the arrays of its batch
+ * and on guest memory that the caller keeps mapped, never on the ring or the engine.  If the queue was
+ * borrowed when the handler ends, the caller gets the batch and checks whether it still counts.
  *
- * Looking at the ring costs a processor and saves the driver's kick and our wake-up.  How long is
- * adapted: a sleep that a little more looking would have spared doubles the time, a long one halves
- * it.
+ * Looking at the ring keeps a processor busy, and saves the driver's kick and our wake-up.  Its time
+ * adapts: a sleep that a little more looking would have spared doubles it, a long sleep halves it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -37,7 +35,7 @@ static inline void relax(void)
 
 static inline bool interrupted(const struct vq_server *server)
 {
-    /* Partner: whoever sets it wakes epoll_fd afterwards, so a sleep that misses it here ends. */
+    /* Partner: the thread that sets it wakes epoll_fd afterwards, which ends a sleep that missed it. */
     return __atomic_load_n(&server->interrupt, __ATOMIC_ACQUIRE);
 }
 
@@ -48,26 +46,26 @@ static inline bool change_owner(struct vq_server *server, uint32_t from, uint32_
 }
 
 /*
- * Add one to the call eventfd.  A full one, which cannot be added to, is a signal that is pending.
- * Whoever handed it over can have filled it and made it blocking, which holds us up: who wants the
- * queue back then reads it (see vq_server).
+ * Add one to the call eventfd.  A full eventfd refuses that, and holds a pending signal already.
+ * The front-end can fill it and make it blocking, which holds us up; a thread that wants the queue
+ * back then reads the eventfd (see vq_server).
  */
 static void signal_driver(struct vq_server *server)
 {
     const struct vq_queue *queue = pointer(server->queue);
     struct vq_counters *counters = pointer(queue->counters);
     const uint64_t one = 1;
-    __atomic_store_n(&server->signal, 0, __ATOMIC_RELAXED); /* before: a later wish is another one */
+    __atomic_store_n(&server->signal, 0, __ATOMIC_RELAXED); /* first: a later wish is another one */
     if (server->call_fd < 0)
         return;
     if (counters)
         counters->notifications_sent++;
-    /* Whatever else it answers is noticed elsewhere: there is nobody here to be told. */
+    /* Another error of the descriptor shows elsewhere; this loop has no caller to tell. */
     ssize_t ignored = write(server->call_fd, &one, sizeof(one));
     (void)ignored;
 }
 
-/* With `held`, what could make the thread wait, the signal, is left to the next turn without. */
+/* With `held` the signal, which can make the thread wait, is left to a turn without `held`. */
 static inline int turn(struct vq_server *server, bool held)
 {
     struct vq_queue *queue = pointer(server->queue);
@@ -96,7 +94,7 @@ int vq_turn(struct vq_server *server) { return turn(server, false); }
 
 int vq_turn_held(struct vq_server *server) { return turn(server, true); }
 
-/* Look until a chain is there, somebody interrupts, or `spin_ns` have passed. */
+/* Look until a chain is there, another thread interrupts, or `spin_ns` have passed. */
 static bool spin(const struct vq_server *server)
 {
     struct vq_queue *queue = pointer(server->queue);
@@ -122,7 +120,7 @@ static void adapt(struct vq_server *server, uint64_t slept)
     }
 }
 
-/* Sleep until a kick (true), or until something else wants the caller. */
+/* Sleep until a kick comes (true), or another event that the caller has to see (false). */
 static bool sleep_for_kick(struct vq_server *server)
 {
     const struct vq_queue *queue = pointer(server->queue);
@@ -143,7 +141,7 @@ static bool sleep_for_kick(struct vq_server *server)
     return !other;
 }
 
-/* Nothing is available: wait until something is.  False when the caller is wanted. */
+/* Wait until a chain is available; false when the caller has to see to another event. */
 static bool wait_for_chains(struct vq_server *server)
 {
     struct vq_queue *queue = pointer(server->queue);
@@ -163,7 +161,7 @@ static bool wait_for_chains(struct vq_server *server)
     return true;
 }
 
-/* A turn that takes no more than the handler wants at once. */
+/* A turn that takes at most as many chains as the handler wants at once. */
 static int turn_for_handler(struct vq_server *server)
 {
     struct vq_queue *queue = pointer(server->queue);

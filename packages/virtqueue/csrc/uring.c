@@ -33,7 +33,7 @@
 #define CALL_ENTER 426
 #define CALL_REGISTER 427
 
-#define SETUP_DISABLED (1u << 6)       /* R_DISABLED: whoever enables it is the single issuer */
+#define SETUP_DISABLED (1u << 6)       /* R_DISABLED: the thread that enables it is the single issuer */
 #define SETUP_SUBMIT_ALL (1u << 7)     /* 5.18 */
 #define SETUP_COOP_TASKRUN (1u << 8)   /* 5.19 */
 #define SETUP_SINGLE_ISSUER (1u << 12) /* 6.0 */

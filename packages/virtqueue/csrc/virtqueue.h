@@ -23,7 +23,7 @@
 #include "guest_memory_abi.h"
 
 #define VQ_MAGIC 0x45555156u /* "VQUE" */
-#define VQ_ABI 1u
+#define VQ_ABI 2u
 #define VQ_MAX_QUEUE_SIZE 32768u
 #define VQ_CHAIN_LIMIT 1024u /* descriptors of a chain with a table, or the queue size if that is more */
 #define VQ_HEADER_SIZE 16u
@@ -129,17 +129,16 @@ struct vq_done {
     uint32_t written;
 };
 
-/* A piece of guest memory that the queue mapped on demand, 40 bytes; free when length is 0. */
+/* A piece of guest memory that the queue mapped on demand, 32 bytes; free when length is 0. */
 struct vq_provision {
     uint64_t guest_address;
     uint64_t length;
     uint64_t host_address;
     uint32_t access;
     uint32_t uses; /* pieces of taken chains that rest on it; the engine counts */
-    uint64_t token;
 };
 
-/* What a queue has done, 48 bytes; plain numbers that only whoever owns the queue adds to. */
+/* What a queue has done, 48 bytes; plain numbers that only the queue's owner adds to. */
 struct vq_counters {
     uint64_t requests; /* chains taken */
     uint64_t batches;  /* takes that returned any */
@@ -199,9 +198,8 @@ struct vq_queue {
     uint8_t avail_wrap;
     uint8_t used_wrap;
     uint8_t signalled_valid;
-    uint8_t armed;
     uint8_t stopped;
-    uint8_t reserved[5];
+    uint8_t reserved[6];
 };
 
 #if defined(__GNUC__)
@@ -330,14 +328,14 @@ VQ_API uint32_t vq_guard_events(void);
 typedef int (*vq_handler)(void *context, const struct vq_queue *queue);
 
 /* vq_server.owner: who may touch the queue. */
-#define VQ_OWNER_NOBODY 0u  /* a handler in C works: whoever wants the queue may borrow it */
+#define VQ_OWNER_NOBODY 0u  /* a handler in C works: any thread may borrow the queue */
 #define VQ_OWNER_ENGINE 1u  /* the worker that called vq_serve or vq_turn */
 #define VQ_OWNER_BORROWER 2u
 #define VQ_OWNER_VISITED 3u /* it was borrowed: look at it anew before going on */
 
 /*
- * One worker that serves one queue, 80 bytes.  call_fd is an eventfd: should a hostile owner hold up
- * a write to it (by filling a blocking one), reading it lets the write through.
+ * One worker that serves one queue, 80 bytes.  A hostile front-end can hold up a write to call_fd by
+ * filling it and making it blocking; reading it lets the write through.
  */
 struct vq_server {
     uint32_t size;      /* of this structure */
@@ -365,19 +363,21 @@ struct vq_server {
 VQ_API int vq_turn(struct vq_server *server);
 
 /*
- * vq_turn for a caller who must not wait, as one with the interpreter's lock: where the driver is to be
- * signalled it takes nothing and returns 0, and vq_turn or vq_serve has to follow, which signals.
+ * vq_turn for a caller that must not wait, because it holds the interpreter's lock.  When the driver
+ * wants a signal this takes nothing and returns 0; the caller follows with vq_turn or vq_serve, which
+ * signals.
  */
 VQ_API int vq_turn_held(struct vq_server *server);
 
 /*
- * vq_turn until there is something for the caller: a batch (of which the handler, if there is one,
- * has left `left` requests), 0 for an interruption, a signal or another descriptor of epoll_fd, or
- * a negative result.  Sleeps when there is nothing to do.  Call it without the interpreter's lock.
+ * Repeat vq_turn, asleep when there is nothing to do, until the caller is wanted.  Returns the count
+ * of a batch (of which the handler, if there is one, has left `left` requests); 0 after an
+ * interruption, a signal or an event of another descriptor in epoll_fd; or a negative result.  Call it
+ * without the interpreter's lock.
  */
 VQ_API int vq_serve(struct vq_server *server);
 
-/* Take the queue from under a handler in C that is at work: 1, or 0 when none is. */
+/* Borrow the queue while a handler in C works: 1, or 0 when none does.  Give it back afterwards. */
 VQ_API int vq_borrow(struct vq_server *server);
 VQ_API void vq_give_back(struct vq_server *server);
 

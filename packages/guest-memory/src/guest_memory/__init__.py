@@ -1,5 +1,6 @@
 """Guest memory for vhost-user back-ends."""
 
+from . import abi
 from ._version import __version__
 from .addresses import Access, BusAddress, GuestAddress, Iova, UserAddress
 from .dirty_log import DirtyLog
@@ -25,6 +26,8 @@ from .errors import (
     UsageError,
 )
 from .iotlb import Iotlb, IotlbEntry
+from .linux.atomics import atomic_add, atomic_flip, atomic_or, store_halfword
+from .linux.copies import try_copy
 from .regions.mapping import Mapper, Mapping, WindowMapper, WindowMapping
 from .regions.mmap_mapper import MmapMapper, MmapMapping
 from .regions.region import MAX_MEM_SLOTS, Region
@@ -79,5 +82,11 @@ __all__ = [
     "WindowMapper",
     "WindowMapping",
     "__version__",
+    "abi",
     "allocate_memfd",
+    "atomic_add",
+    "atomic_flip",
+    "atomic_or",
+    "store_halfword",
+    "try_copy",
 ]

@@ -335,21 +335,31 @@ class VringEpollHandler:
         end = time.monotonic() + self._look
         while True:
             events = self._epoll.poll(0)
-            for queue, vring in enumerate(self.vrings):
-                with vring.get_ref() as state:
-                    if state.ready:
-                        ready.add(queue)
+            ready |= self._with_chains()
             if events or ready:
                 return events
             if time.monotonic() >= end:
                 break
         start = time.monotonic()
         events = self._epoll.poll()
-        if time.monotonic() - start < self._busy_poll:
+        self._slept(time.monotonic() - start)
+        return events
+
+    def _with_chains(self) -> set[int]:
+        """The queues in which chains wait."""
+        found = set()
+        for queue, vring in enumerate(self.vrings):
+            with vring.get_ref() as state:
+                if state.ready:
+                    found.add(queue)
+        return found
+
+    def _slept(self, seconds: float) -> None:
+        """Look longer next time where that would have spared the sleep, and less long elsewhere."""
+        if seconds < self._busy_poll:
             self._look = min(max(2 * self._look, FIRST_LOOK), self._busy_poll)
         else:
             self._look = self._look / 2 if self._look > FIRST_LOOK else 0.0
-        return events
 
     def _handle(self, target: int, events: int) -> bool:
         """Have the back-end work on a queue; whether there is more."""

@@ -22,14 +22,26 @@ from .errors import (
     UsageError,
     VirtqueueError,
 )
-from .layout import DONE, RECORD, SEGMENT, DoneFlags, Reason, RecordFlags, SegmentFlags
+from .layout import (
+    DONE,
+    RECORD,
+    SEGMENT,
+    DoneField,
+    DoneFlags,
+    Reason,
+    RecordField,
+    RecordFlags,
+    SegmentFlags,
+)
 from .memory.sigbus_guard import SigbusGuard
-from .memory.table import Memory
+from .memory.table import DirtyLog, Memory
 from .native.file_handler import FileAction, FileHandler
 from .native.handler import CHandler
 from .native.server import Server
-from .queue.batch import DONE_FIELDS, RECORD_FIELDS, Batch, Chain, Segment
-from .queue.device import DeviceQueue, DirtyLog, RingState
+from .queue.batch import DONE_FIELDS, RECORD_FIELDS, Batch
+from .queue.chain import Chain, Segment
+from .queue.device import DeviceQueue
+from .queue.position import RingState
 
 if _TYPE_CHECKING:
     from .native.transfer import STREAM, Operation, Transfer, TransferFlags
@@ -75,6 +87,7 @@ __all__ = [
     "Counters",
     "DeviceQueue",
     "DirtyLog",
+    "DoneField",
     "DoneFlags",
     "DriverQueue",
     "EngineUnavailable",
@@ -86,6 +99,7 @@ __all__ = [
     "Operation",
     "QueueBroken",
     "Reason",
+    "RecordField",
     "RecordFlags",
     "RingConfig",
     "RingLayout",

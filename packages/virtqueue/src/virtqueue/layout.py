@@ -1,9 +1,9 @@
 """The buffers that a queue and its engine share, byte for byte.
 
-A queue owns one `QueueBlock`, four arrays that the block points to, and nothing else that an
-engine may touch.  Both engines read and write these same buffers, so everything above them
-(`DeviceQueue`, `Batch`, `Chain`) is the same code whichever engine runs.  The C header mirrors
-this file; a test compares sizes and offsets.
+A queue owns one `QueueBlock` and five arrays that the block points to; an engine touches nothing
+else of the queue.  Both engines read and write these same buffers, so `DeviceQueue`, `Batch` and
+`Chain` are the same code over either engine.  The C header mirrors this file; a test compares
+sizes and offsets.
 
 All fields are in native byte order and naturally aligned.  Addresses of host memory are u64.
 """
@@ -15,7 +15,7 @@ import struct
 from enum import IntEnum, IntFlag
 from typing import Final
 
-ABI: Final = 1
+ABI: Final = 2
 MAGIC: Final = 0x45555156  # "VQUE" in little-endian memory
 
 RECORD: Final = struct.Struct("=16sQQQIIHHHxxIxxxx")
@@ -31,9 +31,36 @@ gives several.  ``provision`` is 0, or 1 + the index of the `Provision` that map
 DONE: Final = struct.Struct("=HBBI")
 """One completion (8 bytes): head, status, flags, written."""
 
+
+class RecordField:
+    """Where each field is in what unpacking a `RECORD` gives."""
+
+    HEADER: Final = 0
+    READABLE: Final = 1
+    WRITABLE: Final = 2
+    STATUS: Final = 3
+    READABLE_LENGTH: Final = 4
+    WRITABLE_LENGTH: Final = 5
+    HEAD: Final = 6
+    FLAGS: Final = 7
+    SEGMENT_COUNT: Final = 8
+    FIRST_SEGMENT: Final = 9
+
+
+class DoneField:
+    """Where each field is in what unpacking a `DONE` gives."""
+
+    HEAD: Final = 0
+    STATUS: Final = 1
+    FLAGS: Final = 2
+    WRITTEN: Final = 3
+
+
 RECORD_SIZE: Final = 64
 SEGMENT_SIZE: Final = 32
 DONE_SIZE: Final = 8
+DONE_FLAGS_OFFSET: Final = 3
+"""Bytes before the flags of a `DONE`."""
 HEADER_SIZE: Final = 16
 MAX_QUEUE_SIZE: Final = 32768
 CHAIN_LIMIT: Final = 1024
@@ -220,7 +247,6 @@ class QueueBlock(ctypes.Structure):
     avail_wrap: int
     used_wrap: int
     signalled_valid: int
-    armed: int
     stopped: int
     reserved: ctypes.Array[ctypes.c_uint8]
 
@@ -282,14 +308,13 @@ class QueueBlock(ctypes.Structure):
         ("avail_wrap", ctypes.c_uint8),  # packed
         ("used_wrap", ctypes.c_uint8),  # packed
         ("signalled_valid", ctypes.c_uint8),  # the driver has been told since the queue began
-        ("armed", ctypes.c_uint8),  # the driver has been asked to kick
         ("stopped", ctypes.c_uint8),  # set by the queue: completions only release
-        ("reserved", ctypes.c_uint8 * 5),
+        ("reserved", ctypes.c_uint8 * 6),
     ]
 
 
 class Provision(ctypes.Structure):
-    """A piece of guest memory that was mapped on demand (``struct vq_provision``, 40 bytes).
+    """A piece of guest memory that was mapped on demand (``struct vq_provision``, 32 bytes).
 
     The queue fills a free entry (``length`` 0) after NEED; the engine looks here for addresses
     in regions without a host address, counts in ``uses`` the pieces of taken chains that rest on
@@ -301,7 +326,6 @@ class Provision(ctypes.Structure):
     host_address: int
     access: int
     uses: int
-    token: int
 
     _fields_ = [
         ("guest_address", ctypes.c_uint64),  # guest physical, after the IOMMU
@@ -309,5 +333,4 @@ class Provision(ctypes.Structure):
         ("host_address", ctypes.c_uint64),
         ("access", ctypes.c_uint32),
         ("uses", ctypes.c_uint32),
-        ("token", ctypes.c_uint64),
     ]

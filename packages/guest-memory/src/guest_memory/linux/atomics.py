@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+from typing import Any
 
 from ..errors import MappingFailed
 from . import syscalls
@@ -16,7 +17,9 @@ _idle = ctypes.c_uint32()  # no thread ever waits on it
 _IDLE_ADDRESS = ctypes.addressof(_idle)
 
 
-def _word_operation(address: int, operation: int, operand: int) -> bool:
+def _word_operation(
+    address: int, operation: int, operand: int, call: Any = syscalls.syscall
+) -> bool:
     """Change an aligned 32-bit word atomically; False when its page is missing.
 
     FUTEX_WAKE_OP changes the word at its second address with the machine's atomic instruction
@@ -25,7 +28,7 @@ def _word_operation(address: int, operation: int, operand: int) -> bool:
     """
     while True:
         code = operation << 28 | (operand & 0xFFF) << 12
-        woken: int = syscalls.syscall(
+        woken: int = call(
             syscalls.FUTEX, _IDLE_ADDRESS, _FUTEX_WAKE_OP_PRIVATE, 0, 0, address, code
         )
         if woken >= 0:
@@ -37,23 +40,61 @@ def _word_operation(address: int, operation: int, operand: int) -> bool:
             raise MappingFailed(error, "futex")
 
 
-def atomic_or(address: int, mask: int) -> bool:
-    """OR ``mask`` into the aligned 32-bit word at ``address``, each bit atomically, low bits first.
+def _each_bit(address: int, operation: int, mask: int) -> bool:
+    while mask:
+        bit = mask & -mask
+        if not _word_operation(address, operation | _OP_SHIFT, bit.bit_length() - 1):
+            return False
+        mask ^= bit
+    return True
 
-    Returns False when the page is missing.
+
+def atomic_add(address: int, value: int) -> None:
+    """Add to a 32-bit word of this process's own memory: a full barrier, and the GIL is kept.
+
+    Args:
+        address: host address of the word, aligned to 4 and mapped, in memory that makes no thread
+            wait: never a guest's.
+        value: from -2048 to 2047; the sum wraps.
+
+    Raises:
+        MappingFailed: the system refuses the call, or the word is not there.
+    """
+    if not _word_operation(address, _OP_ADD, value, syscalls.held_syscall):
+        raise MappingFailed(errno.EFAULT, "futex")
+
+
+def atomic_or(address: int, mask: int) -> bool:
+    """OR ``mask`` into a 32-bit word, each bit atomically, low bits first; False on a fault.
+
+    Args:
+        address: host address of the word, aligned to 4.
+        mask: the bits to set, of 32.
+
+    Raises:
+        MappingFailed: the system refuses the call.
     """
     if mask & 0xFFFFF800 == 0xFFFFF800:  # an operand whose sign fills the upper bits
         return _word_operation(address, _OP_OR, (mask & 0x7FF) - 0x800)
     low = mask & 0x7FF
     if low and not _word_operation(address, _OP_OR, low):
         return False
-    mask &= ~0x7FF
-    while mask:
-        bit = mask & -mask
-        if not _word_operation(address, _OP_OR | _OP_SHIFT, bit.bit_length() - 1):
-            return False
-        mask ^= bit
-    return True
+    return _each_bit(address, _OP_OR, mask & ~0x7FF)
+
+
+def atomic_flip(address: int, mask: int) -> bool:
+    """XOR ``mask`` into a 32-bit word, bit by bit, low bits first; False on a fault.
+
+    A reader sees the bits change one after the other, each at once.
+
+    Args:
+        address: host address of the word, aligned to 4.
+        mask: the bits to change, of 32.
+
+    Raises:
+        MappingFailed: the system refuses the call.
+    """
+    return _each_bit(address, _OP_XOR, mask)
 
 
 def store_halfword(address: int, value: int) -> bool:
@@ -63,19 +104,19 @@ def store_halfword(address: int, value: int) -> bool:
     a split ring) is moved by additions instead, whose carry drops out of the word: a reader sees
     the old value, the new one or one between them, all of which are true of a ring whose entries
     were written before. The lower half cannot be added to without a carry, so its bits are flipped:
-    nothing that counts lives there.
+    nothing that counts lives there. No other thread may store there meanwhile.
+
+    Args:
+        address: host address, aligned to 2.
+        value: what to store, of 16 bits, in the machine's byte order.
+
+    Raises:
+        MappingFailed: the system refuses a call.
     """
     word = address & ~3
     current = ctypes.c_uint32()
     if not try_copy(word, ctypes.addressof(current), 4, False):
         return False
     if address & 2:
-        delta, operation, shift = (value - (current.value >> 16)) & 0xFFFF, _OP_ADD, 16
-    else:
-        delta, operation, shift = (value ^ current.value) & 0xFFFF, _OP_XOR, 0
-    while delta:
-        bit = delta & -delta
-        if not _word_operation(word, operation | _OP_SHIFT, bit.bit_length() - 1 + shift):
-            return False
-        delta ^= bit
-    return True
+        return _each_bit(word, _OP_ADD, ((value - (current.value >> 16)) & 0xFFFF) << 16)
+    return _each_bit(word, _OP_XOR, (value ^ current.value) & 0xFFFF)

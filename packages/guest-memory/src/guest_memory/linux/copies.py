@@ -31,7 +31,16 @@ def try_copy(guest: int, local: int, length: int, to_guest: bool) -> bool:
     """Copy between guest memory and ours with the kernel's help; False when a page is missing.
 
     A missing page (its file was truncated) is EFAULT for the kernel where it would be SIGBUS for
-    us. Both addresses are of this process.
+    us. The bytes before it have been copied.
+
+    Args:
+        guest: host address at which the guest's memory is mapped in this process.
+        local: host address of our own memory.
+        length: bytes.
+        to_guest: copy ours to the guest's, or else the guest's to ours.
+
+    Raises:
+        MappingFailed: the system refuses the call.
     """
     global _without_process_vm
     while length:

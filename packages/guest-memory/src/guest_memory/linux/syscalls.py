@@ -31,12 +31,13 @@ HUGETLBFS_MAGIC = 0x958458F6
 PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 
 _libc: Any = ctypes.CDLL(None, use_errno=True)
+_held: Any = ctypes.PyDLL(None, use_errno=True)
 
 
-def function(name: str, result: Any, *arguments: Any) -> Any:
+def function(name: str, result: Any, *arguments: Any, library: Any = _libc) -> Any:
     """A function of the C library; one that is not there raises `MappingFailed` when called."""
     try:
-        found = _libc[name]
+        found = library[name]
     except AttributeError:
 
         def unavailable(*_: Any) -> Any:
@@ -57,13 +58,15 @@ _munmap = function("munmap", _int, _size, _size)
 _madvise = function("madvise", _int, _size, _size, _int)
 _mremap = function("mremap", _size, _size, _size, _size, _int, _size)
 _fstatfs = function("fstatfs", _int, _int, _pointer)
-syscall: Any = function("syscall", _long, _long, _size, _size, _size, _size, _size, _size)
+_syscall = (_long, _long, _size, _size, _size, _size, _size, _size)
+syscall: Any = function("syscall", *_syscall)
+held_syscall: Any = function("syscall", *_syscall, library=_held)  # keeps the GIL
 ioctl: Any = function("ioctl", _int, _int, ctypes.c_ulong, _pointer)
 
 # aarch64, riscv64 and loongarch64 share one table of system call numbers.
-_X86_64 = os.uname().machine == "x86_64"
-FUTEX = 202 if _X86_64 else 98
-USERFAULTFD = 323 if _X86_64 else 282
+_MACHINE = os.uname().machine
+FUTEX = {"x86_64": 202, "s390x": 238, "ppc64le": 221}.get(_MACHINE, 98)
+USERFAULTFD = {"x86_64": 323, "s390x": 355, "ppc64le": 364}.get(_MACHINE, 282)
 
 
 generation: int = 0

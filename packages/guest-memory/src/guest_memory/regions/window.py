@@ -209,7 +209,7 @@ class Window:
         return self._fill(length, alignment, offset % alignment, attempt)
 
     def duplicate(self, address: int, length: int, alignment: int) -> int:
-        """Take a place and map there what is mapped shared at ``address``, in another window.
+        """Take a place and map there what is mapped shared at ``address``, outside of the window.
 
         Raises:
             WindowFull, MappingFailed: nothing is mapped.
@@ -235,7 +235,11 @@ class Window:
         return address
 
     def give_back(self, address: int, length: int) -> None:
-        """Return a place to which nothing was mapped."""
+        """Return a place to which nothing was mapped, or what was is not used any more.
+
+        Such a mapping lasts until the place is taken again or the window goes. `cover` replaces it
+        at once.
+        """
         self._reservation.put_back(address, length, _FREE)
 
     def restore(self, address: int, length: int) -> None:

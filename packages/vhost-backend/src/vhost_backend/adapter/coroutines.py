@@ -7,6 +7,7 @@ just that and lets the worker have its round; between rounds coroutines run.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -27,6 +28,9 @@ class AsyncVringEpollHandler(VringEpollHandler):
     _ended: asyncio.Event
     _timer: asyncio.TimerHandle | None = None
     _failure: BaseException | None = None
+    #: Until when to look at the rings before the loop may sleep, and since when it may have slept.
+    _look_end: float | None = None
+    _idle_since: float | None = None
 
     def _work(self) -> None:
         asyncio.run(self._main())
@@ -56,7 +60,28 @@ class AsyncVringEpollHandler(VringEpollHandler):
         if self._stopping:
             self._ended.set()
         elif timeout is not None:
+            self._look_end = self._idle_since = None
             self._timer = self._loop.call_later(timeout, self._turn)
+        elif self._busy_poll:
+            self._look_on()
+
+    def _look_on(self) -> None:
+        """Look at the rings for a while, in turns with what else the loop has to do."""
+        now = time.monotonic()
+        if self._idle_since is not None:
+            self._slept(now - self._idle_since)
+            self._look_end = self._idle_since = None
+        if self._look_end is None:
+            self._look_end = now + self._look
+        found = self._with_chains()
+        if found:
+            self._look_end = None
+            with self._lock:
+                self._scan |= found
+        elif now >= self._look_end:
+            self._idle_since = now
+            return
+        self._timer = self._loop.call_later(0, self._turn)
 
     def run_in(self, host: asyncio.Task[object] | None) -> None:
         """The worker lives as long as this task: a loop that ends cancels it with the others."""

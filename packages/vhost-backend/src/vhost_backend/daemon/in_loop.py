@@ -32,6 +32,7 @@ from ..fds.listener import Listener, announce
 from ..vring.locks import VringMutex
 from .base import DaemonBase, Pause, say_another_waits
 from .conversation import Seen, answering
+from .report import served_metrics
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -76,6 +77,10 @@ class AsyncDaemon(DaemonBase):
 
     The parameters are `VhostUserDaemon`'s. All methods belong to the loop that was running when the
     object was made. Ends when the task that serves is cancelled.
+
+    With `busy_poll` the loop does not sleep for that long after the last request, and other tasks
+    have their turns between two looks. `cpus` are for the loop's thread, as long as the daemon is
+    not closed.
     """
 
     def __init__(
@@ -88,6 +93,8 @@ class AsyncDaemon(DaemonBase):
         engine: str | None = None,
         memory_slots: bool = True,
         drain_warning: float = 10.0,
+        busy_poll: float = 0.0,
+        cpus: Sequence[int] = (),
     ) -> None:
         loop = asyncio.get_running_loop()
         check_backend(backend)
@@ -103,7 +110,11 @@ class AsyncDaemon(DaemonBase):
             drain_warning=drain_warning,
             worker_type=LoopWorker,
             wake=lambda: _call(loop, self._look_on),
+            busy_poll=busy_poll,
+            cpus=cpus,
         )
+        self._cpus = frozenset(cpus)
+        self._cpus_before: set[int] | None = None
         self._failure: BaseException | None = None
         self._task: asyncio.Task[Any] | None = None
         if isinstance(backend, DeviceBackend):
@@ -224,6 +235,12 @@ class AsyncDaemon(DaemonBase):
             self._end(conversation, connection.close)
         return None
 
+    def _start_workers(self) -> None:
+        if self._cpus and self._cpus_before is None:
+            self._cpus_before = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, self._cpus)
+        super()._start_workers()
+
     def _worker_failed(self, error: BaseException) -> None:
         if self._failure is None:
             self._failure = kept(error)
@@ -257,6 +274,9 @@ class AsyncDaemon(DaemonBase):
         for worker in self._workers:
             worker.stop()
         self._workers = []
+        if self._cpus_before is not None:
+            os.sched_setaffinity(0, self._cpus_before)
+            self._cpus_before = None
 
     async def __aenter__(self) -> AsyncDaemon:
         self._start_workers()
@@ -276,12 +296,17 @@ async def serve_async(
     engine: str | None = None,
     mapper: Mapper | None = None,
     memory_slots: bool = True,
+    metrics: str | None = None,
+    busy_poll: float = 0.0,
+    cpus: Sequence[int] = (),
     ready: Callable[[], None] | None = None,
 ) -> None:
     """Serve `device` on the Unix socket `path` (or a `Listener`) in the running loop.
 
-    Ends when cancelled; the device is closed then. No signal handlers are installed. The arguments
-    are those of `serve`. Raises `ListenError` when the path cannot be listened on.
+    Ends when cancelled; the device is closed then. No signal handlers are installed:
+    `loop.add_signal_handler(signal.SIGUSR1, ...)` with `AsyncDaemon` and `report` does what `serve`
+    does. The arguments are those of `serve`, `busy_poll` and `cpus` as `AsyncDaemon` takes them;
+    `metrics` are served by a thread. Raises `ListenError` when the path cannot be listened on.
     """
     check_device(device)
     try:
@@ -292,12 +317,15 @@ async def serve_async(
                 engine=engine,
                 mapper=mapper,
                 memory_slots=memory_slots,
+                busy_poll=busy_poll,
+                cpus=cpus,
             ) as daemon:
-                if ready is None:
-                    announce(daemon.name, listener)
-                else:
-                    ready()
-                await daemon.serve_forever(listener)
+                with served_metrics(metrics, [daemon]):
+                    if ready is None:
+                        announce(daemon.name, listener)
+                    else:
+                        ready()
+                    await daemon.serve_forever(listener)
     finally:
         close_device(device)
 

@@ -13,8 +13,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from ..errors import ListenError, VhostBackendError
 from ..fds.listener import Listener
+from .base import DaemonBase
 from .report import QueueReport, report
-from .threaded import VhostUserDaemon
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -32,7 +32,7 @@ class MetricsServer:
     figures are nobody else's. Raises `ListenError` or `VhostBackendError`.
     """
 
-    def __init__(self, where: str, daemons: Iterable[VhostUserDaemon]) -> None:
+    def __init__(self, where: str, daemons: Iterable[DaemonBase]) -> None:
         try:
             from prometheus_client import CollectorRegistry, make_wsgi_app
         except ImportError:
@@ -70,7 +70,7 @@ class MetricsServer:
 class _Collector:
     """Reads the counters when it is asked."""
 
-    def __init__(self, daemons: list[VhostUserDaemon]) -> None:
+    def __init__(self, daemons: list[DaemonBase]) -> None:
         self._daemons = daemons
 
     def collect(self) -> Iterator[Metric]:

@@ -1,9 +1,10 @@
 """What the queues have done: as values, and as lines for a person."""
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from .threaded import VhostUserDaemon
+from .base import DaemonBase
 
 
 class QueueReport(NamedTuple):
@@ -16,7 +17,7 @@ class QueueReport(NamedTuple):
     counters: dict[str, int]
 
 
-def report(daemons: Iterable[VhostUserDaemon]) -> list[QueueReport]:
+def report(daemons: Iterable[DaemonBase]) -> list[QueueReport]:
     """The queues of these daemons."""
     reports = []
     for daemon in daemons:
@@ -34,9 +35,24 @@ def report(daemons: Iterable[VhostUserDaemon]) -> list[QueueReport]:
     return reports
 
 
-def lines(daemons: Iterable[VhostUserDaemon]) -> Iterator[str]:
+def lines(daemons: Iterable[DaemonBase]) -> Iterator[str]:
     """The same for a person: a line for each queue."""
     for entry in report(daemons):
         state = "running" if entry.running else "stopped"
         counts = " ".join(f"{name}={value}" for name, value in entry.counters.items())
         yield f"{entry.device} queue {entry.queue}: {state} in_flight={entry.in_flight} {counts}"
+
+
+@contextlib.contextmanager
+def served_metrics(where: str | None, daemons: Sequence[DaemonBase]) -> Iterator[None]:
+    """Serve the same to Prometheus meanwhile, unless `where` is None; see `MetricsServer`."""
+    if where is None:
+        yield
+        return
+    from .prometheus import MetricsServer
+
+    server = MetricsServer(where, daemons)
+    try:
+        yield
+    finally:
+        server.close()

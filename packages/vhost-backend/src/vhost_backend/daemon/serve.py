@@ -21,7 +21,7 @@ from ..errors import VhostBackendError, kept
 from ..fds.listener import Listener, announce
 from .base import say_another_waits
 from .descriptor_limit import raise_limit
-from .report import lines
+from .report import lines, served_metrics
 from .threaded import VhostUserDaemon
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -113,7 +113,7 @@ def serve_all(
             # Before a socket exists: from then on a signal has something to clean up.
             listeners: list[Listener] = []
             stack.enter_context(_signals(daemons, bell, lambda: _close_all(listeners)))
-            stack.enter_context(_metrics(metrics, daemons))
+            stack.enter_context(served_metrics(metrics, daemons))
             for _, path in pairs:
                 listener = path if isinstance(path, Listener) else Listener(path)
                 listeners.append(stack.enter_context(listener))
@@ -306,17 +306,3 @@ def _signals(
 def _print_counters(daemons: Sequence[VhostUserDaemon]) -> None:
     with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
         print("\n".join(lines(daemons)), file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _metrics(where: str | None, daemons: Sequence[VhostUserDaemon]) -> Iterator[None]:
-    if where is None:
-        yield
-        return
-    from .prometheus import MetricsServer
-
-    server = MetricsServer(where, daemons)
-    try:
-        yield
-    finally:
-        server.close()

@@ -16,7 +16,7 @@ VARIABLE: Final = "VIRTQUEUE_ENGINE"
 
 
 def wanted_engine(name: str | None) -> EngineName | None:
-    """What the caller, or else the environment, asks for; None for the best there is."""
+    """The engine that the caller, or else the environment, asks for; None for the best."""
     chosen = name or os.environ.get(VARIABLE) or None
     if chosen is None:
         return None
@@ -28,7 +28,7 @@ def wanted_engine(name: str | None) -> EngineName | None:
 
 
 def make_engine(name: str | None, block: QueueBlock, memory: Memory) -> Engine:
-    """An engine for the block; raises `EngineUnavailable` when ``c`` is asked for in vain."""
+    """An engine for the block; raises `EngineUnavailable` when "c" is wanted and not there."""
     wanted = wanted_engine(name)
     if wanted != "python":
         try:
@@ -79,7 +79,7 @@ def default_engine() -> EngineName:
     """The engine that a queue gets when nothing else is said: VIRTQUEUE_ENGINE's, or the best.
 
     Raises `UsageError` when VIRTQUEUE_ENGINE names no engine, and `EngineUnavailable` when it asks
-    for the C engine in vain.
+    for the C engine, which is not there.
     """
     return load_engine()
 

@@ -1,10 +1,10 @@
 """Reaching ring memory and buffers: directly, or through the kernel where nothing guards them.
 
 A region of an unsealed file may be truncated at any moment.  With a `SigbusGuard` that is
-survived; without one guest_memory marks the region (``REGION_UNGUARDED``) and every access here is
-a system call on our own memory, which answers EFAULT where a load or store would end the process:
-process_vm_readv(2) and process_vm_writev(2), or a pipe where a seccomp filter forbids those.  A
-fault marks the region as poisoned, as the guard would, and is `Broken` with `Reason.TRUNCATED`.
+survived; without one guest_memory marks the region (``REGION_UNGUARDED``), and every access here
+goes through guest_memory's system calls, which report a missing page where a load or store would
+end the process.  Such a page marks the region as poisoned, as the guard would, and is `Broken` with
+`Reason.TRUNCATED`.
 
 The kernel's copy of a few bytes may be several stores, so words that a partner reads meanwhile need
 more:
@@ -12,12 +12,12 @@ more:
 * Loads are repeated until two in a row agree.  Two equal copies of an index are a value that was
   there: both can only be torn alike when the driver has really gone past it meanwhile.
 * The used and available index of a split ring lie in the upper half of an aligned 32-bit word.
-  They are moved by atomic additions of powers of two, whose carry drops out of the word.  A reader
-  sees the old index, the new one or one between, all true: what they cover is written.
+  `store_halfword` moves them: a reader sees the old index, the new one or one between, all true, as
+  what they cover is written.
 * The flags of a packed descriptor lie there too.  Their bits are flipped one by one and atomically,
   AVAIL and USED last: exactly one of those two changes, and with it the descriptor's owner.
-* Event fields and split flags may be seen torn: whoever reads them before the last byte is there
-  has stored its own index before we look at that (the "arm" and "notify" rows of the barriers).
+* Event fields and split flags may be seen torn: a driver that reads them before the last byte is
+  there has stored its own index before we look at that (rows "arm" and "notify" of the barriers).
 
 Big-endian rings have no such order of bytes and are refused (`Reason.RING_MEMORY`).
 """
@@ -25,11 +25,11 @@ Big-endian rings have no such order of bytes and are refused (`Reason.RING_MEMOR
 from __future__ import annotations
 
 import ctypes
-import errno
-import os
 import struct
 from collections.abc import Callable
 from typing import Any, Final
+
+from guest_memory import atomic_flip, store_halfword, try_copy
 
 from ..layout import Reason
 from . import barrier
@@ -37,84 +37,6 @@ from .table import Broken, Piece, Table
 
 _TRIES: Final = 64
 _AVAIL_AND_USED: Final = 0x8080
-
-_Range = ctypes.c_uint64 * 2  # struct iovec
-
-
-def _function(name: str, arguments: list[Any]) -> Any:
-    function = getattr(ctypes.CDLL(None, use_errno=True), name)
-    function.restype = ctypes.c_ssize_t
-    function.argtypes = arguments
-    return function
-
-
-_vector = [
-    ctypes.c_int,
-    ctypes.c_void_p,
-    ctypes.c_ulong,
-    ctypes.c_void_p,
-    ctypes.c_ulong,
-    ctypes.c_ulong,
-]
-_plain = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
-_readv = _function("process_vm_readv", _vector)
-_writev = _function("process_vm_writev", _vector)
-_read = _function("read", _plain)
-_write = _function("write", _plain)
-_without_process_vm = False
-
-
-def copy(guest: int, local: int, length: int, to_guest: bool) -> bool:
-    """Copy between guest memory and ours, both at addresses of this process.
-
-    False when a page of the guest's is missing; the bytes before it have been copied.
-    """
-    global _without_process_vm
-    call = _writev if to_guest else _readv
-    while length:
-        if _without_process_vm:
-            return _copy_by_pipe(guest, local, length, to_guest)
-        ours, theirs = _Range(local, length), _Range(guest, length)
-        done: int = call(os.getpid(), ours, 1, theirs, 1, 0)
-        if done < 0:
-            code = ctypes.get_errno()
-            if code in (errno.EPERM, errno.ENOSYS):
-                _without_process_vm = True
-            elif code == errno.EFAULT:
-                return False
-            elif code != errno.EINTR:
-                raise OSError(code, "process_vm_writev" if to_guest else "process_vm_readv")
-            continue
-        if not done:
-            return False
-        # A call ends early at 2 GiB, and at a missing page, which the next one reports.
-        guest += done
-        local += done
-        length -= done
-    return True
-
-
-def _copy_by_pipe(guest: int, local: int, length: int, to_guest: bool) -> bool:
-    source, target = (local, guest) if to_guest else (guest, local)
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    try:
-        while length:
-            # A pipe takes a page without blocking.
-            put: int = _write(writer, source, min(length, 4096))
-            if put <= 0:
-                return False
-            source += put
-            length -= put
-            while put:
-                got: int = _read(reader, target, put)
-                if got <= 0:
-                    return False
-                target += got
-                put -= got
-    finally:
-        os.close(reader)
-        os.close(writer)
-    return True
 
 
 class KernelMemory:
@@ -134,14 +56,14 @@ class KernelMemory:
 
     def load(self, offset: int, length: int) -> bytes:
         """Up to 16 bytes."""
-        if not copy(self._address + offset, self._local, length, False):
+        if not try_copy(self._address + offset, self._local, length, False):
             raise self._lost(offset)
         return self._buffer.raw[:length]
 
     def store(self, offset: int, data: bytes) -> None:
         """Up to 16 bytes, not necessarily at once."""
         self._buffer.raw = data.ljust(16)
-        if not copy(self._address + offset, self._local, len(data), True):
+        if not try_copy(self._address + offset, self._local, len(data), True):
             raise self._lost(offset)
 
     def __setitem__(self, place: slice, data: bytes) -> None:
@@ -173,26 +95,16 @@ class KernelWords(KernelMemory):
         if width != 2 or not (self._address + offset) & 2:
             self.store(offset, value.to_bytes(width, "little"))
             return
-        # One store at a time changes the upper half of a word, and nobody else stores there.
-        old = int.from_bytes(self.load(offset, 2), "little")
-        word = self._address + offset - 2
-        if self._flags:
-            change = value ^ old
-            parts = (change & ~_AVAIL_AND_USED, change & _AVAIL_AND_USED)
-            step: Callable[[int, int], None] = barrier.atomic_flip_bit
+        # One store at a time changes the upper half of a word; no other thread stores there.
+        if not self._flags:
+            whole = store_halfword(self._address + offset, value)
         else:
-            parts = ((value - old) & 0xFFFF, 0)
-            step = barrier.atomic_add_bit
-        for part in parts:
-            while part:
-                bit = part & -part
-                try:
-                    step(word, bit.bit_length() + 15)
-                except OSError as error:
-                    if error.errno != errno.EFAULT:
-                        raise
-                    raise self._lost(offset) from None
-                part ^= bit
+            word = self._address + offset - 2
+            change = value ^ int.from_bytes(self.load(offset, 2), "little")
+            owner = change & _AVAIL_AND_USED
+            whole = atomic_flip(word, (change ^ owner) << 16) and atomic_flip(word, owner << 16)
+        if not whole:
+            raise self._lost(offset)
 
 
 def words16(
@@ -254,7 +166,7 @@ def read(piece: Piece, length: int) -> bytes:
     if not piece.unguarded:
         return ctypes.string_at(piece.host, length)
     data = (ctypes.c_char * length)()
-    if not copy(piece.host, ctypes.addressof(data), length, False):
+    if not try_copy(piece.host, ctypes.addressof(data), length, False):
         raise _lost(piece)
     return data.raw
 
@@ -265,7 +177,7 @@ def write(piece: Piece, offset: int, data: bytes) -> None:
         ctypes.memmove(piece.host + offset, data, len(data))
         return
     buffer = (ctypes.c_char * len(data)).from_buffer_copy(data)
-    if not copy(piece.host + offset, ctypes.addressof(buffer), len(data), True):
+    if not try_copy(piece.host + offset, ctypes.addressof(buffer), len(data), True):
         raise _lost(piece)
 
 
@@ -294,7 +206,7 @@ class Shadow:
 
     def _move(self, length: int, to_guest: bool) -> bool:
         exported = (ctypes.c_char * len(self.data)).from_buffer(self.data)
-        done = copy(self._host, ctypes.addressof(exported), length, to_guest)
+        done = try_copy(self._host, ctypes.addressof(exported), length, to_guest)
         if not done:
             self._poison.value = 1
         return done

@@ -1,8 +1,8 @@
 """Pages of guest memory mapped a second time, side by side.
 
 Behind an IOMMU a driver puts a ring that is larger than a page wherever it has pages, and the
-engines want one address for each part of a ring. Shared memory can be had twice: mremap(2) with an
-old size of 0 maps the same pages elsewhere.
+engines want one address for each part of a ring. Shared memory can be had twice, in a window of
+guest_memory's.
 """
 
 from __future__ import annotations
@@ -12,33 +12,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Final
+from typing import Final
+
+from guest_memory import MappingFailed, Window, WindowFull, try_copy
 
 from ..layout import Reason
-from . import access
 from .sigbus_guard import SigbusGuard
 from .table import Broken, Piece
 
 _PAGE: Final = os.sysconf("SC_PAGESIZE")
-_PROT_NONE: Final = 0
-_MAP_PRIVATE_ANONYMOUS_NORESERVE: Final = 0x4022
-_MREMAP_MAYMOVE: Final = 1
-_MREMAP_MAYMOVE_FIXED: Final = 3
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_mmap: Any = _libc.mmap
-_mmap.restype = ctypes.c_size_t
-_mmap.argtypes = [
-    *(ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
-]
-_mremap: Any = _libc.mremap
-_mremap.restype = ctypes.c_size_t
-_mremap.argtypes = [
-    *(ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_size_t)
-]
-_munmap: Any = _libc.munmap
-_munmap.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
-_FAILED: Final = ctypes.c_size_t(-1).value
 
 
 class Joined:
@@ -52,7 +34,7 @@ class Joined:
     """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
-        #: (address, bytes) of what is mapped here and nowhere else.
+        #: (address, bytes) of the places taken in the window, one after the other.
         self._held: list[tuple[int, int]] = []
         self._watched: list[tuple[int, int]] = []
         self._unwatch: Callable[[int, int], None] = SigbusGuard.unwatch_range
@@ -67,48 +49,40 @@ class Joined:
             (piece.host & -_PAGE, -(-(piece.host + piece.length) // _PAGE) * _PAGE)
             for piece in pieces
         ]
-        size = sum(end - start for start, end in spans)
-        target: int = _mmap(0, size, _PROT_NONE, _MAP_PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
-        if target == _FAILED:
-            raise Broken(Reason.RING_MEMORY, pieces[0].guest)
-        self._held.append((target, size))
-        self.address: int = target + pieces[0].host % _PAGE
+        try:
+            self._window = Window(sum(end - start for start, end in spans))
+        except MappingFailed:
+            raise Broken(Reason.RING_MEMORY, pieces[0].guest) from None
         for piece, (start, end) in zip(pieces, spans, strict=True):
-            self._join(piece, start, end, target)
-            target += end - start
+            self._join(piece, start, end - start)
+        self.address: int = self._window.base + pieces[0].host % _PAGE
 
-    def _join(self, piece: Piece, start: int, end: int, target: int) -> None:
+    def _join(self, piece: Piece, start: int, length: int) -> None:
         # What postcopy has not brought yet is waited for at the mapping that is watched for it: a
         # touch of the second one would find zeroes, and the page could not be brought any more.
         byte = ctypes.c_char()
-        for page in range(start, end, _PAGE):
-            if not access.copy(page, ctypes.addressof(byte), 1, False):
+        for page in range(start, start + length, _PAGE):
+            if not try_copy(page, ctypes.addressof(byte), 1, False):
                 raise Broken(Reason.TRUNCATED, piece.guest)
-        # A refused MREMAP_FIXED may have removed what was there, and another thread's mapping may
-        # fall into the hole. So the kernel is asked first to map the same anywhere.
-        length = end - start
-        trial: int = _mremap(start, 0, length, _MREMAP_MAYMOVE, 0)
-        if trial == _FAILED:
-            raise Broken(Reason.RING_MEMORY, piece.guest)
-        _munmap(trial, length)
-        if _mremap(start, 0, length, _MREMAP_MAYMOVE_FIXED, target) != target:
-            base, size = self._held.pop()
-            self._held += [(base, target - base), (target + length, base + size - target - length)]
-            raise Broken(Reason.RING_MEMORY, piece.guest)
+        try:
+            place = self._window.duplicate(start, length, _PAGE)
+        except (MappingFailed, WindowFull):
+            raise Broken(Reason.RING_MEMORY, piece.guest) from None
+        self._held.append((place, length))
         if piece.poison is not None:
             try:
-                SigbusGuard.watch_range(target, end - start, _PAGE, ctypes.addressof(piece.poison))
+                SigbusGuard.watch_range(place, length, _PAGE, ctypes.addressof(piece.poison))
             except ImportError:
                 return  # without the library there is no guard, and this memory needs none
-            self._watched.append((target, end - start))
+            self._watched.append((place, length))
 
     def __del__(self) -> None:
         # A forked child does not have it. When the interpreter ends, a daemon thread may be in C
         # with it, and modules may be empty.
         if sys.is_finalizing() or self._owner != os.getpid():
             return
-        for start, length in self._watched:
-            self._unwatch(start, length)
-        for start, length in self._held:
-            if length:
-                _munmap(start, length)
+        for place, length in self._watched:
+            self._unwatch(place, length)
+        # The window goes with this object, and unmaps what is in it once it has all places back.
+        for place, length in self._held:
+            self._window.give_back(place, length)

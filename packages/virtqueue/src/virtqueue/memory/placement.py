@@ -17,8 +17,8 @@ PAGE: Final = 4096
 class Placement:
     """A part of a ring: `host` is the host address of its first byte, `pieces` what is there.
 
-    Whoever made the pieces keeps the snapshot that they come from for as long as this is used.
-    `before` is where the part was until now: what was mapped for it is used again if it fits.
+    The maker of the pieces keeps the snapshot that they come from for as long as this is used.
+    `before` is where the part was until now: its mapping is used again if it fits.
 
     Raises `Broken` (RING_MEMORY, TRUNCATED) for pieces that cannot be had side by side.
     """

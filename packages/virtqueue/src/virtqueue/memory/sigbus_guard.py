@@ -1,7 +1,7 @@
 """Surviving memory of the front-end's that is truncated under us.
 
 A front-end that shortens the file behind a mapping turns every later touch of the lost pages into
-a SIGBUS, which by default ends the process: one guest would take down the device of all others.
+a SIGBUS, which by default ends the process: one guest would take down the devices of all others.
 The guard's handler maps a zero page over the faulting page instead, marks the mapping as poisoned
 and goes on; engines look at the mark before they publish a completion and break the queue
 (`Reason.TRUNCATED`).  Mappings are the regions of guest memory, the dirty log and the in-flight
@@ -20,7 +20,7 @@ from .table import Memory
 
 
 class SigbusGuard:
-    """The guard of this process.  Installed by whoever owns the process, never on import.
+    """The guard of this process.  The process's owner installs it; an import never does.
 
     Needs the C engine's library; `install` raises `EngineUnavailable` without it.
     """
@@ -36,7 +36,7 @@ class SigbusGuard:
 
     @staticmethod
     def install() -> bool:
-        """Take SIGBUS over; false when it was taken over already.
+        """Take SIGBUS over; false when this was done before.
 
         Call it again after something else (faulthandler, say) has set a handler for SIGBUS.
         Raises `OSError` when the kernel refuses.
@@ -53,8 +53,8 @@ class SigbusGuard:
     def watch(memory: Memory) -> None:
         """Guard the regions of a snapshot; once more for each snapshot that shares them.
 
-        Balance it with `unwatch` before the mappings go: another file mapped at the same place
-        would be guarded in their stead.
+        Call `unwatch` as often, before the mappings go: the guard would take another file that is
+        mapped at the same place for them.
         """
         _check(library().held.vq_guard_watch(ctypes.c_uint64(memory.table_address)))
 
@@ -93,6 +93,6 @@ def _check(result: int) -> None:
     if result == Result.NO_MEMORY:
         raise MemoryError("no room for another watched mapping")
     if result == Result.USAGE:
-        raise UsageError("not a mapping that could be watched")
+        raise UsageError("the guard watches pages of a mapping, and these addresses are none")
     if result < 0:
         raise UsageError("the memory table has another ABI")

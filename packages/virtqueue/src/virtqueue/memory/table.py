@@ -1,7 +1,7 @@
 """Reading a snapshot of guest memory out of the structure that guest_memory publishes.
 
-The same bytes serve the C engine; nothing of guest_memory's Python is needed to translate.  The
-structures mirror its ``abi.py`` and are refused when magic, version or size differ.
+The same bytes serve the C engine.  A structure is refused when its magic, version or size is
+another than this package knows.
 """
 
 import ctypes
@@ -9,15 +9,13 @@ from bisect import bisect_right
 from typing import Any, Final, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
+from guest_memory import abi
+
 from ..errors import UsageError
 from ..layout import Reason
 
-TABLE_MAGIC: Final = 0x4D454D47
-LOG_MAGIC: Final = 0x474F4C47
 MEMORY_ABI: Final = 1
-REGION_ON_DEMAND: Final = 1
-REGION_READ_ONLY: Final = 2
-REGION_UNGUARDED: Final = 4
+"""The version of guest_memory's structures whose meaning is known here and in C."""
 READ: Final = 1
 WRITE: Final = 2
 
@@ -34,109 +32,15 @@ class Memory(Protocol):
         """The flat window over all mapped regions, or None."""
 
 
-class MemoryRegion(ctypes.Structure):
-    """``struct gm_region``."""
+class DirtyLog(Protocol):
+    """What a queue asks of a dirty log (`guest_memory.DirtyLog` is one)."""
 
-    guest_address: int
-    size: int
-    user_address: int
-    host_address: int
-    poison: int
-    page_size: int
-    flags: int
-    reserved: ctypes.Array[ctypes.c_uint64]
-
-    _fields_ = [
-        ("guest_address", ctypes.c_uint64),
-        ("size", ctypes.c_uint64),
-        ("user_address", ctypes.c_uint64),
-        ("host_address", ctypes.c_uint64),
-        ("poison", ctypes.c_uint64),
-        ("page_size", ctypes.c_uint32),
-        ("flags", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint64 * 2),
-    ]
+    @property
+    def struct_address(self) -> int:
+        """Host address of its ``gm_log``."""
 
 
-class MemoryIotlbEntry(ctypes.Structure):
-    """``struct gm_iotlb_entry``."""
-
-    iova: int
-    size: int
-    user_address: int
-    access: int
-    reserved: int
-
-    _fields_ = [
-        ("iova", ctypes.c_uint64),
-        ("size", ctypes.c_uint64),
-        ("user_address", ctypes.c_uint64),
-        ("access", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
-    ]
-
-
-class MemoryTable(ctypes.Structure):
-    """``struct gm_table``."""
-
-    magic: int
-    abi: int
-    size: int
-    region_count: int
-    regions: int
-    by_user: int
-    iotlb: int
-    iotlb_count: int
-    flags: int
-    window_base: int
-    window_size: int
-    pins: int
-    reserved: int
-
-    _fields_ = [
-        ("magic", ctypes.c_uint32),
-        ("abi", ctypes.c_uint32),
-        ("size", ctypes.c_uint32),
-        ("region_count", ctypes.c_uint32),
-        ("regions", ctypes.c_uint64),
-        ("by_user", ctypes.c_uint64),
-        ("iotlb", ctypes.c_uint64),
-        ("iotlb_count", ctypes.c_uint32),
-        ("flags", ctypes.c_uint32),
-        ("window_base", ctypes.c_uint64),
-        ("window_size", ctypes.c_uint64),
-        ("pins", ctypes.c_uint64),
-        ("reserved", ctypes.c_uint64),
-    ]
-
-
-class MemoryLog(ctypes.Structure):
-    """``struct gm_log``."""
-
-    magic: int
-    abi: int
-    size: int
-    page_shift: int
-    bitmap: int
-    bitmap_size: int
-    enabled: int
-    reserved: int
-    poison: int
-
-    _fields_ = [
-        ("magic", ctypes.c_uint32),
-        ("abi", ctypes.c_uint32),
-        ("size", ctypes.c_uint32),
-        ("page_shift", ctypes.c_uint32),
-        ("bitmap", ctypes.c_uint64),
-        ("bitmap_size", ctypes.c_uint64),
-        ("enabled", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
-        ("poison", ctypes.c_uint64),
-    ]
-
-
-PINS_OFFSET: Final[int] = MemoryTable.pins.offset  # type: ignore[attr-defined]
+PINS_OFFSET: Final[int] = abi.GmTable.pins.offset  # type: ignore[attr-defined]
 
 
 class Missing(Exception):
@@ -187,11 +91,11 @@ class Table:
 
     def __init__(self, memory: Memory) -> None:
         address = memory.table_address
-        table = MemoryTable.from_address(address)
+        table = abi.GmTable.from_address(address)
         if (table.magic, table.abi, table.size) != (
-            TABLE_MAGIC,
+            abi.TABLE_MAGIC,
             MEMORY_ABI,
-            ctypes.sizeof(MemoryTable),
+            ctypes.sizeof(abi.GmTable),
         ):
             raise UsageError(
                 f"memory table has magic {table.magic:#x}, ABI {table.abi}, {table.size} bytes"
@@ -200,7 +104,7 @@ class Table:
         self.address: int = address
         self.window_base: int = table.window_base
         self.window_end: int = table.window_base + table.window_size
-        raw = (MemoryRegion * table.region_count).from_address(table.regions or address)
+        raw = (abi.GmRegion * table.region_count).from_address(table.regions or address)
         self.regions: list[Region] = [
             Region(
                 r.guest_address,
@@ -212,13 +116,13 @@ class Table:
             )
             for r in raw
         ]
-        self._unguarded = [region for region in self.regions if region.flags & REGION_UNGUARDED]
+        self._unguarded = [region for region in self.regions if region.flags & abi.REGION_UNGUARDED]
         self._starts = [region.guest for region in self.regions]
         self._by_user = sorted(self.regions, key=lambda region: region.user)
         self._user_starts = [region.user for region in self._by_user]
         self._entries: list[tuple[int, int, int, int]] = []
         if table.iotlb:
-            entries = (MemoryIotlbEntry * table.iotlb_count).from_address(table.iotlb)
+            entries = (abi.GmIotlbEntry * table.iotlb_count).from_address(table.iotlb)
             self._entries = [(e.iova, e.size, e.user_address, e.access) for e in entries]
         self._iovas = [entry[0] for entry in self._entries]
 
@@ -234,7 +138,7 @@ class Table:
     @property
     def pins(self) -> int:
         """Requests taken with this snapshot and not completed, in all engines."""
-        return MemoryTable.from_address(self.address).pins
+        return abi.GmTable.from_address(self.address).pins
 
     def poison_words(self, host: int) -> list[Any]:
         """The poison word of the region that is mapped at a host address.
@@ -319,10 +223,10 @@ class Table:
         self, region: Region, offset: int, length: int, access: int, provisions: Any
     ) -> list[Piece]:
         guest = region.guest + offset
-        if access & WRITE and region.flags & REGION_READ_ONLY:
+        if access & WRITE and region.flags & abi.REGION_READ_ONLY:
             raise Broken(Reason.ACCESS, guest)
-        unguarded = bool(region.flags & REGION_UNGUARDED)
-        if not region.flags & REGION_ON_DEMAND:
+        unguarded = bool(region.flags & abi.REGION_UNGUARDED)
+        if not region.flags & abi.REGION_ON_DEMAND:
             return [Piece(region.host + offset, guest, length, 0, region.poison, unguarded)]
         pieces: list[Piece] = []
         while length:

@@ -76,18 +76,17 @@ _BATCH: Final[int] = FileBlock.batch.offset  # type: ignore[attr-defined]
 class FileHandler(CHandler):
     """A handler for queues whose requests begin with ``{le32 type, le32 unused, le64 position}``.
 
-    ``fd`` is the file, of which the handler keeps a descriptor of its own (its number may go to
-    another file while a request waits for a disk that hangs); ``length`` what of it may be read and
-    written, in bytes; a position counts units of ``unit`` bytes, a power of two, and requests move
-    whole units. ``actions`` says what each type means; types that are not in it are left. With
-    ``durable`` a write completes when it is on the disk, and with ``uring`` requests that would
-    wait for the file wait together (see `Transfer`). One worker uses a handler at a time.
+    ``fd`` is the file.  The handler keeps a descriptor of its own, since the number may go to
+    another file while a request waits for a disk that hangs.  ``length`` bytes of the file may be
+    read and written.  A position counts units of ``unit`` bytes, a power of two, and requests move
+    whole units.  ``actions`` says what each type means; other types are left to the caller.  With
+    ``durable`` a write completes when it is on the disk.  With ``uring`` requests that would wait
+    for the file wait together (see `Transfer`).  One worker uses a handler at a time.
 
-    A request that is not plain is left to the caller as well: an unknown type, a length that is no
-    whole number of units, the end of the file, an error of the file. It may have been done in part.
-    Where the file failed, the errno (255 for a larger one) is the status in its entry of
-    `Batch.done`. A `SYNC` must not be tried again then: the kernel reports a failed
-    write-back once.
+    The handler also leaves a request to the caller whose length is no whole number of units, that
+    reaches beyond ``length``, or that the file fails; it may have been done in part.  When the file
+    failed, the request's entry of `Batch.done` has the errno as its status (255 for a larger one).
+    The caller must not try a failed `SYNC` again: the kernel reports a failed write-back once.
 
     Raises `EngineUnavailable` without the C engine, `UringUnavailable`, `UsageError`.
     """
@@ -131,7 +130,7 @@ class FileHandler(CHandler):
             ring = open_ring(min(capacity, MAX_ENTRIES))
             block.uring = ring.value or 0
             finalizer = weakref.finalize(self, loaded.released.vq_uring_close, ring)
-            finalizer.atexit = False  # a worker may be using it; the exit gives it back
+            finalizer.atexit = False  # a worker may be using it; the process's end gives it back
         function = ctypes.cast(loaded.released.vq_file_handle, ctypes.c_void_p).value
         assert function is not None
         address = ctypes.addressof(block)

@@ -6,6 +6,7 @@ import ctypes
 from typing import Any, Final
 
 from ..queue.device import DeviceQueue
+from ..queue.native_side import NativeSide
 
 _PROTOTYPE: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
@@ -13,14 +14,14 @@ _PROTOTYPE: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_voi
 class CHandler:
     """A function in C that works on batches: ``vq_handler`` in ``virtqueue.h``.
 
-    ``function`` is its host address and ``context`` the first argument it is given; the second is
-    the queue's block (`virtqueue.h`'s ``struct vq_queue``: records, segments, done, count). It
-    returns how many requests it leaves to Python, after marking each ``DoneFlags.LEFT``. It is
-    called without the GIL, must not keep anything of the queue, and must not touch the ring. Who
-    makes the object keeps function and context alive for as long as it is used.
+    ``function`` is its host address.  The first argument of a call is ``context``, the second the
+    queue's block (``struct vq_queue`` of `virtqueue.h`: records, segments, done, count).  The
+    function marks each request that it leaves to Python with ``DoneFlags.LEFT``, and returns their
+    number.  It runs without the GIL, must not keep anything of the queue, and must not touch the
+    ring.  The maker of the object keeps function and context alive as long as it is used.
 
-    ``batch`` is the host address of a 32-bit number that says how many requests the function wants
-    at once, which it may change whenever it is called; 0 in it, or as the address, for as many as
+    ``batch`` is the host address of a 32-bit number: how many requests the function wants at once.
+    The function may change it in each call.  0 as the number, or as the address, means as many as
     there are.
     """
 
@@ -35,6 +36,7 @@ class CHandler:
 
         `Batch.left` names them.
         """
-        left: int = self._call(self.context, queue.block_address)
-        queue.note_left(left)
+        side = NativeSide(queue)
+        left: int = self._call(self.context, side.block_address)
+        side.note_left(left)
         return left

@@ -11,6 +11,7 @@ from ..c_library import library
 from ..errors import EngineUnavailable, UsageError
 from ..queue.batch import Batch
 from ..queue.device import DeviceQueue
+from ..queue.native_side import NativeSide
 from .handler import CHandler
 
 
@@ -56,16 +57,16 @@ _ENGINE: Final = 1
 class Server:
     """One worker that serves one queue which the C engine drives.
 
-    ``epoll_fd`` is what it sleeps on; ``kick_fd`` is registered there, edge-triggered (so that
-    nothing has to be read from it) and with its own number as data, and anything else that is
-    registered there ends a sleep. ``call_fd`` is an eventfd that is signalled when the driver wants
-    that; -1 for none. ``handler`` works on batches in C; without one they are the caller's.
-    ``spin_max`` is the longest time in seconds to look at the ring before sleeping, adapted to how
-    long sleeps are; 0 never looks.
+    The worker sleeps on ``epoll_fd``, an epoll descriptor.  Its owner registers ``kick_fd`` there
+    with its own number as data, and edge-triggered, so that nothing has to be read from it.  An
+    event of any other descriptor in ``epoll_fd`` ends a sleep.  ``call_fd`` is the eventfd by which
+    the driver is signalled; -1 for none.  ``handler`` works on batches in C; without a handler the
+    batches are the caller's.  ``spin_max`` bounds, in seconds, how long the worker looks at the
+    ring before it sleeps; the time adapts to the length of sleeps, and with 0 there is no looking.
 
-    The caller holds a lock of its own around all calls but `interrupt`, `borrow` and `give_back`,
-    which are for others: they set `interrupt` and wake ``epoll_fd`` to have the lock soon, and may
-    `borrow` the queue without the lock while a handler in C works.
+    The worker holds a lock of its own around all calls.  Other threads make three calls without it:
+    they call `interrupt` and wake ``epoll_fd`` to have the lock soon, and may `borrow` the queue,
+    and `give_back`, while a handler in C works.
 
     Raises `EngineUnavailable` for a queue that another engine drives, `UsageError`.
     """
@@ -88,13 +89,14 @@ class Server:
             )
         loaded = library()
         self.queue: DeviceQueue = queue
-        #: Kept so that what a handler in C works on stays mapped, and its context alive.
+        side = self._side = NativeSide(queue)
+        #: Kept so that a handler's memory stays mapped, and its context alive.
         self._memory = queue.memory
         self._handler = handler
         block = self._block = ServerBlock(
             size=ctypes.sizeof(ServerBlock),
             owner=_ENGINE,
-            queue=queue.block_address,
+            queue=side.block_address,
             handler=0 if handler is None else handler.function,
             context=0 if handler is None else handler.context,
             batch=0 if handler is None else handler.batch,
@@ -106,47 +108,48 @@ class Server:
         )
         argument = ctypes.c_void_p(ctypes.addressof(block))
         self.serve: Callable[[], int] = partial(loaded.released.vq_serve, argument)
-        """`turn` again and again, asleep in between, until there is a batch for the caller.
+        """Repeat `turn`, asleep in between, until there is a batch for the caller; its size.
 
-        With a handler that is one of which some requests are `left`, or during which the queue was
-        borrowed. 0: `interrupt`, or another descriptor than the kick's. The GIL is released.
+        With a handler the caller gets a batch of which some requests are `left`, or during which
+        the queue was borrowed.  0 means `interrupt`, or an event that is no kick.  Releases the
+        GIL.
         """
         self._held_turn = partial(loaded.held.vq_turn_held, argument)
         self._released_turn = partial(loaded.released.vq_turn, argument)
         self.turn: Callable[[], int] = self._held_turn
         """Complete the batch, signal the driver if it wants that, take the next; its size.
 
-        0 when there is none, negative when something has to be seen to that `DeviceQueue.cycle`
-        shows: what was completed has been published and signalled. The GIL is kept where memory
-        cannot make a thread wait; then a signal is left to `serve`, which has to follow a 0: a
-        hostile front-end can make the write wait (see ``virtqueue.h``), and everybody with it.
+        0 when there is none.  Negative when `DeviceQueue.cycle` has an error to raise; the
+        completions are published and signalled by then.  Keeps the GIL where memory cannot make a
+        thread wait, and then leaves a signal to `serve`, which must follow a 0: a hostile front-end
+        can make the write wait (see ``virtqueue.h``), and every thread that wants the GIL with it.
         """
         self.begin: Callable[[int], Batch] = (
-            queue.begin if handler is None else lambda count: queue.begin(count, block.left)
+            side.begin if handler is None else lambda count: side.begin(count, block.left)
         )
-        """The batch of as many chains that `turn` or `serve` said is there."""
+        """The batch of as many chains as `turn` or `serve` returned."""
         self._borrow = partial(loaded.held.vq_borrow, argument)
         self.give_back: partial[None] = partial(loaded.held.vq_give_back, argument)
         """End what `borrow` began."""
 
     def resume(self, kick_fd: int, call_fd: int) -> Batch:
-        """Before serving (on), with the lock: adopt what may have changed meanwhile.
+        """Before serving, with the lock: adopt what other threads may have changed.
 
-        Returns the object that every `batch` will be.
+        Returns the object that every `begin` will return.
         """
-        block, queue = self._block, self.queue
+        block, side = self._block, self._side
         block.owner = _ENGINE
         block.kick_fd = kick_fd
         block.call_fd = call_fd
-        self._memory = queue.memory
+        self._memory = side.memory
         bounded = getattr(self._memory, "bounded", True)
         self.turn = self._held_turn if bounded else self._released_turn
-        return queue.adopt()
+        return side.adopt()
 
     def leave(self) -> None:
-        """Before `turn` or `serve`, when chains of the batch were used as objects
-        (`Batch.built`) or completed one by one: what becomes of them."""
-        if self.queue.leave_batch():
+        """Before `turn` or `serve`: settle the chains of the batch that were used as objects
+        (`Batch.built`) or completed one by one."""
+        if self._side.leave_batch():
             self.signal()
 
     @property
@@ -161,26 +164,26 @@ class Server:
         return left
 
     def interrupt(self) -> None:
-        """From any thread: have `serve` and `turn` return soon. Wake the epoll descriptor next."""
+        """From any thread: make `serve` and `turn` return soon.  Wake the epoll descriptor next."""
         self._block.interrupt = 1
 
     def signal(self) -> None:
-        """From any thread: have the driver signalled at the next turn, wanted or not."""
+        """From any thread: signal the driver at the next turn, even if it does not want that."""
         self._block.signal = 1
 
     def clear_interrupt(self) -> None:
-        """Before looking at what the epoll descriptor has: a later `interrupt` counts again."""
+        """Before looking at the epoll descriptor's events: a later `interrupt` counts again."""
         self._block.interrupt = 0
 
     def own(self) -> None:
-        """With the lock, and when nobody has borrowed it: have the queue back after it was.
+        """With the lock, when no thread has borrowed the queue: end the time in which they may.
 
-        Until then others may borrow it again.
+        After a `give_back` other threads may borrow it again until this call.
         """
         self._block.owner = _ENGINE
 
     def borrow(self) -> bool:
-        """From any thread: take the queue while a handler in C works. False when none does."""
+        """From any thread: take the queue while a handler in C works.  False when none does."""
         return bool(self._borrow())
 
     @property

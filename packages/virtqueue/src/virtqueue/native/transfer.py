@@ -71,7 +71,7 @@ class TransferItem(ctypes.Structure):
 
 
 def _nothing() -> None:
-    """Close what has no ring."""
+    """Close a transfer that has no ring."""
 
 
 def _closed(*_: object) -> int:
@@ -94,20 +94,20 @@ class Transfer:
     `run` does what was added, and `results` says how each ended.  The chains must be in flight
     while it runs.
 
-    Without ``uring`` the moves are system calls, one after the other.  With it, those that would
-    wait for the file are given to an io_uring, up to 256 of them at a time, and wait together; the
-    others are calls as before.  Reads and writes then end in no order, but for `Operation.SYNC`,
-    so two of one run must not overlap in the file unless a SYNC is between them.  `run` returns
-    when all have ended.  The ring is given back by `close`, the end of a ``with`` block, or the
-    collector.  One run at a time; any thread may make it, though a transfer that stays with one
-    thread is a little faster.  A child after fork may use its copy of the transfer.
+    Without ``uring`` each move is a system call, one after the other.  With it an io_uring gets
+    the moves that would wait for the file, up to 256 at a time, and they wait together; the others
+    are calls as before.  Reads and writes then end in no order, but for `Operation.SYNC`: two of
+    one run must not overlap in the file unless a SYNC is between them.  `run` returns when all have
+    ended.  `close`, the end of a ``with`` block or the collector gives the ring back.  One run at a
+    time; any thread may make it, though a transfer that stays with one thread is a little faster.
+    A child after fork may use its copy of the transfer.
 
     Raises `EngineUnavailable` without the C engine, `UringUnavailable` when the kernel refuses.
     """
 
     def __init__(self, capacity: int, *, uring: bool = False) -> None:
         if capacity < 1:
-            raise UsageError(f"a transfer of {capacity} items")
+            raise UsageError(f"a transfer has room for 1 item or more, not {capacity}")
         try:
             loaded = library()
         except ImportError as error:
@@ -201,11 +201,11 @@ class Transfer:
         self.add(operation, address, segment_count, length, offset, skip, flags)
 
     def run(self, fd: int = -1, *, short: bool = False) -> int:
-        """Do what was added since the last run; how many did all that they were to do.
+        """Do the moves that were added since the last run; how many moved all of their bytes.
 
-        The GIL is released unless ``short`` says that the work is bounded and small: a few
-        kilobytes out of the page cache take less time than getting the GIL back from a busy
-        thread, which is up to 5 ms.
+        Releases the GIL unless ``short`` says that the work is bounded and small: a few kilobytes
+        out of the page cache take less time than getting the GIL back from a busy thread, which is
+        up to 5 ms.
         """
         count, self._ran, self._count = self._count, self._count, 0
         call = self._run_short if short else self._run

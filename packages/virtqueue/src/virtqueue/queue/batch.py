@@ -1,8 +1,7 @@
 """What a take returns: a batch of chains, in records for speed and as objects for comfort."""
 
-import ctypes
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from ..errors import ChainCompleted
 from ..layout import (
@@ -10,16 +9,16 @@ from ..layout import (
     DONE_SIZE,
     RECORD,
     RECORD_SIZE,
-    SEGMENT,
-    SEGMENT_SIZE,
+    DoneField,
     DoneFlags,
     More,
     QueueBlock,
-    RecordFlags,
-    SegmentFlags,
 )
-from ..memory.access import Shadow
-from ..memory.table import Memory, MemoryTable, Table
+from ..memory.table import Memory
+from .chain import Chain
+
+_STALLED: Final = int(More.STALLED)
+_LEFT: Final = int(DoneFlags.LEFT)
 
 # Any, because numpy.dtype takes no dict but one of a type that only numpy has.
 RECORD_FIELDS: Final[Any] = {
@@ -48,281 +47,6 @@ DONE_FIELDS: Final[Any] = {
     "itemsize": DONE_SIZE,
 }
 """``numpy.dtype(DONE_FIELDS)`` describes `Batch.done`."""
-
-
-class Segment(NamedTuple):
-    """One piece of a chain: addresses in this process and in the guest, bytes."""
-
-    host: int
-    guest: int
-    length: int
-    writable: bool
-
-
-_HEADER: Final = 16
-_READABLE_CONTIGUOUS: Final = int(RecordFlags.READABLE_CONTIGUOUS)
-_WRITABLE_CONTIGUOUS: Final = int(RecordFlags.WRITABLE_CONTIGUOUS)
-_SHORT_HEADER: Final = int(RecordFlags.SHORT_HEADER)
-_RESUBMITTED: Final = int(RecordFlags.RESUBMITTED)
-_WRITABLE: Final = int(SegmentFlags.WRITABLE)
-_STALLED: Final = int(More.STALLED)
-_LEFT: Final = int(DoneFlags.LEFT)
-
-
-class Chain:
-    """One request: the buffers of a descriptor chain (virtio 2.7.5, 2.8.6).
-
-    It may be kept after the batch it came from, until it is completed; then every use raises
-    `ChainCompleted`.  It keeps the guest memory it lies in mapped.
-
-    Only what is asked for is built: most requests need the header, which the record holds, and
-    one slice of the window.
-    """
-
-    # Class-level defaults, so that making a chain stores four attributes only.
-    _segments: tuple[Segment, ...] | None = None
-    _readable: list[memoryview] | None = None
-    _writable: list[memoryview] | None = None
-    _total: int | None = None
-    _position: int = 0
-    _written: int = 0
-    _shared: bool = False
-    _shadows: list[Shadow] | None = None
-
-    def __init__(self, batch: "Batch", record: tuple[Any, ...], index: int) -> None:
-        self._batch: Batch | None = batch
-        self.record: tuple[Any, ...] = record
-        """The fields of its `RECORD`."""
-        self._memory: Memory | None = batch._memory
-        self.index: int = index
-        """Place in the batch it came from."""
-
-    def __repr__(self) -> str:
-        state = "completed" if self._memory is None else f"{self.record[5]} writable"
-        return f"<Chain {self.record[6]} {state}>"
-
-    def _check(self) -> Memory:
-        memory = self._memory
-        if memory is None:
-            raise ChainCompleted(f"chain {self.record[6]} has been completed")
-        return memory
-
-    def _close(self) -> None:
-        # What the user still holds of a completed chain does not keep memory mapped.
-        self._memory = self._batch = self._readable = self._writable = None
-
-    def _keep(self) -> None:
-        """Copy what the next take overwrites."""
-        self._load()
-        self._batch = None
-
-    def _load(self) -> tuple[Segment, ...]:
-        segments = self._segments
-        if segments is None:
-            batch = self._batch
-            assert batch is not None
-            count, start = self.record[8], self.record[9] * SEGMENT_SIZE
-            pieces = batch._segments[start : start + count * SEGMENT_SIZE]
-            segments = self._segments = tuple(
-                [
-                    Segment(host, guest, length, bool(kind & _WRITABLE))
-                    for host, guest, length, kind, _ in SEGMENT.iter_unpack(pieces)
-                ]
-            )
-        return segments
-
-    def _sum(self) -> int:
-        """Readable bytes of a header that is not full: the record does not tell."""
-        segments, batch = self._segments, self._batch
-        if segments is not None or batch is None:
-            return sum([s.length for s in segments or () if not s.writable])
-        total = 0
-        start = self.record[9] * SEGMENT_SIZE
-        for offset in range(start, start + self.record[8] * SEGMENT_SIZE, SEGMENT_SIZE):
-            _, _, length, kind, _ = SEGMENT.unpack_from(batch._segments, offset)
-            if kind & _WRITABLE:
-                break
-            total += length
-        return total
-
-    def _views(self, writable: bool) -> list[memoryview]:
-        memory = self._check()
-        table = MemoryTable.from_address(memory.table_address)
-        base, size = table.window_base, table.window_size
-        window = memory.window
-        views: list[memoryview] = []
-        start = 0
-        for segment in self._load():
-            if segment.writable != writable:
-                continue
-            offset = segment.host - base
-            if window is not None and 0 <= offset <= size - segment.length:
-                view = window[offset : offset + segment.length]
-            else:
-                poison = Table.of(memory).unguarded_guest(segment.guest)
-                if poison is not None:
-                    shadow = Shadow(segment.host, segment.length, poison, start)
-                    if writable:
-                        self._shadows = [*(self._shadows or ()), shadow]
-                    view = memoryview(shadow.data)
-                else:
-                    octets: Any = (ctypes.c_uint8 * segment.length).from_address(segment.host)
-                    octets.owner = memory
-                    view = memoryview(octets).cast("B")
-            views.append(view if writable else view.toreadonly())
-            start += segment.length
-        return views
-
-    @property
-    def head(self) -> int:
-        """Names the chain until it is completed: head descriptor (split) or buffer id (packed)."""
-        head: int = self.record[6]
-        return head
-
-    @property
-    def header(self) -> bytes:
-        """A copy of the first 16 device-readable bytes, zero padded."""
-        header: bytes = self.record[0]
-        return header
-
-    @property
-    def readable_length(self) -> int:
-        """Bytes the driver sends, the header included."""
-        total = self._total
-        if total is None:
-            if not self.record[7] & _SHORT_HEADER:
-                total = _HEADER + self.record[4]
-            elif self._memory is None and self._segments is None:
-                raise ChainCompleted(f"chain {self.record[6]} has been completed")
-            else:
-                total = self._sum()
-            self._total = total
-        return total
-
-    @property
-    def writable_length(self) -> int:
-        """Bytes the driver has room for."""
-        length: int = self.record[5]
-        return length
-
-    @property
-    def resubmitted(self) -> bool:
-        """Whether a back-end before us may have executed the request already."""
-        return bool(self.record[7] & _RESUBMITTED)
-
-    @property
-    def completed(self) -> bool:
-        """Whether the chain has been given back."""
-        return self._memory is None
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """The pieces in order, the readable ones first."""
-        self._check()
-        return self._load()
-
-    @property
-    def readable(self) -> list[memoryview]:
-        """The device-readable bytes, piece by piece, without a copy.
-
-        Memory that may vanish, and that no `SigbusGuard` watches, is copied once.
-        """
-        self._check()
-        if self._readable is None:
-            self._readable = self._views(writable=False)
-        return self._readable
-
-    @property
-    def writable(self) -> list[memoryview]:
-        """The device-writable bytes, piece by piece.  All of them count as written from now on
-        for the dirty log.
-
-        Where memory may vanish, and no `SigbusGuard` watches, the views are of a copy that goes to
-        the guest when the chain is completed.
-        """
-        self._check()
-        self._shared = True
-        return self._writable_views()
-
-    def _writable_views(self) -> list[memoryview]:
-        if self._writable is None:
-            self._writable = self._views(writable=True)
-        return self._writable
-
-    @property
-    def written(self) -> int:
-        """Bytes that `write` has written."""
-        return self._written
-
-    @property
-    def wrote_anywhere(self) -> bool:
-        """Whether views of the writable bytes were handed out."""
-        return self._shared
-
-    def read(self, count: int = -1) -> bytes:
-        """The next ``count`` device-readable bytes (all that are left when negative).
-
-        Fewer when the chain ends before.
-        """
-        memory = self._check()
-        record, position = self.record, self._position
-        left = self.readable_length - position
-        if count < 0 or count > left:
-            count = left
-        end = self._position = position + count
-        header: bytes = record[0]
-        if end <= _HEADER:
-            return header[position:end]
-        window = memory.window
-        if record[7] & _READABLE_CONTIGUOUS and window is not None:
-            offset = record[1] - _HEADER
-            if position >= _HEADER:
-                return bytes(window[offset + position : offset + end])
-            return header[position:] + bytes(window[record[1] : offset + end])
-        return _copy_out(self.readable, position, count)
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Append to the device-writable bytes; returns how many there was room for."""
-        memory = self._check()
-        record, written = self.record, self._written
-        source = memoryview(data).cast("B")
-        end = written + len(source)
-        window = memory.window
-        # With a status byte the last byte may lie elsewhere.
-        if record[7] & _WRITABLE_CONTIGUOUS and end < record[5] and window is not None:
-            offset = record[2]
-            window[offset + written : offset + end] = source
-            self._written = end
-            return len(source)
-        done = 0
-        skip = written
-        for view in self._writable_views():
-            if skip >= len(view):
-                skip -= len(view)
-                continue
-            step = min(len(view) - skip, len(source) - done)
-            if not step:
-                break
-            view[skip : skip + step] = source[done : done + step]
-            done += step
-            skip = 0
-        self._written = written + done
-        return done
-
-
-def _copy_out(pieces: list[memoryview], position: int, count: int) -> bytes:
-    parts: list[memoryview] = []
-    for view in pieces:
-        if not count:
-            break
-        if position >= len(view):
-            position -= len(view)
-            continue
-        step = min(len(view) - position, count)
-        parts.append(view[position : position + step])
-        count -= step
-        position = 0
-    return b"".join(parts)
 
 
 class _Views(dict[int, memoryview]):
@@ -387,6 +111,18 @@ class Batch:
         self.done = self._done_views[0]
         self.notify = False
 
+    def _begin(self, count: int, left: int | None = None) -> "Batch":
+        """The engine took ``count`` chains; ``left`` of them, or all, are for the caller."""
+        if self._count != count:
+            self._count = count
+            self.records = self._record_views[count]
+            self.done = self._done_views[count]
+        self._left = count if left is None else left
+        self.serial += 1
+        if self._gone:
+            self._gone = set()
+        return self
+
     @property
     def more(self) -> bool:
         """More chains are known to be available."""
@@ -403,7 +139,9 @@ class Batch:
         if self._left == self._count:
             return range(self._count)
         entries = DONE.iter_unpack(self.done)
-        return [position for position, entry in enumerate(entries) if entry[2] & _LEFT]
+        return [
+            position for position, entry in enumerate(entries) if entry[DoneField.FLAGS] & _LEFT
+        ]
 
     def __len__(self) -> int:
         return self._count

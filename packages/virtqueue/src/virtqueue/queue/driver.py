@@ -1,7 +1,7 @@
 """The driver's side of one ring: offers chains, collects the used ones.
 
-It serves an embedded front-end, tests and load generators.  It treats the device with the same
-distrust that the device's side treats a driver with.
+It serves an embedded front-end, tests and load generators.  It distrusts the device as much as the
+device's side distrusts a driver.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..engine.python.packed import (
     available_flags,
     used_flags,
 )
-from ..engine.python.ring import INDIRECT, NEXT, WRITABLE
 from ..engine.python.split import NO_INTERRUPT, NO_NOTIFY, needs_event
+from ..engine.python.walk import INDIRECT, NEXT, WRITABLE
 from ..errors import QueueBroken, UsageError
 from ..layout import CHAIN_LIMIT, MAX_CHAIN_LENGTH, Reason
 from ..memory import access, barrier
@@ -42,7 +42,7 @@ class Offered(NamedTuple):
 
 
 class DriverQueue:
-    """Offers chains to a device (virtio 2.7.13, 2.8.21) and collects what it used.
+    """Offers chains to a device (virtio 2.7.13, 2.8.21) and collects the used ones.
 
     ``config`` and ``memory`` are those of the device's side: ring addresses are front-end user
     addresses, or IOVAs with ``iommu``.  ``tables`` is the guest address (or IOVA) of room for
@@ -105,9 +105,11 @@ class DriverQueue:
         if not count:
             raise UsageError("a chain has at least one buffer")
         if not indirect and count > self._config.size:
-            raise UsageError(f"a chain of {count} descriptors in a ring of {self._config.size}")
+            raise UsageError(
+                f"a chain of {count} descriptors does not fit a ring of {self._config.size}"
+            )
         if sum(length for _, length in read + write) > MAX_CHAIN_LENGTH:
-            raise UsageError("a chain of more than 4 GiB")
+            raise UsageError("a chain has less than 4 GiB")
         if any(length <= 0 for _, length in read + write):
             raise UsageError("a buffer has at least one byte")
         descriptors = [(address, length, 0) for address, length in read]
@@ -137,7 +139,7 @@ class DriverQueue:
             position += piece.length
 
     def publish(self) -> bool:
-        """Expose what was added; true when the device wants a kick."""
+        """Expose the chains that were added; true when the device wants a kick."""
         try:
             return self._side.publish()
         except Broken as error:
@@ -146,8 +148,8 @@ class DriverQueue:
     def collect(self, limit: int | None = None) -> list[tuple[int, int]]:
         """(id, bytes written) of chains that the device used, in the order it returned them.
 
-        Raises `QueueBroken` (USED_RING) when the device returns what it was not given; as every
-        method does (TRUNCATED) when the ring's memory is gone and nothing guards it.
+        Raises `QueueBroken` (USED_RING) when the device returns a chain that it was not given.
+        Every method raises it (TRUNCATED) when the ring's memory is gone and nothing guards it.
         """
         try:
             return self._side.collect(self._config.size if limit is None else limit)
@@ -175,7 +177,7 @@ class DriverQueue:
 
     @property
     def tables_size(self) -> int:
-        """Bytes that ``tables`` has to have room for."""
+        """Bytes of the room that ``tables`` names."""
         return 16 * self._table_length * self._config.size
 
     @property

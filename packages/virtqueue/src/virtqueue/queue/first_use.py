@@ -1,15 +1,17 @@
 """Whether a ring is used for the first time, and what an in-flight region of its past is worth.
 
-Front-ends keep an in-flight region while the guest resets its device and sets the ring up anew.
-A back-end that dies leaves the same region, and front-ends may send a base as at reset for a ring
-that is in use (QEMU does for a packed one).  So the ring itself is looked at: drivers begin with
-zeroes.
+A front-end keeps an in-flight region while the guest resets its device and sets the ring up anew.
+A back-end that dies leaves the same region, and a front-end may send a base as at reset for a ring
+that is in use (QEMU does for a packed one).  Neither tells the two apart.  The ring itself does,
+because drivers begin with zeroes.
 """
 
 from __future__ import annotations
 
 import ctypes
 from typing import Any, Final
+
+from guest_memory import try_copy
 
 from ..engine.inflight import (
     PACKED_ENTRY,
@@ -21,7 +23,6 @@ from ..engine.inflight import (
     SplitRegion,
 )
 from ..layout import QueueBlock
-from ..memory import access
 
 # In the lower byte of a packed descriptor's flags, and (USED) in the upper one.
 _NEXT: Final = 1
@@ -30,7 +31,20 @@ _AVAIL: Final = 0x80
 _USED: Final = 0x80
 
 
-def at_reset(block: QueueBlock, packed: bool) -> bool:
+def has_no_past(block: QueueBlock, packed: bool, region: InflightRegion | None) -> bool:
+    """Whether a ring that was just found begins anew, and so its in-flight region, if it has one.
+
+    A region of an earlier life in which nothing is in flight becomes a new one.
+    """
+    fresh = _at_reset(block, packed)
+    if region is not None and _in_use(region):
+        if fresh:
+            _forget(block, region, packed)
+        return False
+    return fresh and _never_used(block, packed)
+
+
+def _at_reset(block: QueueBlock, packed: bool) -> bool:
     """Whether the position is the one of a ring that was never used."""
     if packed:
         used = (block.next_used, block.used_wrap)
@@ -38,9 +52,11 @@ def at_reset(block: QueueBlock, packed: bool) -> bool:
     return block.next_avail == block.next_used == 0
 
 
-def never_used(block: QueueBlock, packed: bool) -> bool:
-    """Whether nothing was completed in a ring whose position is as at reset, as far as its memory
-    tells.  The driver may be filling the ring meanwhile."""
+def _never_used(block: QueueBlock, packed: bool) -> bool:
+    """Whether the memory of a ring, whose position is as at reset, shows no completion.
+
+    The driver may be filling the ring meanwhile.
+    """
     if packed:
         return _first_lap(_copy(block.descriptors, 16 * block.queue_size))
     return not any(_copy(block.device + 4, 8 * block.queue_size) or b"?")
@@ -53,13 +69,13 @@ def _first_lap(ring: bytes) -> bool:
     return not any(ring[-16:]) or all(low & _AVAIL for low in ring[14::16])
 
 
-def in_use(region: InflightRegion) -> bool:
+def _in_use(region: InflightRegion) -> bool:
     """Whether a back-end has initialised the region."""
     header = _copy(region.address, min(region.size, SPLIT_HEADER))
     return len(header) < SPLIT_HEADER or SplitRegion.from_buffer_copy(header).version != 0
 
 
-def forget(block: QueueBlock, region: InflightRegion, packed: bool) -> None:
+def _forget(block: QueueBlock, region: InflightRegion, packed: bool) -> None:
     """Make a region in use a new one when nothing is in flight in it and the ring was set up anew.
 
     The ring's position is as at reset.
@@ -71,10 +87,10 @@ def forget(block: QueueBlock, region: InflightRegion, packed: bool) -> None:
     # A split ring's own used index says where it stands.
     if packed and not _set_up_anew(block, PackedRegion.from_buffer_copy(raw)):
         return
-    # One store, and nothing else has to change: what else is in a new region means nothing.
+    # One store is enough: the other fields of a new region mean nothing.
     zero = ctypes.c_uint16()
     place: Any = SplitRegion.version
-    access.copy(region.address + place.offset, ctypes.addressof(zero), 2, to_guest=True)
+    try_copy(region.address + place.offset, ctypes.addressof(zero), 2, to_guest=True)
 
 
 def _set_up_anew(block: QueueBlock, region: PackedRegion) -> bool:
@@ -94,8 +110,8 @@ def _set_up_anew(block: QueueBlock, region: PackedRegion) -> bool:
 
 
 def _copy(address: int, length: int) -> bytes:
-    """What is there, or nothing where a page is missing."""
+    """The bytes at a host address; none when a page is missing."""
     data = (ctypes.c_char * length)()
-    if not access.copy(address, ctypes.addressof(data), length, to_guest=False):
+    if not try_copy(address, ctypes.addressof(data), length, to_guest=False):
         return b""
     return data.raw

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 from typing import Any
 
+from guest_memory import abi, atomic_or
+
 from ...errors import UsageError
-from ...layout import Reason
-from ...memory.barrier import atomic_or_bit, full_barrier
-from ...memory.table import LOG_MAGIC, MEMORY_ABI, Broken, MemoryLog
+from ...layout import QueueBlock, Reason
+from ...memory.barrier import full_barrier
+from ...memory.placement import PAGE
+from ...memory.table import MEMORY_ABI, Broken
 
 
 class Log:
     """A ``gm_log`` seen from an engine.
 
-    Bits are set by an atomic OR in the kernel (see `barrier`): the front-end reads and clears
+    Bits are set by an atomic OR in the kernel: the front-end reads and clears
     the bitmap meanwhile, and may even truncate it, which is `Broken`.  Every mark follows the
     write that it stands for.
     """
 
     def __init__(self, address: int) -> None:
-        self._log = MemoryLog.from_address(address)
+        self._log = abi.GmLog.from_address(address)
         found = (self._log.magic, self._log.abi, self._log.size, self._log.page_shift)
-        if found != (LOG_MAGIC, MEMORY_ABI, ctypes.sizeof(MemoryLog), 12):
+        if found != (abi.LOG_MAGIC, MEMORY_ABI, ctypes.sizeof(abi.GmLog), 12):
             raise UsageError(f"dirty log has magic {found[0]:#x}, ABI {found[1]}")
         address = self._log.poison
         self.poison: Any = ctypes.c_uint32.from_address(address) if address else ctypes.c_uint32()
@@ -47,10 +49,21 @@ class Log:
             address = bitmap + (page >> 3)
             # The word that holds the byte; its other bytes keep their value.
             word = address & ~3
-            try:
-                atomic_or_bit(word, (address - word) * 8 + (page & 7))
-            except OSError as error:
-                if error.errno != errno.EFAULT:
-                    raise
+            if not atomic_or(word, 1 << (address - word) * 8 + (page & 7)):
                 self.poison.value = 1
-                raise Broken(Reason.TRUNCATED, guest_address) from None
+                raise Broken(Reason.TRUNCATED, guest_address)
+
+
+def mark_ring(log: Log, block: QueueBlock, offset: int, length: int) -> None:
+    """Mark a write at an offset of what `QueueBlock.log_used` stands for."""
+    position, pages = block.log_used + offset, block.log_pages
+    if not pages:
+        log.mark(position, length)
+        return
+    while length > 0:
+        page, inside = divmod(position, PAGE)
+        step = min(length, PAGE - inside)
+        guest = ctypes.c_uint64.from_address(pages + 8 * page).value
+        log.mark(guest + inside, step)
+        position += step
+        length -= step

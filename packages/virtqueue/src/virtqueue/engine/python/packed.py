@@ -8,9 +8,12 @@ from typing import Any, Final, NamedTuple
 from ...layout import QueueBlock, Reason
 from ...memory import access, barrier
 from ...memory.table import Broken, Memory
-from ..inflight import PackedInflight, unguarded_poison
-from .ring import INDIRECT, NEXT, WRITABLE, Descriptor, RingEngine, Taken
+from .inflight_memory import unguarded_poison
+from .packed_inflight import PackedInflight
+from .ring import RingEngine
 from .split import needs_event
+from .taken import Taken
+from .walk import INDIRECT, NEXT, WRITABLE, Descriptor
 
 AVAIL: Final = 1 << 7
 USED: Final = 1 << 15
@@ -50,8 +53,8 @@ class PackedEngine(RingEngine):
         self._device_event: Any = None
 
     def _map_ring(self) -> None:
-        block, size, table = self._block, self._size, self._table
-        self._load = access.descriptors(table, block.descriptors, size, self._descriptor)
+        block, size, table = self._block, self._size, self._walk.table
+        self._load = access.descriptors(table, block.descriptors, size, self._walk.descriptor)
         # addr: words 0 to 3, len: 4 and 5, id: 6, flags: 7
         self._words = access.words16(table, block.descriptors, 8 * size, flags=True)
         self._lengths = access.words32(table, block.descriptors, 4 * size)
@@ -112,7 +115,7 @@ class PackedEngine(RingEngine):
             # Only WRITE counts in an indirect table, and its descriptors follow each other.
             chain = [
                 (start, size, bool(kind & WRITABLE))
-                for start, size, _, kind in self._indirect_table(address, length)
+                for start, size, _, kind in self._walk.indirect_table(address, length)
             ]
         else:
             chain = [(start, size, bool(kind & WRITABLE)) for start, size, _, kind in raw]
@@ -232,7 +235,6 @@ class PackedEngine(RingEngine):
             self._device_event[0] = EVENT_DESCRIPTOR << 16 | position
         else:
             self._device_event[0] = EVENT_ENABLE << 16
-        block.armed = 1
         # Partner: the driver's barrier between storing the flags of a chain and loading this
         # structure.  Either it sees that we want a kick or we see its chain.
         barrier.full_barrier()
@@ -242,7 +244,6 @@ class PackedEngine(RingEngine):
 
     def _disarm(self) -> int:
         block = self._block
-        block.armed = 0
         if block.descriptors and not block.stopped:
             self._device_event[0] = EVENT_DISABLE << 16
         return 0

@@ -1,8 +1,8 @@
 """The ring engine in Python: the readable statement of the specification, and the oracle.
 
-`RingEngine` is what both formats share: walking a chain into pieces, the record of each taken
-chain, completion, logging.  `split` and `packed` add where chains are found and
-how used ones are returned.
+`RingEngine` is what both formats share: the calls of an engine, from the take of a chain to its
+completion.  `walk` resolves chains, `arrays` describes them to the queue, `taken` remembers them;
+`split` and `packed` add where chains are found and how used ones are returned.
 
 Every value read from a ring is copied once into a Python integer and checked after that.
 """
@@ -10,114 +10,39 @@ Every value read from a ring is copied once into a Python integer and checked af
 from __future__ import annotations
 
 import ctypes
-import struct
-import sys
 from collections import deque
-from collections.abc import Iterable
 from typing import Any, Final
 
 from ...counters import Counters
 from ...errors import UsageError
 from ...layout import (
     ABI,
-    CHAIN_LIMIT,
     DONE,
     DONE_SIZE,
-    HEADER_SIZE,
     MAGIC,
-    MAX_CHAIN_LENGTH,
-    RECORD,
-    RECORD_SIZE,
-    SEGMENT,
-    SEGMENT_SIZE,
     DoneFlags,
     Features,
     More,
     Provision,
     QueueBlock,
     Reason,
-    RecordFlags,
     Result,
-    SegmentFlags,
 )
-from ...memory import access, barrier
-from ...memory.placement import PAGE
-from ...memory.table import PINS_OFFSET, READ, WRITE, Broken, Memory, Missing, Piece, Table
-from ..inflight import region_poison
-from .dirty_log import Log
-
-NEXT: Final = 1
-WRITABLE: Final = 2
-INDIRECT: Final = 4
+from ...memory import access
+from ...memory.table import Broken, Memory, Missing, Table
+from .arrays import Arrays
+from .dirty_log import Log, mark_ring
+from .inflight_memory import region_poison
+from .taken import Room, Taken, add_pins
+from .walk import Walk
 
 # Plain integers: enum members cost a microsecond in an expression.
 _STATUS: Final = int(DoneFlags.STATUS)
 _KEEP: Final = int(DoneFlags.KEEP)
 _WROTE_ALL: Final = int(DoneFlags.WROTE_ALL)
-_SEGMENT_WRITABLE: Final = int(SegmentFlags.WRITABLE)
-_READABLE_CONTIGUOUS: Final = int(RecordFlags.READABLE_CONTIGUOUS)
-_WRITABLE_CONTIGUOUS: Final = int(RecordFlags.WRITABLE_CONTIGUOUS)
-_SHORT_HEADER: Final = int(RecordFlags.SHORT_HEADER)
-_EXTERNAL: Final = int(RecordFlags.EXTERNAL)
-_RESUBMITTED: Final = int(RecordFlags.RESUBMITTED)
-
-Descriptor = tuple[int, int, int, int]
-"""(address, length, flags, next) of a split ring, (address, length, id, flags) of a packed one."""
 
 _FATAL: Final = frozenset((Reason.RING_MEMORY, Reason.TRUNCATED, Reason.USED_RING, Reason.INFLIGHT))
 """After these nothing is written to the ring any more; after a wrong chain the good ones are."""
-
-
-class Room(Exception):
-    """A chain does not fit: into the batch's segments, or with what is in flight."""
-
-    def __init__(self, stalled: bool) -> None:
-        super().__init__(stalled)
-        self.stalled: bool = stalled
-
-
-class Taken:
-    """The record of a chain from its take to its completion."""
-
-    __slots__ = (
-        "done",
-        "entry",
-        "flags",
-        "head",
-        "kept",
-        "number",
-        "poison",
-        "resubmitted",
-        "room",
-        "slots",
-        "status",
-        "table",
-        "writable",
-        "writable_length",
-        "written",
-    )
-
-    def __init__(self, head: int, slots: int, table: Table, number: int) -> None:
-        self.head: int = head
-        self.number: int = number
-        """Chains that were taken before it, ever."""
-        self.slots: int = slots
-        """Descriptors of the ring that the chain covers."""
-        self.table: Table = table
-        self.writable: list[Piece] = []
-        self.writable_length: int = 0
-        self.kept: list[int] = []
-        """Provisions whose use counts were raised."""
-        self.poison: list[Any] = []
-        self.room: int = 0
-        self.entry: int = 0
-        """Entry of the in-flight region (packed)."""
-        self.done: bool = False
-        self.written: int = 0
-        self.status: int = 0
-        self.flags: int = 0
-        self.resubmitted: Any = None
-        """What offers the chain again after a rewind when it came from the in-flight region."""
 
 
 class RingEngine:
@@ -130,20 +55,12 @@ class RingEngine:
             raise UsageError("the queue block has another ABI")
         self._block = block
         self._size: int = block.queue_size
-        self._chain_limit = max(CHAIN_LIMIT, self._size)
         features = Features(block.features)
         self._event_idx = Features.EVENT_IDX in features
-        self._indirect = Features.INDIRECT in features
         self._in_order = Features.IN_ORDER in features
         self._big_endian = Features.BIG_ENDIAN in features
-        self._iommu = Features.IOMMU in features
-        self._status_byte = Features.STATUS_BYTE in features
         self._log_used = False
-        self._descriptor = struct.Struct("<QIHH" if not self._big_endian else ">QIHH")
-        self._records = _buffer(block.records, RECORD_SIZE * block.record_capacity)
-        self._segments = _buffer(block.segments, SEGMENT_SIZE * block.segment_capacity)
-        self._done = _buffer(block.done, DONE_SIZE * block.record_capacity)
-        self._staged = _buffer(block.staged, DONE_SIZE * block.staged_capacity)
+        self._arrays = Arrays(block)
         self._provisions: Any = (Provision * block.provision_capacity).from_address(
             block.provisions
         )
@@ -151,7 +68,7 @@ class RingEngine:
             Counters.from_address(block.counters) if block.counters else None
         )
         self._memory = memory
-        self._table = Table.of(memory)
+        self._walk = Walk(block, Table.of(memory), self._provisions)
         self._log: Log | None = None
         self._ring_poison: list[Any] = []
         self._inflight_poison: Any = region_poison(block)
@@ -211,14 +128,14 @@ class RingEngine:
 
     def attach(self) -> int:
         block = self._block
-        self._table = Table.of(self._memory)
+        table = self._walk.table = Table.of(self._memory)
         self._log = Log(block.log) if block.log else None
         self._log_used = Features.LOG_USED in Features(block.features)
         if block.descriptors:
             self._ring_poison = [
                 word
                 for host in (block.descriptors, block.driver, block.device)
-                for word in self._table.poison_words(host)
+                for word in table.poison_words(host)
             ]
             try:
                 self._map_ring()
@@ -293,20 +210,20 @@ class RingEngine:
         finally:
             block.count = count
             if count:
-                _add_pins(self._table.address, count)
+                add_pins(self._walk.table.address, count)
                 if self._counters is not None:
                     self._counters.batches += 1
         return count
 
     def publish(self) -> int:
         block = self._block
-        result = self._complete(self._staged, block.staged_count)
+        result = self._complete(self._arrays.staged, block.staged_count)
         if result >= 0:
             block.staged_count = 0
         return result
 
     def cycle(self) -> int:
-        result = self._complete(self._done, self._block.count)
+        result = self._complete(self._arrays.done, self._block.count)
         if result < 0:
             return result
         return self.take()
@@ -324,9 +241,7 @@ class RingEngine:
                 return Result.USAGE
         for _ in range(count):
             self._take_back(self._taken[self._batch.pop()])
-            block.segment_count -= RECORD.unpack_from(
-                self._records, RECORD_SIZE * (block.count - 1)
-            )[8]
+            block.segment_count -= self._arrays.segment_count(block.count - 1)
             block.count -= 1
         if count:
             block.more |= More.AVAILABLE
@@ -412,14 +327,14 @@ class RingEngine:
 
     def _take_one(self, position: int) -> None:
         head, slots, descriptors, found = self._fetch()
-        taken = Taken(head, slots, self._table, self._block.taken)
-        pieces = self._resolve(taken, descriptors)
+        taken = Taken(head, slots, self._walk.table, self._block.taken)
+        pieces = self._walk.resolve(taken, descriptors)
         first = self._block.segment_count
         if first + len(pieces) > self._block.segment_capacity:
             raise Room(stalled=False)
         if self._taken and self._room + taken.room > self._room_limit:
             raise Room(stalled=True)
-        self._describe(position, first, taken, pieces, resubmitted=self._block.resubmit > 0)
+        self._arrays.describe(position, first, taken, pieces, self._block.resubmit > 0)
         for index in taken.kept:
             self._provisions[index].uses += 1
         self._advance(taken, found)
@@ -436,144 +351,6 @@ class RingEngine:
         if self._counters is not None:
             self._counters.requests += 1
             self._counters.bytes += sum([p.length for p, writable in pieces if not writable])
-
-    def _resolve(
-        self, taken: Taken, descriptors: Iterable[tuple[int, int, bool]]
-    ) -> list[tuple[Piece, bool]]:
-        """The pieces of a chain, with every rule about its buffers checked."""
-        total = 0
-        writable_seen = False
-        pieces: list[tuple[Piece, bool]] = []
-        for address, length, writable in descriptors:
-            if not length:
-                raise Broken(Reason.ZERO_LENGTH, address)
-            if writable:
-                writable_seen = True
-            elif writable_seen:
-                raise Broken(Reason.READABLE_AFTER_WRITABLE, address)
-            total += length
-            if total > MAX_CHAIN_LENGTH:
-                raise Broken(Reason.TOTAL_LENGTH, total)
-            # Without crossing regions the longest chain always fits; more crossings than the
-            # whole buffer holds will not fit later either.
-            if len(pieces) > self._block.segment_capacity:
-                raise Broken(Reason.CHAIN_TOO_LONG, len(pieces))
-            found = self._table.pieces(
-                address, length, WRITE if writable else READ, self._iommu, self._provisions
-            )
-            for piece in found:
-                pieces.append((piece, writable))
-                if writable:
-                    taken.writable.append(piece)
-                    taken.writable_length += piece.length
-                if piece.provision:
-                    taken.kept.append(piece.provision - 1)
-                if piece.poison is None:
-                    continue
-                if piece.poison.value:
-                    raise Broken(Reason.TRUNCATED, piece.guest)
-                if piece.poison not in taken.poison:
-                    taken.poison.append(piece.poison)
-        if len(pieces) > self._block.segment_capacity:
-            raise Broken(Reason.CHAIN_TOO_LONG, len(pieces))
-        if self._status_byte and not writable_seen:
-            raise Broken(Reason.STATUS_BYTE, taken.head)
-        taken.room = len(taken.writable) + len(taken.kept)
-        return pieces
-
-    def _indirect_table(self, address: int, length: int) -> list[Descriptor]:
-        """The descriptors of an indirect table, copied."""
-        if not self._indirect:
-            raise Broken(Reason.INDIRECT_NOT_NEGOTIATED, address)
-        if not length or length % 16 or length > 16 * self._chain_limit:
-            raise Broken(Reason.INDIRECT_LENGTH, length)
-        pieces = self._table.pieces(address, length, READ, self._iommu, self._provisions)
-        raw = b"".join(access.read(piece, piece.length) for piece in pieces)
-        return list(self._descriptor.iter_unpack(raw))
-
-    def _describe(
-        self,
-        position: int,
-        first: int,
-        taken: Taken,
-        pieces: list[tuple[Piece, bool]],
-        resubmitted: bool,
-    ) -> None:
-        """Write the record, the segments and the default completion of a chain."""
-        base, end = self._table.window_base, self._table.window_end
-        flags = 0
-        header = b""
-        readable = 0
-        readable_length = 0
-        payload: list[Piece] = []
-        for number, (piece, writable) in enumerate(pieces, first):
-            SEGMENT.pack_into(
-                self._segments,
-                SEGMENT_SIZE * number,
-                piece.host,
-                piece.guest,
-                piece.length,
-                _SEGMENT_WRITABLE if writable else 0,
-                piece.provision,
-            )
-            if not base <= piece.host <= end - piece.length:
-                flags |= _EXTERNAL
-            if writable:
-                continue
-            copied = min(HEADER_SIZE - len(header), piece.length)
-            if copied:
-                header += access.read(piece, copied)
-            if piece.length > copied:
-                rest = piece.length - copied
-                payload.append(piece._replace(host=piece.host + copied, length=rest))
-                readable_length += rest
-
-        def offset(host: int) -> int:
-            return host - base if base <= host < end else 0
-
-        if len(header) < HEADER_SIZE:
-            flags |= _SHORT_HEADER
-        if len(payload) <= 1:
-            flags |= _READABLE_CONTIGUOUS
-        if payload:
-            readable = offset(payload[0].host)
-        writable_offset = status = 0
-        if taken.writable:
-            last = taken.writable[-1]
-            writable_offset = offset(taken.writable[0].host)
-            status = offset(last.host + last.length - 1)
-        parts = len(taken.writable)
-        if self._status_byte and parts and taken.writable[-1].length == 1:
-            parts -= 1
-        if parts <= 1:
-            flags |= _WRITABLE_CONTIGUOUS
-        if flags & _EXTERNAL:
-            flags &= ~(_READABLE_CONTIGUOUS | _WRITABLE_CONTIGUOUS)
-            readable = writable_offset = status = 0
-        if resubmitted:
-            flags |= _RESUBMITTED
-        RECORD.pack_into(
-            self._records,
-            RECORD_SIZE * position,
-            header,
-            readable,
-            writable_offset,
-            status,
-            readable_length,
-            taken.writable_length,
-            taken.head,
-            flags,
-            len(pieces),
-            first,
-        )
-        DONE.pack_into(
-            self._done,
-            DONE_SIZE * position,
-            taken.head,
-            0,
-            _STATUS if self._status_byte else 0,
-            taken.writable_length,
-        )
 
     # Completion.
 
@@ -672,37 +449,10 @@ class RingEngine:
                 self._provisions[index].uses -= 1
             pins[taken.table.address] = pins.get(taken.table.address, 0) + 1
         for address, count in pins.items():
-            _add_pins(address, -count)
+            add_pins(address, -count)
         self._block.in_flight = len(self._taken)
 
     def _mark_ring(self, offset: int, length: int) -> None:
         """Log a write to the device's part of the ring."""
-        if not self._log_used or self._log is None:
-            return
-        position, pages = self._block.log_used + offset, self._block.log_pages
-        if not pages:
-            self._log.mark(position, length)
-            return
-        while length > 0:
-            page, inside = divmod(position, PAGE)
-            step = min(length, PAGE - inside)
-            guest = ctypes.c_uint64.from_address(pages + 8 * page).value
-            self._log.mark(guest + inside, step)
-            position += step
-            length -= step
-
-
-def _add_pins(table: int, count: int) -> None:
-    """Add to a table's 64-bit counter, which stays below 2**31, by its low word.
-
-    The atomic operation takes 12-bit numbers.
-    """
-    address = table + PINS_OFFSET + (4 if sys.byteorder == "big" else 0)
-    while count:
-        step = max(-2048, min(2047, count))
-        barrier.atomic_add(address, step)
-        count -= step
-
-
-def _buffer(address: int, length: int) -> memoryview:
-    return memoryview((ctypes.c_uint8 * length).from_address(address)).cast("B")
+        if self._log_used and self._log is not None:
+            mark_ring(self._log, self._block, offset, length)

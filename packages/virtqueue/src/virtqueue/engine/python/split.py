@@ -8,8 +8,11 @@ from typing import Any, Final
 from ...layout import QueueBlock, Reason
 from ...memory import access, barrier
 from ...memory.table import Broken, Memory
-from ..inflight import SplitInflight, unguarded_poison
-from .ring import INDIRECT, NEXT, WRITABLE, RingEngine, Taken
+from .inflight_memory import unguarded_poison
+from .ring import RingEngine
+from .split_inflight import SplitInflight
+from .taken import Taken
+from .walk import INDIRECT, NEXT, WRITABLE
 
 NO_INTERRUPT: Final = 1
 NO_NOTIFY: Final = 1
@@ -36,10 +39,10 @@ class SplitEngine(RingEngine):
         self._elements: Any = None
 
     def _map_ring(self) -> None:
-        block, size, big, table = self._block, self._size, self._big_endian, self._table
+        block, size, big, table = self._block, self._size, self._big_endian, self._walk.table
         if not block.taken and not block.in_flight:
             self._avail_index = block.next_avail  # the queue may have set the position
-        self._load = access.descriptors(table, block.descriptors, size, self._descriptor)
+        self._load = access.descriptors(table, block.descriptors, size, self._walk.descriptor)
         # flags, idx, ring[size], used_event
         self._avail = access.words16(table, block.driver, 3 + size, big)
         # flags, idx, then elements of two words, and avail_event behind them
@@ -110,10 +113,10 @@ class SplitEngine(RingEngine):
         return head, 1, chain, None
 
     def _follow_table(self, address: int, length: int, chain: list[tuple[int, int, bool]]) -> None:
-        table = self._indirect_table(address, length)
+        table = self._walk.indirect_table(address, length)
         index = 0
         while True:
-            if len(chain) >= self._chain_limit:
+            if len(chain) >= self._walk.limit:
                 raise Broken(Reason.CHAIN_TOO_LONG, index)
             start, size, flags, following = table[index]
             if flags & INDIRECT:
@@ -186,7 +189,6 @@ class SplitEngine(RingEngine):
         else:
             self._used[0] = 0
             self._mark_ring(0, 2)
-        block.armed = 1
         # Partner: the driver's barrier between moving avail idx and loading avail_event (or
         # flags).  Either it sees that we want a kick or we see its chain.
         barrier.full_barrier()
@@ -196,7 +198,6 @@ class SplitEngine(RingEngine):
 
     def _disarm(self) -> int:
         block = self._block
-        block.armed = 0
         # With event indices the driver kicks only when it passes avail_event, which stays put.
         if not self._event_idx and block.descriptors and not block.stopped:
             self._used[0] = NO_NOTIFY

@@ -1,9 +1,7 @@
 /*
- * Only in builds for tests (VQ_TEST_STOP): the process dies at a chosen store of the protocol, as
- * if SIGKILL had come right after it.
+ * The process dies at a chosen store of the protocol, as if SIGKILL had come right after it.
+ * Compiled with the engine's sources and -DVQ_TEST_STOP by test_c_stops.py.
  */
-#ifdef VQ_TEST_STOP
-
 #include <signal.h>
 
 #include "chain.h"
@@ -16,5 +14,3 @@ void test_stop(void)
     if (++vq_test_stores == vq_test_stop_at)
         raise(SIGKILL);
 }
-
-#endif
