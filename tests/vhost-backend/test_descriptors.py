@@ -16,6 +16,8 @@ from vhost_backend import Queue, Request, VirtioDevice
 from vhost_backend.testing import DriverSession, attached
 from virtqueue import EngineName
 
+pytestmark = pytest.mark.usefixtures("every_flavour")
+
 FULL = (1 << 64) - 2
 
 

@@ -17,6 +17,8 @@ from vhost_backend.driver import BlockDriver, BlockError, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from virtqueue import EngineName
 
+pytestmark = pytest.mark.usefixtures("every_flavour")
+
 PAGE = 4096
 
 

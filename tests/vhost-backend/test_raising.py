@@ -700,16 +700,3 @@ def test_a_reader_that_comes_again_does_not_wait_for_a_writer_that_waits_for_it(
     writer.join(60)
     assert not writer.is_alive()
     assert state.enabled
-
-
-def test_others_wait_until_a_thread_that_came_twice_has_gone() -> None:
-    vring = VringMutex(VringState())
-    other = threading.Thread(target=vring.set_enabled, args=(True,), daemon=True)
-    with vring.get_mut() as state:
-        with vring.get_mut():
-            other.start()
-        other.join(0.05)
-        assert not state.enabled
-    other.join(60)
-    assert not other.is_alive()
-    assert state.enabled

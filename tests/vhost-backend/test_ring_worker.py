@@ -34,7 +34,9 @@ from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.fds import eventfd
 from vhost_backend.fds.listener import Listener
 from vhost_backend.testing import attached, expect_errors, served, serving
-from vhost_backend.vring import locks as vring_locks
+from vhost_backend.vring import ring_lease
+from vhost_backend.vring.locks import VringMutex
+from vhost_backend.vring.ring_lease import RingLease
 from vhost_backend.vring.state import VringState
 from vhost_protocol import ProtocolFeatures
 from virtqueue import Batch, Chain, CHandler, EngineName, available_engines
@@ -70,9 +72,13 @@ class Daemon:
 
     def served_from_c(self) -> bool:
         """Whether the first queue is claimed by its worker now, in C."""
+        return self.lease.server is not None
+
+    @property
+    def lease(self) -> RingLease:
         vring = self.daemon.vrings[0]
-        assert isinstance(vring, vring_locks.VringMutex)
-        return vring.server is not None
+        assert isinstance(vring, VringMutex)
+        return vring.lease
 
     def close(self) -> None:
         self._serving.__exit__(None, None, None)
@@ -164,7 +170,7 @@ def test_no_kick_is_lost_between_the_two_ways(daemon: Daemon) -> None:
             while not stop.is_set():
                 for progress in (lambda: None, None):
                     with daemon.daemon.vrings[0].get_mut() as state:
-                        state.on_progress = progress
+                        state.events.on_progress = progress
 
         vring = session.vrings[0]
         source, target = session.allocate(4), session.allocate(4)
@@ -431,16 +437,15 @@ def submit(session: DriverSession) -> None:
     session.vrings[0].queue.publish()
 
 
-def test_nothing_is_completed_while_somebody_borrows_the_queue(tmp_path: Path) -> None:
-    """Who came while the worker was about to serve from C is noticed, too."""
+def test_nothing_is_completed_while_an_early_visitor_has_the_ring(tmp_path: Path) -> None:
+    """A visitor that comes while the worker prepares to serve from C goes first."""
     device = Slow()
     made = Daemon(device, tmp_path)
-    vring = made.daemon.vrings[0]
-    assert isinstance(vring, vring_locks.VringMutex)
+    lease = made.lease
     inside, leave = threading.Event(), threading.Event()
 
     def visit() -> None:
-        with vring.get_ref():
+        with lease:
             inside.set()
             leave.wait(60)
 
@@ -450,9 +455,9 @@ def test_nothing_is_completed_while_somebody_borrows_the_queue(tmp_path: Path) -
             until(made.served_from_c, "the worker does not serve from C")
 
             def come_early() -> None:
-                visits = vring.visits
+                assert not lease.wanted
                 visitor.start()
-                until(lambda: vring.visits > visits, "nobody came")
+                until(lambda: lease.wanted, "nobody came")
                 submit(session)
 
             hold(made.worker, "_adopt", come_early)
@@ -475,17 +480,16 @@ def test_a_queue_that_was_borrowed_is_not_borrowed_while_its_batch_is_completed(
 ) -> None:
     device = Slow()
     made = Daemon(device, tmp_path)
-    vring = made.daemon.vrings[0]
-    assert isinstance(vring, vring_locks.VringMutex)
+    lease = made.lease
     inside = threading.Event()
     seen: list[bool] = []
 
     def visit() -> None:
-        with vring.get_ref():
+        with lease:
             inside.set()
 
     visitor = threading.Thread(target=visit)
-    finish = vring._state.finish
+    finish = lease.state.finish
 
     def finish_later(taken: int) -> None:
         visitor.start()
@@ -501,8 +505,8 @@ def test_a_queue_that_was_borrowed_is_not_borrowed_while_its_batch_is_completed(
                 submit(session)
                 eventfd.signal(session.vrings[0].kick_fd)
                 assert device.begun.wait(60)
-                with vring.get_mut() as state:
-                    borrowed = vring._visit.borrowed is not None
+                with lease as state:
+                    borrowed = lease._lender is not None
                     if borrowed:
                         state.finish = finish_later  # type: ignore[method-assign]
                 device.go_on.set()
@@ -521,7 +525,7 @@ def test_a_queue_that_was_borrowed_is_not_borrowed_while_its_batch_is_completed(
 def test_a_full_and_blocking_call_descriptor_holds_up_its_own_ring_only(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vring_locks, "CALL_BACK_PATIENCE", 0.05)
+    monkeypatch.setattr(ring_lease, "CALL_BACK_PATIENCE", 0.05)
     with DriverSession.connect(daemon.path) as session:
         exchange(session, b"before")
         vring = session.vrings[0]
@@ -545,25 +549,24 @@ def test_a_signal_that_a_visitor_read_is_given_again(monkeypatch: pytest.MonkeyP
         def borrow(self) -> bool:
             return False
 
-    monkeypatch.setattr(vring_locks, "CALL_BACK_PATIENCE", 0)
+    monkeypatch.setattr(ring_lease, "CALL_BACK_PATIENCE", 0)
     call = os.eventfd(1, os.EFD_NONBLOCK)
     state = VringState()
     state.set_call(os.dup(call))
-    vring = vring_locks.VringMutex(state)
-    vring.server = Stuck()  # type: ignore[assignment]
-    vring.wake = lambda: None
-    vring.claim()
+    lease = RingLease(state)
+    lease.claim()
+    assert lease.begin(Stuck())  # type: ignore[arg-type]
     poller = select.poll()
     poller.register(call, select.POLLIN)
 
     def visit() -> None:
-        with vring.get_ref():
+        with lease:
             pass
 
     visitor = threading.Thread(target=visit)
     visitor.start()
     until(lambda: not poller.poll(0), "nobody read it")
-    vring.release()
+    lease.end()
     visitor.join(60)
     assert os.eventfd_read(call) == 1
     state.reset()

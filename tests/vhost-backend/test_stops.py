@@ -39,6 +39,8 @@ from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import serving
 from virtqueue import CHandler, EngineName
 
+pytestmark = pytest.mark.usefixtures("every_flavour")
+
 CONTENT, SENTINEL = b"D", b"N"
 LENGTH = 4096
 PATIENCE = 60.0

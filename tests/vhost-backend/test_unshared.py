@@ -15,6 +15,8 @@ from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import attached
 
+pytestmark = pytest.mark.usefixtures("every_flavour")
+
 SAID = "share=on"
 
 

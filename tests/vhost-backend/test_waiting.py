@@ -26,6 +26,8 @@ from vhost_backend.driver import DriverSession, Migration
 from vhost_backend.testing import attached, served, serving
 from virtqueue import EngineName
 
+pytestmark = pytest.mark.usefixtures("every_flavour")
+
 PATIENCE = 60.0
 
 

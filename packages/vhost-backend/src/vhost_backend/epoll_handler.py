@@ -118,7 +118,7 @@ class VringEpollHandler:
         self.on_failure: Callable[[BaseException], None] | None = None
         for vring in self.vrings:
             with vring.get_mut() as state:
-                state.on_take = partial(self._note, vring)
+                state.events.on_take = partial(self._note, vring)
         self._epoll.register(self._wake.fd, select.EPOLLIN)
         if self._exit is not None:
             self._epoll.register(self._exit.fd, select.EPOLLIN)
@@ -138,7 +138,7 @@ class VringEpollHandler:
             return False
         for vring in self.vrings:
             with vring.get_mut() as state:
-                state.on_take = None
+                state.events.on_take = None
         self._epoll.close()
         self._wake.close()
         return True

@@ -164,7 +164,7 @@ class AsyncDeviceBackend(DeviceBackend):
             if served is None or served.loop is not loop:
                 served = self._served[state.index] = _Served(vring, loop)
             served.generation = state.generation
-            served.recorded = state.inflight is not None
+            served.recorded = state.settings.inflight is not None
             waits = int(state.index in self.device.waiting_queues)
             for position, chain in enumerate(batch):
                 if state.on_demand.has_stand_ins and not state.on_demand.usable(chain):

@@ -1,10 +1,10 @@
 """A worker that serves one queue from C.
 
-Most workers have one queue (`VirtioDevice.queues_per_thread`). Such a worker claims its ring and
-lets C look, sleep, take, complete and signal; Python has only the batch to work on, or not even
-that where the device has a handler in C. Whatever does not fit (a message or a descriptor beside
-the ring, another engine, an error of the ring) is left to the long way, `VringEpollHandler`'s round
-with `DeviceBackend.handle_event`; and when others want the ring, they have it (`VringMutex`).
+Most workers have one queue (`VirtioDevice.queues_per_thread`). Such a worker claims its ring
+(`RingLease`) and calls C, which looks, sleeps, takes, completes and signals. Python works on the
+batch, and on none of it where the device has a handler in C. All that does not fit goes the long
+way, `VringEpollHandler`'s round with `DeviceBackend.handle_event`: messages or descriptors beside
+the ring, another engine, an error of the ring.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..device.base import VirtioDevice
 from ..device.request import Queue
 from ..epoll_handler import VringEpollHandler
 from ..vring.locks import Vring, VringMutex
+from ..vring.ring_lease import RingLease
 from ..vring.state import VringState
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -59,12 +60,12 @@ class QueueWorker(VringEpollHandler):
         super().__init__(backend, vrings, thread_id, name, busy_poll=busy_poll, cpu=cpu)
         self._device = cast("BatchBackend", backend)
         self._server: Server | None = None
-        self._only: VringMutex | None = None
+        self._lease: RingLease | None = None
         #: Generation of the ring that could not be served from C.
         self._refused = -1
         if len(vrings) == 1 and isinstance(vrings[0], VringMutex) and self._exit is None:
-            self._only = vrings[0]
-            self._only.wake = self._wake.wake
+            self._lease = vrings[0].lease
+            self._lease.wake = self._wake.wake
 
     def stop(self, timeout: float | None = None) -> bool:
         """End the thread, and with it its hold on handlers in C and their descriptors."""
@@ -84,12 +85,12 @@ class QueueWorker(VringEpollHandler):
         super().wake()
 
     def _round(self, timeout: float | None) -> float | None:
-        if self._only is not None and self._serve(self._only):
-            # Before looking: who asks from here on is noticed in the next round.
+        if self._lease is not None and self._serve(self._lease):
+            # Before looking: a `wake` from here on is noticed in the next round.
             if self._server is not None:
                 self._server.clear_interrupt()
-            # What came along was taken by C: a kick, for which the next look may be the long way's,
-            # or the first edge of a listener.
+            # C has taken what epoll told: a kick, for which the next look may be the long way's, or
+            # the first edge of a listener.
             self._again.add(0)
             if self._listeners:
                 self._show_again()
@@ -109,7 +110,7 @@ class QueueWorker(VringEpollHandler):
         for fd in closed:
             log.error("%s: descriptor %d was closed before it was unregistered", self._name, fd)
 
-    def _serve(self, vring: VringMutex) -> bool:
+    def _serve(self, lease: RingLease) -> bool:
         """Serve the queue from C until there is something else to do; False when it cannot be."""
         kick_fd = self._kick_of.get(0, -1)
         if kick_fd not in self._edges or self._listeners or self._stopping:
@@ -117,22 +118,21 @@ class QueueWorker(VringEpollHandler):
                 self._server = None  # and with it the ring and its memory
                 _settle()
             return False
-        state = vring.claim()
+        state = lease.claim()
         try:
             server = self._server = self._adopt(state)
             if server is None:
                 return False
-            vring.server = server
-            if not self._stopping:  # who asked before there was a server could not interrupt it
-                self._turns(vring, state, server, kick_fd)
+            # A `wake` before there was a server could not interrupt it: look once more.
+            if lease.begin(server) and not self._listeners and not self._stopping:
+                self._turns(lease, state, server, kick_fd)
         except Exception:
             # The queue may be in any state: the long way finds out, and has it from now on.
             log.exception("%s: queue %d cannot be served from C", state.name, state.index)
             self._refused = state.generation
         finally:
-            vring.server = None
             self._device.view(state).forget()
-            vring.release()
+            lease.end()
         return True
 
     def _adopt(self, state: VringState) -> Server | None:
@@ -146,45 +146,41 @@ class QueueWorker(VringEpollHandler):
             server = Server(queue, self._epoll.fileno(), handler=handler, spin_max=self._busy_poll)
         return server
 
-    def _turns(self, vring: VringMutex, state: VringState, server: Server, kick_fd: int) -> None:
+    def _turns(self, lease: RingLease, state: VringState, server: Server, kick_fd: int) -> None:
         batch = server.resume(kick_fd, state.call_fd)
-        visits, generation = vring.claimed, state.generation
+        generation = state.generation
         device = self._device
         view = device.view(state)
         view.window, view.memory = server.queue.window, server.queue.memory
         handle_batch = device.device.handle_batch
         turn, serve, begin = server.turn, server.serve, server.begin
-        release, reclaim = vring.release, vring.reclaim
+        release, reclaim = lease.release, lease.reclaim
         if server.handled:
             # With a handler in C a batch comes to Python only now and then.
             turn = serve
         count = serve()
-        while True:
-            if vring.visits != visits:
-                break
-            if count > 0:
-                begin(count)
-                release()
-                try:
-                    handle_batch(view, batch)
-                except BaseException as error:
-                    device.fail_batch(view, batch, error)
-                finally:
-                    reclaim()
-                if vring.visits != visits:
-                    self._finish(vring, state, generation, count)
-                    return
-                if batch.built:
-                    server.leave()
-                # A driver that waits for each request has to be signalled, which only `serve` does.
-                # Otherwise the next batch may be there already: no need to let go of the GIL.
-                count = serve() if count == 1 else turn() or serve()
-            else:
-                # Where it is negative, the same call made the long way says what that is.
+        while not lease.wanted:
+            # Where it is negative, the same call made the long way says what that is.
+            if count <= 0:
                 return
-        # Somebody has been here while C was at work, or waits.
-        release()
-        vring.claim()
+            begin(count)
+            release()
+            try:
+                handle_batch(view, batch)
+            except BaseException as error:
+                device.fail_batch(view, batch, error)
+            finally:
+                reclaim()
+            if lease.wanted:  # another thread may have set it
+                self._finish(state, generation, count)  # type: ignore[unreachable]
+                return
+            if batch.built:
+                server.leave()
+            # A driver that waits for each request has to be signalled, which only `serve` does.
+            # Otherwise the next batch may be there already: no need to let go of the GIL.
+            count = serve() if count == 1 else turn() or serve()
+        # A visitor waits, or came while a handler in C worked and may still be here.
+        lease.give_way()
         if count > 0 and state.generation == generation:
             begin(count)
             if not server.handled or server.left:
@@ -193,12 +189,10 @@ class QueueWorker(VringEpollHandler):
                     device.serve_batch(view, batch)
                 finally:
                     reclaim()
-            self._finish(vring, state, generation, count)
+            self._finish(state, generation, count)
 
-    def _finish(self, vring: VringMutex, state: VringState, generation: int, count: int) -> None:
-        """Complete the batch the long way, if it still counts after others were here."""
-        vring.release()
-        vring.claim()
+    def _finish(self, state: VringState, generation: int, count: int) -> None:
+        """Complete the batch the long way, unless a visitor has stopped or moved the ring."""
         if state.generation == generation:
             try:
                 state.finish(count)
@@ -208,10 +202,10 @@ class QueueWorker(VringEpollHandler):
 
 
 def _settle() -> None:
-    """Free what nobody refers to, without the GIL too.
+    """Free unreferenced objects, without the GIL too.
 
-    There an object whose last reference goes on another thread than the one that made it stays
-    until that one runs again, and those here sleep. A collection does what they would.
+    There an object stays when its last reference goes on another thread than the one that made it,
+    until that thread runs again; and the threads here sleep. A collection does it in their stead.
     """
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         gc.collect()

@@ -75,7 +75,7 @@ class Logging:
         before, context.log = context.log, log
         for vring in context.vrings:
             with vring.get_mut() as state:
-                state.set_log(log, state.log_used)
+                state.set_log(log, state.settings.log_used)
         context.use_memory(context.memory.current)
         if before is not None:
             before.close()
@@ -90,6 +90,6 @@ class Logging:
         before, self._fd = self._fd, fd
         for vring in self._context.vrings:
             with vring.get_mut() as state:
-                state.log_fd = fd
+                state.signals.log_fd = fd
         if before >= 0:
             os.close(before)

@@ -109,7 +109,7 @@ class Inflight:
                     raise Refused(request, f"vring {index} is started")
         for index, vring in enumerate(vrings):
             with vring.get_mut() as state:
-                state.inflight = InflightRegion(
+                state.settings.inflight = InflightRegion(
                     mapping.address + index * each,
                     each,
                     mapping,

@@ -20,7 +20,6 @@ from virtqueue import Reason
 from ..errors import Refused
 from ..features import VirtioFeature
 from ..rate_limited_log import RateLimited
-from ..vring.state import VringState
 from ..vring.wanted import Wanted
 from .context import Context
 from .outcome import Answer, Descriptors, Outcome, Wait
@@ -45,7 +44,7 @@ class Iommu:
         }
         for vring in context.vrings:
             with vring.get_mut() as state:
-                state.on_miss = self._miss
+                state.events.on_miss = self._miss
 
     def offers(self) -> vp.ProtocolFeatures:
         """The channel on which entries are asked for."""
@@ -79,8 +78,8 @@ class Iommu:
             before.close()
         for vring in context.vrings:
             with vring.get_mut() as state:
-                if state.channel is not None:
-                    state.channel = context.channel
+                if state.signals.channel is not None:
+                    state.signals.channel = context.channel
         context.backend.set_backend_req_fd(context.channel)
         return None
 
@@ -136,7 +135,7 @@ class Iommu:
     def _watch_progress(self, wake: Callable[[], None] | None) -> None:
         for vring in self._context.vrings:
             with vring.get_mut() as state:
-                state.on_progress = wake
+                state.events.on_progress = wake
 
     def _acknowledge(self, resume: Callable[[], None]) -> Answer:
         self._watch_progress(None)
@@ -151,8 +150,11 @@ class Iommu:
                     return False
         return True
 
-    def _miss(self, state: VringState, need: Wanted) -> None:
-        """A ring cannot go on before an entry comes. Called on a worker, with the ring's lock."""
+    def _miss(self, index: int, need: Wanted) -> bool:
+        """Ask for the entry that ring `index` waits for; False when that cannot be.
+
+        Called on a worker, with the ring's lock.
+        """
         channel = self._context.channel
         try:
             if channel is None:
@@ -162,19 +164,19 @@ class Iommu:
             self._faults.warning(
                 "%s: an IOTLB entry cannot be asked for: %s", self._context.name, error
             )
-            state.fail_need()
-            return
-        timer = threading.Timer(MISS_TIMEOUT, self._expire, (state.index, need))
+            return False
+        timer = threading.Timer(MISS_TIMEOUT, self._expire, (index, need))
         timer.daemon = True
         # One for each ring: a ring waits for one entry at a time.
-        before = self._timers.get(state.index)
-        self._timers[state.index] = timer
+        before = self._timers.get(index)
+        self._timers[index] = timer
         if before is not None:
             before.cancel()
         try:
             timer.start()
         except RuntimeError as error:  # there can be no more threads: it waits as long as it takes
             self._faults.error("nobody watches how long an IOTLB entry takes: %s", error)
+        return True
 
     def _expire(self, index: int, need: Wanted) -> None:
         with self._context.vrings[index].get_mut() as state:

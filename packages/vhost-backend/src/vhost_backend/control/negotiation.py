@@ -94,7 +94,7 @@ class Negotiation:
         context.backend.set_event_idx(bool(features & VirtioFeature.EVENT_IDX))
         for index, vring in enumerate(context.vrings):
             with vring.get_mut() as state:
-                state.features = features
+                state.settings.features = features
                 if not features & VirtioFeature.PROTOCOL_FEATURES:
                     # "Ring states": a front-end that cannot enable rings has them all enabled.
                     state.set_enabled(True)

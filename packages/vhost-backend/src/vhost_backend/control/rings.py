@@ -124,9 +124,10 @@ class Rings:
     def _reset(self, then: Callable[[], None]) -> None:
         for vring in self._context.vrings:
             with vring.get_mut() as state:
-                features, log, base = state.features, state.log, state.stop()
+                base, settings = state.stop(), state.settings
                 state.reset()
-                state.features, state.log, state.base = features, log, base
+                state.settings.features, state.settings.log = settings.features, settings.log
+                state.set_queue_next_avail(base)
         self._device_stopped()
         then()
 
@@ -231,7 +232,7 @@ class Rings:
         addresses = (message.descriptor, message.available, message.used)
         log_used = message.log if message.flags & vp.VringFlags.LOG else None
         with context.vring("SET_VRING_ADDR", index).get_mut() as state:
-            moves = state.started and state.addresses != addresses
+            moves = state.started and state.settings.addresses != addresses
             if moves:
                 descriptor, driver, device = addresses
                 config = state.config()._replace(
@@ -243,8 +244,8 @@ class Rings:
                     raise Refused("SET_VRING_ADDR", str(error)) from None
                 # what is in flight completes where it was taken
             else:
-                state.addresses = addresses
-                state.set_log(state.log, log_used)
+                state.settings.addresses = addresses
+                state.set_log(state.settings.log, log_used)
         if moves:
             ready = self._quiesce(index)
             return Wait(
@@ -261,8 +262,8 @@ class Rings:
         context = self._context
         with context.vrings[index].get_mut() as state:
             state.stop()
-            state.addresses = addresses
-            state.set_log(state.log, log_used)
+            state.settings.addresses = addresses
+            state.set_log(state.settings.log, log_used)
             self._make_queue(state)
         context.scan(index)
 
@@ -288,7 +289,7 @@ class Rings:
         what it has not used is in the in-flight region.
         """
         with vring.get_ref() as state:
-            recorded = state.inflight is not None
+            recorded = state.settings.inflight is not None
         meant = recorded and not base & _WRAP
         return base if not 0 < base <= 0xFFFF or meant else base | base << 16
 
@@ -296,9 +297,9 @@ class Rings:
         with self._context.vring("SET_VRING_ENDIAN", message.index).get_mut() as state:
             if state.started:
                 raise Refused("SET_VRING_ENDIAN", f"vring {message.index} is started")
-            if message.big_endian and state.features & VirtioFeature.VERSION_1:
+            if message.big_endian and state.settings.features & VirtioFeature.VERSION_1:
                 raise Refused("SET_VRING_ENDIAN", "a VERSION_1 device is little-endian")
-            state.big_endian = message.big_endian
+            state.settings.big_endian = message.big_endian
         return None
 
     # -- start and stop -------------------------------------------------------------------------
@@ -339,7 +340,7 @@ class Rings:
         return None
 
     def _check_startable(self, request: str, state: VringState) -> None:
-        if state.addresses is None:
+        if state.settings.addresses is None:
             raise Refused(request, f"vring {state.index} has no addresses yet")
         try:
             state.config().check()
@@ -349,11 +350,11 @@ class Rings:
     def _start(self, request: str, state: VringState) -> None:
         context = self._context
         context.device_started()
-        if state.index not in self._placed and state.features & VirtioFeature.RING_PACKED:
+        if state.index not in self._placed and state.settings.features & VirtioFeature.RING_PACKED:
             state.set_queue_next_avail(_PACKED_BEGIN)
         self._placed.add(state.index)
         if context.has(vp.ProtocolFeatures.INBAND_NOTIFICATIONS):
-            state.channel = context.channel
+            state.signals.channel = context.channel
         try:
             self._make_queue(state)
         except UsageError as error:
@@ -361,9 +362,9 @@ class Rings:
         context.unshared.ring_started()
         log.debug(
             "%s: queue %d starts: %d descriptors, %s, from %#x, kicks by %s, calls by %s",
-            *(context.name, state.index, state.size),
-            "packed" if state.features & VirtioFeature.RING_PACKED else "split",
-            state.base,
+            *(context.name, state.index, state.settings.size),
+            "packed" if state.settings.features & VirtioFeature.RING_PACKED else "split",
+            state.settings.base,
             "descriptor" if state.kick_fd >= 0 else "message or polling",
             "descriptor" if state.call_fd >= 0 else "message or none",
         )
@@ -401,7 +402,7 @@ class Rings:
                 *(self._context.name, state.index, error),
             )
             state.stop()
-            state.signal_err()
+            state.signals.error()
             return False
         state.signal_call()
         return True

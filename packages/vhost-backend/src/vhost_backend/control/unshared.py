@@ -83,14 +83,15 @@ class UnsharedMemory:
 
 
 def _is_blank(state: VringState, memory: GuestMemory) -> bool:
-    if state.addresses is None or state.features & VirtioFeature.ACCESS_PLATFORM:
+    settings = state.settings
+    if settings.addresses is None or settings.features & VirtioFeature.ACCESS_PLATFORM:
         return False  # behind an IOMMU the addresses are others
-    descriptors, driver, _ = state.addresses
+    descriptors, driver, _ = settings.addresses
     try:
         return not any(
             any(memory.read(memory.user_to_guest(UserAddress(address)), length))
             # An index is what a driver writes first: behind the flags, or in the first descriptor.
-            for address, length in ((descriptors, 16 * state.size), (driver, 4))
+            for address, length in ((descriptors, 16 * settings.size), (driver, 4))
         )
     except GuestMemoryError:
         return False  # which the ring's own look says better

@@ -95,7 +95,7 @@ class DaemonBase:
         for vring_ in self.vrings:
             with vring_.get_mut() as state:
                 state.name = name
-                state.on_truncated = self._hang_up
+                state.events.on_truncated = self._hang_up
 
     def get_epoll_handlers(self) -> list[VringEpollHandler]:
         """The workers, by thread number: where a device registers descriptors of its own."""

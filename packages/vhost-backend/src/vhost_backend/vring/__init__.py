@@ -1,4 +1,5 @@
-"""One vring: what the front-end configured, the queue made of it, and the lock around both.
+"""One vring: its settings, the queue made of them, its data path, and the lock around it all.
 
-Nothing here knows messages, workers or devices.
+The lock knows that a worker may serve the ring from C (`ring_lease`). Nothing else here knows
+messages, workers or devices.
 """

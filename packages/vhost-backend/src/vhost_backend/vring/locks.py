@@ -1,42 +1,34 @@
 """Vrings that threads share: a `VringState` behind a lock.
 
 Two flavours, `VringMutex` and `VringRwLock`, hand the state out through `get_ref()` and `get_mut()`
-and carry its operations for single calls. The lock guards configuration and engine calls, never a
-handler: a request that a device works on holds no lock, and stopping a ring waits for requests
-separately (`VringState.begin_drain`).
+and carry its operations for single calls. The lock guards configuration and engine calls. A device
+works without it, and stopping a ring waits for requests separately (`VringState.begin_drain`).
 
-A thread that holds the state may come again, so the vring's own operations work inside of
-`get_mut()`, too. What cannot be had that way (changing a `VringRwLock` that the thread only reads)
-raises at once.
+A thread that holds the state may enter again, so the vring's own operations work inside of
+`get_mut()`, too. Changing a `VringRwLock` that the same thread reads would wait for ever: it raises
+at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Final, Protocol
+from typing import Protocol
 
 from guest_memory import GuestMemory
-from virtqueue import Chain, Server
+from virtqueue import Chain
 
 from ..errors import BackendUsageError
-from ..fds import eventfd
+from .ring_lease import RingLease
 from .state import VringState
-
-#: Seconds between two looks at a worker that was called back. It comes at once, unless a handler in
-#: C has just begun: then the queue can be borrowed at the next look.
-CALL_BACK_INTERVAL: Final = 0.0005
-#: Seconds after which the worker is taken to be held up by its call descriptor.
-CALL_BACK_PATIENCE: Final = 1.0
 
 
 class Vring(Protocol):
     """A vring that threads share: the state behind a lock of its own, and single operations on it.
 
-    Both flavours derive from it; a flavour of your own needs `get_ref` and `get_mut` only.
+    Both flavours derive from it. A flavour of your own needs `get_ref` and `get_mut` only.
     """
 
     def get_ref(self) -> AbstractContextManager[VringState]:
@@ -131,120 +123,19 @@ class Vring(Protocol):
 class VringMutex(Vring):
     """A vring behind one lock: the flavour for a ring that one worker serves (the default).
 
-    A worker may `claim` it and hold it while it serves the queue from C, asleep or not, as long as
-    nobody else wants it: whoever comes through `get_ref` or `get_mut` calls it back. What a device
-    works on holds no lock (`release`, `reclaim`).
+    The lock is a `RingLease`, so that the worker may hold it while it sleeps.
     """
 
     def __init__(self, state: VringState) -> None:
-        self._state = state
-        self._lock = threading.Lock()
-        # Held by a visitor from its coming to its going: the worker waits here for its turn, so it
-        # cannot take the lock back before a visitor that it has let in.
-        self._gate = threading.Lock()
-        self._visit = _Visit(self)
-        # The visitor: its thread, and how often it came without going.
-        self._visitor = 0
-        self._depth = 0
-        #: Let others have what was claimed.
-        self.release: Callable[[], None] = self._lock.release
-        #: After `release`: have it again, also before those who wait. See `visits`.
-        self.reclaim: Callable[[], object] = self._lock.acquire
-        #: How many visitors came: a worker that finds it changed since it `claimed` looks at the
-        #: state anew.
-        self.visits: int = 0
-        self.claimed: int = 0
-        #: What serves the queue from C while it is claimed, and what wakes that from its sleep.
-        self.server: Server | None = None
-        self.wake: Callable[[], None] | None = None
+        self.lease: RingLease = RingLease(state)
 
     def get_ref(self) -> AbstractContextManager[VringState]:
         """The state; the same lock as `get_mut`."""
-        return self._visit
+        return self.lease
 
     def get_mut(self) -> AbstractContextManager[VringState]:
         """The state, exclusively."""
-        return self._visit
-
-    # -- for the ring's worker ------------------------------------------------------------------
-
-    def claim(self) -> VringState:
-        """Have the state until `release`, after those who wait for it."""
-        with self._gate:
-            self._lock.acquire()
-            # In here nobody can come: who does from here on is noticed, and nobody borrows what
-            # was borrowed before.
-            self.claimed = self.visits
-            if self.server is not None:
-                self.server.own()
-        return self._state
-
-    # -- for visitors ---------------------------------------------------------------------------
-
-    def _enter(self) -> VringState:
-        thread = threading.get_ident()
-        # Only this thread sets its own number there.
-        if self._visitor == thread:
-            self._depth += 1
-            return self._state
-        self._gate.acquire()
-        self.visits += 1
-        if not self._lock.acquire(False):
-            self._call_back()
-        self._visitor = thread
-        return self._state
-
-    def _call_back(self) -> None:
-        """The worker has it: in C, asleep or at work, or for a moment in Python."""
-        patience = time.monotonic() + CALL_BACK_PATIENCE
-        drained = False
-        while True:
-            server, wake = self.server, self.wake
-            if server is not None and wake is not None:
-                server.interrupt()
-                wake()
-                if server.borrow():
-                    self._visit.borrowed = server
-                    break
-            if self._lock.acquire(timeout=CALL_BACK_INTERVAL):
-                break
-            if server is not None and time.monotonic() > patience:
-                # A hostile front-end may have filled the call eventfd and made it blocking, so that
-                # the worker waits to signal: reading it lets the worker go.
-                eventfd.drain(self._state.call_fd)
-                drained = True
-        if drained:
-            # It may have been somebody's signal after all, and the ring goes the long way next.
-            self._state.signal_call()
-
-    def _leave(self) -> None:
-        if self._depth:
-            self._depth -= 1
-            return
-        self._visitor = 0
-        server, self._visit.borrowed = self._visit.borrowed, None
-        if server is not None:
-            server.give_back()
-        else:
-            self._lock.release()
-        self._gate.release()
-
-
-class _Visit:
-    """`with` over a `VringMutex`; one object for all uses, so that it costs no call more."""
-
-    __slots__ = ("_vring", "borrowed")
-
-    def __init__(self, vring: VringMutex) -> None:
-        self._vring = vring
-        #: The server whose handler in C was at work when this visitor came.
-        self.borrowed: Server | None = None
-
-    def __enter__(self) -> VringState:
-        return self._vring._enter()
-
-    def __exit__(self, *exc: object) -> None:
-        self._vring._leave()
+        return self.lease
 
 
 class VringRwLock(Vring):
@@ -256,7 +147,7 @@ class VringRwLock(Vring):
     def __init__(self, state: VringState) -> None:
         self._state = state
         self._condition = threading.Condition(threading.Lock())
-        #: Reading threads, and how often each came without going.
+        #: Reading threads, and how often each entered without leaving.
         self._readers: dict[int, int] = {}
         self._writers_waiting = 0
         #: The writing thread, or 0.
@@ -271,7 +162,7 @@ class VringRwLock(Vring):
             return
         readers = self._readers
         with self._condition:
-            # Who reads already must not wait for a writer that waits for it.
+            # A thread that reads already must not wait for a writer that waits for it.
             while thread not in readers and (self._writer or self._writers_waiting):
                 self._condition.wait()
             readers[thread] = readers.get(thread, 0) + 1
@@ -289,7 +180,7 @@ class VringRwLock(Vring):
     def get_mut(self) -> Iterator[VringState]:
         """The state, exclusively.
 
-        Raises `BackendUsageError` inside of the same thread's `get_ref`, which would never end.
+        Raises `BackendUsageError` inside of the same thread's `get_ref`: it would wait for ever.
         """
         thread = threading.get_ident()
         if self._writer == thread:

@@ -1,0 +1,37 @@
+"""What a ring tells the rest of the daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from virtqueue import Batch
+
+from .wanted import Wanted
+
+
+class RingEvents:
+    """The callbacks of one ring, each called with the ring's lock held. They survive a reset."""
+
+    def __init__(self) -> None:
+        #: A back-end has taken a batch: the ring's generation, and the batch.
+        self.on_take: Callable[[int, Batch], None] | None = None
+        #: Something was completed, while a thread waits for that.
+        self.on_progress: Callable[[], None] | None = None
+        #: The IOTLB lacks an entry (see `control.iommu`): the ring's index, and what it waits for.
+        #: Returns whether the front-end was asked for it.
+        self.on_miss: Callable[[int, Wanted], bool] | None = None
+        #: Guest memory was taken away under the ring.
+        self.on_truncated: Callable[[], None] | None = None
+        #: No request is in flight any more, once: see `VringState.begin_drain` and `leave`.
+        self.on_drained: Callable[[], None] | None = None
+
+    def truncated(self) -> None:
+        """Call `on_truncated`."""
+        if self.on_truncated is not None:
+            self.on_truncated()
+
+    def drained(self) -> None:
+        """Call `on_drained` and forget it."""
+        if self.on_drained is not None:
+            callback, self.on_drained = self.on_drained, None
+            callback()
