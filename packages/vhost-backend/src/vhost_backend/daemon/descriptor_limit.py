@@ -1,4 +1,4 @@
-"""File descriptors: how many serving takes, and the limit that has to allow for them."""
+"""The number of file descriptors that serving needs, and the limit that must allow them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .threaded import VhostUserDaemon
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
-#: A ring's kick, call and error descriptor, and one that is new before the old one is closed.
+#: A ring's kick, call and error descriptor, and a new one that comes before the old one is closed.
 _PER_QUEUE: Final = 4
-#: A worker's epoll and wake-up, and what its event loop or its handler in C has (io_uring, files).
+#: A worker's epoll and wake-up, and those of its event loop or its handler in C (io_uring, files).
 _PER_WORKER: Final = 8
-#: A daemon's listener, connection, channel, log and wake-ups, and a message's descriptors while it
-#: is handled. Regions keep none.
+#: A daemon's listener, connection, channel, log and wake-ups, and the descriptors of the message
+#: that it handles. Memory regions keep none.
 _PER_DAEMON: Final = 32
-#: For whatever the program does beside.
+#: For the rest of the program.
 _SPARE: Final = 64
 
 
 def needed(daemons: Iterable[VhostUserDaemon]) -> int:
-    """How many descriptors this process may have open at a time with these daemons."""
+    """The most descriptors that this process may have open with these daemons."""
     count = len(os.listdir("/proc/self/fd")) + _SPARE
     for daemon in daemons:
         count += _PER_DAEMON + _PER_QUEUE * len(daemon.vrings)
@@ -33,7 +33,7 @@ def needed(daemons: Iterable[VhostUserDaemon]) -> int:
 
 
 def raise_limit(daemons: Iterable[VhostUserDaemon]) -> None:
-    """Raise the soft limit to what these daemons may need, and say so when that is not allowed."""
+    """Raise the soft limit to the need of these daemons, or log that this is not allowed."""
     try:
         count = needed(daemons)
     except OSError:  # no /proc here

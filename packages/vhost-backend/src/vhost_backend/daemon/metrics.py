@@ -1,4 +1,4 @@
-"""The counters for Prometheus, where they are asked for."""
+"""Serving the counters to Prometheus, where the caller asks for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The counters as Prometheus metrics. Imported when it is used: it brings an HTTP server along."""
+"""The counters as Prometheus metrics. Imported only when used, as it imports an HTTP server."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ PATIENCE = 10.0
 class MetricsServer:
     """Serves the counters to Prometheus, on `unix:PATH` or `HOST:PORT`, from a thread of its own.
 
-    Needs prometheus-client (the `[metrics]` extra). Only loopback addresses are accepted: the
-    figures are nobody else's. Raises `ListenError` or `VhostBackendError`.
+    Needs prometheus-client (the `[metrics]` extra). Only loopback addresses are accepted: other
+    machines must not read the counters. Raises `ListenError` or `VhostBackendError`.
     """
 
     def __init__(self, where: str, daemons: Iterable[DaemonBase]) -> None:
@@ -100,12 +100,12 @@ class _Collector:
 
 
 def _place(entry: QueueReport) -> list[str]:
-    """The labels' values. A path need not be UTF-8, and Prometheus' text has to be."""
+    """The labels' values, as UTF-8 (Prometheus' text needs it; a path may be other bytes)."""
     return [entry.device.encode(errors="backslashreplace").decode(), str(entry.queue)]
 
 
 class _Quiet(WSGIRequestHandler):
-    """A request log would be the only thing on stderr."""
+    """A handler without the request log that `WSGIRequestHandler` prints on stderr."""
 
     timeout = PATIENCE
 
@@ -122,7 +122,7 @@ def _pause() -> None:
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    """A thread for each client: one that is silent keeps neither others nor the end waiting."""
+    """A server with a thread for each client: a silent client delays neither others nor `close`."""
 
     daemon_threads = True
     block_on_close = False
@@ -131,7 +131,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         """The next client."""
         try:
             return self._accept()
-        except OSError:  # too many open files, say: the client stays, and this loop must not spin
+        except OSError:  # too many open files, say: the client stays queued, so do not spin
             _pause()
             raise
 
@@ -139,7 +139,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         return self.socket.accept()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that is silent or goes away has no traceback."""
+        """Log an error of a client at DEBUG only."""
         log.debug("a client of the metrics was not served", exc_info=True)
 
 
