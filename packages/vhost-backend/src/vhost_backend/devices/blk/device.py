@@ -27,7 +27,7 @@ from virtqueue import (
 )
 
 from ...device.base import VirtioDevice
-from ...device.request import Queue
+from ...device.request import QueueInfo
 from ...errors import DeviceError, DeviceRefused
 from ...rate_limited_log import RateLimited
 from .image_lock import ImageLock, Locking
@@ -297,7 +297,7 @@ class BlockDevice(VirtioDevice):
         handler.durable = self._durable_writes  # which may just have changed
         return handler
 
-    def handle_batch(self, queue: Queue, batch: Batch) -> None:
+    def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
         """Work on the requests that are left, in the order they were taken.
 
         Each entry of `batch.done` says how its request went.
