@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .epoll_handler import VringEpollHandler
     from .errors import (
         BackendUsageError,
+        DeviceBusy,
         DeviceError,
         DeviceRefused,
         ListenError,
@@ -56,6 +57,7 @@ _LAZY = {
     "CryptoSessions": "device.hooks",
     "DeviceBackend": "adapter.device_backend",
     "DeviceError": "errors",
+    "DeviceBusy": "errors",
     "DeviceRefused": "errors",
     "GpuSocket": "device.hooks",
     "ListenError": "errors",
@@ -124,6 +126,7 @@ __all__ = [
     "BlockDevice",
     "CryptoSessions",
     "DeviceBackend",
+    "DeviceBusy",
     "DeviceError",
     "DeviceRefused",
     "GpuSocket",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -10,7 +11,7 @@ import vhost_protocol as vp
 from virtqueue import UsageError
 
 from ..backend import VhostUserBackendBase, provided
-from ..errors import Refused
+from ..errors import DeviceBusy, DeviceRefused, Refused
 from ..fds import eventfd
 from ..features import VirtioFeature
 from ..vring.locks import Vring
@@ -20,6 +21,8 @@ from .outcome import Answer, Descriptors, Outcome, Wait
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
+#: Seconds after which a device that is busy is asked again to start.
+_ASK_AGAIN: Final = 0.02
 #: A packed ring's wrap counter, in both halves of its base.
 _WRAP: Final = 0x8000
 #: Where a packed ring begins (virtio 2.8.1): both indices 0, both wrap counters 1.
@@ -311,6 +314,11 @@ class Rings:
             raise Refused("SET_VRING_KICK", "not an eventfd, a pipe or a socket")
         with vring.get_ref() as state:
             self._check_startable("SET_VRING_KICK", state)
+        return self._once_started(lambda: self._watch_kick(message, fds))
+
+    def _watch_kick(self, message: vp.SetVringKick, fds: Descriptors) -> None:
+        context = self._context
+        vring = context.vrings[message.index]
         worker, position = context.place(message.index)
         worker.unwatch(position)
         in_band = context.has(vp.ProtocolFeatures.INBAND_NOTIFICATIONS)
@@ -321,22 +329,35 @@ class Rings:
                 self._start("SET_VRING_KICK", state)
         if kick_fd < 0 and in_band:
             context.scan(message.index)
-            return None
+            return
         try:
             # The worker looks at the ring at once, or when it is enabled: what was made available
             # before the kick descriptor came is not announced again.
             worker.watch(position, kick_fd, scan=enabled)
         except OSError as error:
             raise Refused("SET_VRING_KICK", f"cannot wait on the descriptor: {error}") from error
-        return None
 
     def _kick(self, message: vp.VringKick, fds: Descriptors) -> Outcome:
         context = self._context
-        with context.vring("VRING_KICK", message.index).get_mut() as state:
+        with context.vring("VRING_KICK", message.index).get_ref() as state:
             if not state.started:
                 self._check_startable("VRING_KICK", state)
+        return self._once_started(lambda: self._start_kicked(message.index))
+
+    def _start_kicked(self, index: int) -> None:
+        with self._context.vrings[index].get_mut() as state:
+            if not state.started:
                 self._start("VRING_KICK", state)
-        context.scan(message.index)
+        self._context.scan(index)
+
+    def _once_started(self, go: Callable[[], None]) -> Outcome:
+        """`go` once the device runs, however often that has to be asked first (`DeviceBusy`)."""
+        started = self._context.device_started
+        try:
+            started()
+        except DeviceBusy as busy:
+            return Wait(*_asking(started, go, busy.patience), (), every=_ASK_AGAIN)
+        go()
         return None
 
     def _check_startable(self, request: str, state: VringState) -> None:
@@ -349,7 +370,6 @@ class Rings:
 
     def _start(self, request: str, state: VringState) -> None:
         context = self._context
-        context.device_started()
         if state.index not in self._placed and state.settings.features & VirtioFeature.RING_PACKED:
             state.set_queue_next_avail(_PACKED_BEGIN)
         self._placed.add(state.index)
@@ -462,3 +482,27 @@ class Rings:
         with self._context.vring("SET_VRING_ERR", message.index).get_mut() as state:
             state.set_err(fds[0].detach() if fds else -1)
         return None
+
+
+def _asking(
+    start: Callable[[], None], go: Callable[[], None], patience: float
+) -> tuple[Callable[[], bool], Callable[[], None]]:
+    """What a `Wait` asks and finishes with, for a device that may start soon."""
+    end = time.monotonic() + patience
+    refusals: list[DeviceRefused] = []
+
+    def ready() -> bool:
+        try:
+            start()
+        except DeviceRefused as error:
+            if isinstance(error, DeviceBusy) and time.monotonic() < end:
+                return False
+            refusals.append(error)
+        return True
+
+    def finish() -> None:
+        if refusals:
+            raise refusals[0]
+        go()
+
+    return ready, finish
