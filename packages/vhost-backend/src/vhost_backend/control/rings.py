@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -11,18 +10,17 @@ import vhost_protocol as vp
 from virtqueue import UsageError
 
 from ..backend import VhostUserBackendBase, provided
-from ..errors import DeviceBusy, DeviceRefused, Refused
+from ..errors import Refused
 from ..fds import eventfd
 from ..features import VirtioFeature
 from ..vring.locks import Vring
 from ..vring.state import VringState
 from .context import MAX_RING_SIZE, Context
+from .device_start import once_started
 from .outcome import Answer, Descriptors, Outcome, Wait
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
-#: Seconds after which a device that is busy is asked again to start.
-_ASK_AGAIN: Final = 0.02
 #: A packed ring's wrap counter, in both halves of its base.
 _WRAP: Final = 0x8000
 #: Where a packed ring begins (virtio 2.8.1): both indices 0, both wrap counters 1.
@@ -314,7 +312,7 @@ class Rings:
             raise Refused("SET_VRING_KICK", "not an eventfd, a pipe or a socket")
         with vring.get_ref() as state:
             self._check_startable("SET_VRING_KICK", state)
-        return self._once_started(lambda: self._watch_kick(message, fds))
+        return once_started(context, lambda: self._watch_kick(message, fds))
 
     def _watch_kick(self, message: vp.SetVringKick, fds: Descriptors) -> None:
         context = self._context
@@ -342,23 +340,13 @@ class Rings:
         with context.vring("VRING_KICK", message.index).get_ref() as state:
             if not state.started:
                 self._check_startable("VRING_KICK", state)
-        return self._once_started(lambda: self._start_kicked(message.index))
+        return once_started(self._context, lambda: self._start_kicked(message.index))
 
     def _start_kicked(self, index: int) -> None:
         with self._context.vrings[index].get_mut() as state:
             if not state.started:
                 self._start("VRING_KICK", state)
         self._context.scan(index)
-
-    def _once_started(self, go: Callable[[], None]) -> Outcome:
-        """`go` once the device runs, however often that has to be asked first (`DeviceBusy`)."""
-        started = self._context.device_started
-        try:
-            started()
-        except DeviceBusy as busy:
-            return Wait(*_asking(started, go, busy.patience), (), every=_ASK_AGAIN)
-        go()
-        return None
 
     def _check_startable(self, request: str, state: VringState) -> None:
         if state.settings.addresses is None:
@@ -482,27 +470,3 @@ class Rings:
         with self._context.vring("SET_VRING_ERR", message.index).get_mut() as state:
             state.set_err(fds[0].detach() if fds else -1)
         return None
-
-
-def _asking(
-    start: Callable[[], None], go: Callable[[], None], patience: float
-) -> tuple[Callable[[], bool], Callable[[], None]]:
-    """What a `Wait` asks and finishes with, for a device that may start soon."""
-    end = time.monotonic() + patience
-    refusals: list[DeviceRefused] = []
-
-    def ready() -> bool:
-        try:
-            start()
-        except DeviceRefused as error:
-            if isinstance(error, DeviceBusy) and time.monotonic() < end:
-                return False
-            refusals.append(error)
-        return True
-
-    def finish() -> None:
-        if refusals:
-            raise refusals[0]
-        go()
-
-    return ready, finish
