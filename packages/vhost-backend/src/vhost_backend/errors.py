@@ -74,7 +74,7 @@ class DeviceRefused(VhostBackendError):
 
 
 class DeviceBusy(DeviceRefused):
-    """A device cannot start yet, because of something that may pass.
+    """A device cannot start yet, for a reason that may pass.
 
     The daemon asks `VirtioDevice.started` again, until `patience` seconds are over. Then it refuses
     the message for `reason`.

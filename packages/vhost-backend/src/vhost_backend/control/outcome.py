@@ -33,7 +33,7 @@ class Wait(NamedTuple):
     finish: Callable[[], Answer | None]
     rings: Sequence[int]
     what: str = ""
-    #: Seconds between two looks at what comes true without a `wake`.
+    #: Seconds between two calls of `ready`, where no thread calls `wake`; None where one does.
     every: float | None = None
 
 
