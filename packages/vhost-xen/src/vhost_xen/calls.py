@@ -71,7 +71,7 @@ class SystemCalls(Protocol):
     def mmap(self, address: int, length: int, protection: int, fd: int, offset: int) -> int:
         """Map the file shared, and return where.
 
-        An `address` of 0 leaves the choice to the kernel; at any other what is there is replaced.
+        With `address` 0 the kernel chooses the place; otherwise a mapping there is replaced.
         """
         ...
 
@@ -131,7 +131,7 @@ class LinuxCalls:
     def mmap(self, address: int, length: int, protection: int, fd: int, offset: int) -> int:
         """Map the file shared, and return where.
 
-        An `address` of 0 leaves the choice to the kernel; at any other what is there is replaced.
+        With `address` 0 the kernel chooses the place; otherwise a mapping there is replaced.
         """
         flags = _MAP_SHARED | _MAP_NORESERVE | (_MAP_FIXED if address else 0)
         place: int | None = self._mmap(address, length, protection, flags, fd, offset)

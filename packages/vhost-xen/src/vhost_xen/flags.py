@@ -54,7 +54,7 @@ def check_region(region: Region) -> XenFlags:
     """
     region.check()
     address, size = region.guest_address, region.size
-    sent = int(region.flags)  # whatever flag type it comes as
+    sent = int(region.flags)  # of any flag type
     value = sent & ~_NO_ADVANCE_MAP_SPECIFICATION
     if value != sent:
         value |= int(XenFlags.NO_ADVANCE_MAP)

@@ -184,7 +184,7 @@ def _check_handlers(name: str, device: VirtioDevice) -> None:
 
 
 def _undecorated(function: object) -> object:
-    """What a decorator has wrapped, as `functools.wraps` records it."""
+    """The function that a decorator has wrapped, as `functools.wraps` records it."""
     while (wrapped := getattr(function, "__wrapped__", None)) is not None:
         function = wrapped
     return function

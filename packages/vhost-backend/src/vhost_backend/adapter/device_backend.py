@@ -85,11 +85,11 @@ class DeviceBackend(VhostUserBackendBase):
         return self.device.queue_size
 
     def features(self) -> int:
-        """The device's own bits and what the rings offer for every device."""
+        """The device's own bits, and those that the rings offer for every device."""
         return self.device.features | self.ring_features
 
     def protocol_features(self) -> ProtocolFeatures:
-        """What the device asks for: CONFIG where it has a `config`."""
+        """The features that the device asks for, and CONFIG where it has a `config`."""
         return asked_features(self.device)
 
     def set_backend_req_fd(self, channel: BackendChannel) -> None:

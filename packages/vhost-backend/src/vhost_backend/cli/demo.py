@@ -294,7 +294,7 @@ def _check_image(image: Path, blocks: int) -> None:
         raise VhostBackendError(f"{image} does not hold what was written")
 
 
-# -- what it prints -------------------------------------------------------------------------------
+# -- the output -----------------------------------------------------------------------------------
 
 
 def _report(results: list[Result], engine: str) -> None:

@@ -223,7 +223,7 @@ def _make_workers(
         raise BackendUsageError(f"busy_poll is 0 to 1 s, not {busy_poll}")
     missing = set(cpus) - os.sched_getaffinity(0)
     if missing:
-        raise BackendUsageError(f"this process may not run on processors {sorted(missing)}")
+        raise BackendUsageError(f"this process is not allowed on processors {sorted(missing)}")
     workers = []
     for thread_id, mask in enumerate(backend.queues_per_thread()):
         owned = [vring for index, vring in enumerate(vrings) if mask >> index & 1]

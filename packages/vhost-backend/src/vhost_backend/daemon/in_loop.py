@@ -19,7 +19,7 @@ from typing import Any
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
-from vhost_protocol import AsyncBackendConnection  # by name: imported before anybody connects
+from vhost_protocol import AsyncBackendConnection  # by name: imported before a front-end connects
 from virtqueue import EngineName
 
 from ..adapter.checks import check_backend, check_device

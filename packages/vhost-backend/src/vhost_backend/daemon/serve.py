@@ -287,7 +287,7 @@ def _signals(
         # write to stderr may block.
         try:
             threading.Thread(target=_print_counters, args=(daemons,), daemon=True).start()
-        except RuntimeError:  # no more threads: the one in `wait` has to print
+        except RuntimeError:  # no more threads: the one in `wait` must print
             bell.show = True
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}

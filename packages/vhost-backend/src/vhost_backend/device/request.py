@@ -29,9 +29,9 @@ _FLAGS: Final = int(RecordField.FLAGS)
 class QueueInfo:
     """A queue as a handler sees it.
 
-    `index` is its number, `counters` what it has done. `window` is the flat view of guest memory
-    that the offsets in a batch's records refer to (None when there is no such view), `memory` the
-    snapshot of guest memory that it belongs to; both are valid for the batch that came with them.
+    `index` is its number, `counters` are its counters. `window` is the flat view of guest memory to
+    which the offsets in a batch's records refer (None when there is no such view). `memory` is the
+    snapshot of guest memory of that view. Both are valid for the batch that came with them.
     """
 
     __slots__ = ("_on_exit", "counters", "index", "memory", "window")
@@ -40,24 +40,24 @@ class QueueInfo:
         self.index: int = index
         self.counters: QueueCounters = counters
         self.window: memoryview | None = None
-        # Held here, it stays mapped for what a handler in C works on, whatever becomes of the ring.
+        # Held here, it stays mapped while a handler in C works, even if the ring is stopped.
         self.memory: Memory | None = None
-        #: In an event loop of the caller's: ends it with what a handler has raised to end it.
+        #: In a caller's event loop: ends it when a handler raises KeyboardInterrupt or SystemExit.
         self._on_exit: Callable[[BaseException], None] | None = None
 
     def forget(self) -> None:
-        """Let go of the memory: the worker has done what there was."""
+        """Let go of the memory, as the worker has ended its batch."""
         self.window = self.memory = None
 
 
 class Request:
     """One request: the driver's bytes to read, and room for the device's answer.
 
-    The status byte is not part of what `write` fills. A request that has completed raises
-    `virtqueue.UsageError` when used.
+    `write` does not fill the status byte. Using a request that has completed raises
+    `virtqueue.UsageError`.
 
-    What the record of a batch tells (lengths, the first 16 bytes) comes from there; the `Chain` is
-    made when more is asked for.
+    Lengths and the first 16 bytes come from the batch's record; the `Chain` is made only when more
+    is needed.
     """
 
     __slots__ = (
@@ -77,7 +77,7 @@ class Request:
     _STATUS_BYTES: ClassVar[int] = 0
 
     status: int
-    """What the status byte will say, for device types that have one."""
+    """The value of the status byte, for device types that have one."""
     # Set by a worker with coroutines: how many `waiting` blocks this one's is in, and whether its
     # ring is being stopped.
     _waits: int

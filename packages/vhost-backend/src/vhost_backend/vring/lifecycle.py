@@ -133,7 +133,7 @@ class RingLifecycle:
         """The ring as it would be started now."""
         return self.settings.config(self.index, self.status_byte)
 
-    # -- start, stop and what is between --------------------------------------------------------
+    # -- from start to stop ---------------------------------------------------------------------
 
     def set_queue_ready(self, memory: GuestMemory) -> None:
         """Build the queue from the configuration: the ring is started.

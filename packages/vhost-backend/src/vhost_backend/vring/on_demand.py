@@ -38,7 +38,7 @@ class OnDemand:
 
     @property
     def has_stand_ins(self) -> bool:
-        """Whether a request may have to be failed; chains are then taken one at a time."""
+        """Whether some pages are stand-ins; chains are then taken one at a time."""
         return bool(self._stand_ins)
 
     def provide(self, queue: DeviceQueue, memory: GuestMemory, need: Need) -> bool:

@@ -96,7 +96,7 @@ class RingSignals:
             self._send(self.channel, BackendVringErr(self._index))
 
     def guest_error(self, name: str, error: QueueBroken) -> None:
-        """Log (rate-limited) what the driver did wrong to device `name`, and signal an error."""
+        """Log (rate-limited) a driver's fault at device `name`, and signal an error."""
         self._counters.guest_errors += 1
         self._guest_errors.warning(
             "%s: queue %d: %s; %s",

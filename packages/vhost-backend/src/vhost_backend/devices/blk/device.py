@@ -231,9 +231,7 @@ class BlockDevice(VirtioDevice):
             try:
                 os.fsync(self._store.fd)
             except OSError as error:
-                log.error(
-                    "%s: what the guest has written may be lost: %s", self.path, error.strerror
-                )
+                log.error("%s: the guest's last writes may be lost: %s", self.path, error.strerror)
             finally:
                 self._lock.release()
 
