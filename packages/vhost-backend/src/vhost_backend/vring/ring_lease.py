@@ -14,7 +14,7 @@ from .state import VringState
 #: Seconds between two looks at a worker that was called back. The worker comes at once, unless a
 #: handler in C has just begun: then the visitor can borrow the ring at the next look.
 CALL_BACK_INTERVAL: Final = 0.0005
-#: Seconds after which the worker is taken to be held up by its call descriptor.
+#: Seconds after which a visitor assumes that the worker is blocked by its call descriptor.
 CALL_BACK_PATIENCE: Final = 1.0
 
 
