@@ -28,8 +28,9 @@ PATIENCE = 10.0
 class MetricsServer:
     """Serves the counters to Prometheus, on `unix:PATH` or `HOST:PORT`.
 
-    A thread serves them from `start`, or `with`, to `close`. Needs prometheus-client (the `[metrics]` extra). Only loopback addresses are accepted: the
-    figures are nobody else's. Raises `ListenError` or `VhostBackendError`.
+    A thread serves them from `start`, or `with`, to `close`. Needs prometheus-client (the
+    `[metrics]` extra). Accepts loopback addresses only, as the figures are for this machine.
+    Raises `ListenError` or `VhostBackendError`.
     """
 
     def __init__(self, where: str, daemons: Iterable[DaemonBase]) -> None:
