@@ -7,8 +7,11 @@ import contextlib
 import logging
 import os
 import select
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -209,6 +212,38 @@ def test_serve_forever_takes_one_after_another_until_shutdown(tmp_path: Path) ->
     thread.join(PATIENCE)
     assert not (tmp_path / "s").exists()
     daemon.close()
+
+
+PROGRAM = """
+import sys
+from vhost_backend import DeviceBackend, VhostUserDaemon, VirtioDevice
+class Echo(VirtioDevice):
+    device_id = 40
+    def handle(self, queue, request): request.write(request.read())
+with VhostUserDaemon("test", DeviceBackend.of(Echo())) as daemon:
+    try:
+        daemon.serve_forever(sys.argv[1])
+    except KeyboardInterrupt:
+        sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_ctrl_c_ends_serve_forever_on_the_main_thread(tmp_path: Path, attached: bool) -> None:
+    path = tmp_path / "s"
+    with subprocess.Popen([sys.executable, "-c", PROGRAM, str(path)]) as process:
+        try:
+            until(path.exists, "there is no socket")
+            with contextlib.ExitStack() as stack:
+                if attached:
+                    assert answered(
+                        stack.enter_context(DriverSession.connect(path, timeout=PATIENCE))
+                    )
+                process.send_signal(signal.SIGINT)
+                assert process.wait(PATIENCE) == 3
+        finally:
+            process.kill()
+    assert not path.exists()
 
 
 def test_no_threads_before_there_is_something_to_do(tmp_path: Path) -> None:

@@ -354,8 +354,10 @@ class VhostUserDaemon(DaemonBase):
         try:
             run(conversation.hold())
         except BaseException as error:
-            # An error of a hook, or ours. A signal handler can raise here only on the main thread,
-            # in a caller's `serve_forever`.
+            if isinstance(error, KeyboardInterrupt) and _on_the_main_thread():
+                # Ctrl-C in a caller's `serve_forever`. Signal handlers run on no other thread.
+                raise
+            # An error of a hook, or ours.
             found = self._report(error)
         finally:
             if self._stopping and not line.closed:
@@ -437,6 +439,10 @@ class _ThreadLine:
     async def acknowledge(self, received: Received, ok: bool) -> bool:
         with answering(self._connection):
             return self._connection.acknowledge(received, ok)
+
+
+def _on_the_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _connect(path: str) -> socket.socket:
