@@ -5,7 +5,8 @@ What every back-end needs belongs elsewhere; here is what only devices have.
 
 from __future__ import annotations
 
-TYPE_CHECKING = False
+from typing import TYPE_CHECKING
+
 if TYPE_CHECKING:
     from ..device.base import VirtioDevice
     from .device_backend import DeviceBackend
