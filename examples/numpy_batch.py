@@ -17,7 +17,7 @@ try:
 except ImportError:
     sys.exit("this example needs numpy: pip install numpy")
 
-from vhost_backend import Queue, VirtioDevice, serve
+from vhost_backend import QueueInfo, VirtioDevice, serve
 from virtqueue import DONE_FIELDS, Batch, RecordFlags
 
 #: Of a record (`virtqueue.RECORD_FIELDS`) what is needed here, its header read as a point.
@@ -39,7 +39,7 @@ class Distances(VirtioDevice):
 
     device_id = 42
 
-    def handle_batch(self, queue: Queue, batch: Batch) -> None:
+    def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
         """Answer everything that was waiting."""
         points = np.frombuffer(batch.records, POINT)
         distances = np.hypot(points["x"], points["y"]).astype("<f8")

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zlib
 
-from vhost_backend import Queue, Request, VirtioDevice, serve
+from vhost_backend import QueueInfo, Request, VirtioDevice, serve
 
 READ, WRITE, FLUSH = 0, 1, 4
 UNSUPPORTED = 2
@@ -75,11 +75,11 @@ class OverlayDisk(VirtioDevice):
         self.store = Overlay(path)
         self.config = struct.pack("<Q", self.store.size // SECTOR)
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         """Read or write; a range that is not on the disk is an I/O error."""
         kind, sector = struct.unpack("<I4xQ", request.read(16))
         offset = sector * SECTOR
-        length = request.writable_length - 1 if kind == READ else request.readable_length - 16
+        length = request.writable_length if kind == READ else request.readable_length - 16
         if kind not in (READ, WRITE):
             request.status = UNSUPPORTED
         elif length % SECTOR or offset + length > self.store.size:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 
-from vhost_backend import Queue, Request, VirtioDevice, serve
+from vhost_backend import QueueInfo, Request, VirtioDevice, serve
 
 TEXT = b"The quick brown fox. "
 
@@ -24,7 +24,7 @@ class TextSource(VirtioDevice):
 
     device_id = 4
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         """Fill all of it."""
         length = request.writable_length
         request.write((TEXT * (length // len(TEXT) + 1))[:length])

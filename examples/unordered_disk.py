@@ -16,7 +16,7 @@ import struct
 import sys
 import tempfile
 
-from vhost_backend import Queue, Request, VirtioDevice, serve
+from vhost_backend import QueueInfo, Request, VirtioDevice, serve
 
 READ, WRITE, FLUSH = 0, 1, 4
 UNSUPPORTED = 2
@@ -41,7 +41,7 @@ class UnorderedDisk(VirtioDevice):
         self.overtaken = 0
         self.given_up = 0
 
-    async def handle(self, queue: Queue, request: Request) -> None:
+    async def handle(self, queue: QueueInfo, request: Request) -> None:
         """Wait up to 20 ms, as for a distant store, then do what was asked."""
         self.begun += 1
         number = self.begun
@@ -53,7 +53,7 @@ class UnorderedDisk(VirtioDevice):
             self.given_up += 1
             raise
         offset = sector * SECTOR
-        length = request.writable_length - 1 if kind == READ else request.readable_length - 16
+        length = request.writable_length if kind == READ else request.readable_length - 16
         if kind in (READ, WRITE) and (length % SECTOR or offset + length > self._size):
             request.status = self.error_status
         elif kind == READ:

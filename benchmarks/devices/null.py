@@ -9,7 +9,7 @@ import argparse
 import struct
 from typing import Any
 
-from vhost_backend import Queue, Request, VirtioDevice, serve, serve_all
+from vhost_backend import QueueInfo, Request, VirtioDevice, serve, serve_all
 from virtqueue import DONE, Batch, CHandler, FileAction, FileHandler
 
 SECTOR = 512
@@ -50,7 +50,7 @@ class Batches(Null):
         """Return a handler that lets reads, writes and flushes succeed."""
         return FileHandler(-1, 0, dict.fromkeys((T_IN, T_OUT, T_FLUSH), FileAction.SUCCEED))
 
-    def handle_batch(self, queue: Queue, batch: Batch) -> None:
+    def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
         """Refuse the rest: requests of an unknown type."""
         for position in batch.left:
             head = DONE.unpack_from(batch.done, position * 8)[0]
@@ -60,7 +60,7 @@ class Batches(Null):
 class Records(Null):
     """Python handles each request, in the cheapest form: it writes only the failures."""
 
-    def handle_batch(self, queue: Queue, batch: Batch) -> None:
+    def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
         """Look at each request's type and sector."""
         for kind, sector, readable_length, writable_length in BLOCK_RECORD.iter_unpack(
             batch.records
@@ -91,11 +91,11 @@ class Requests(Null):
 
     handle_batch = VirtioDevice.handle_batch
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         """Read the header, and report the whole buffer as written."""
         kind, sector = struct.unpack("<I4xQ", request.header)
         if kind == T_IN:
-            request.written = request.writable_length - 1
+            request.written = request.writable_length
         elif kind not in (T_OUT, T_FLUSH) or sector > CAPACITY:
             request.status = S_UNSUPP
 

@@ -151,3 +151,28 @@ def test_another_type_of_device(
         said = guest.check("head -c 200 /dev/hwrng")
         assert said.count("The quick brown fox.") >= 5
     assert device.running
+
+
+def test_the_references_example_under_a_real_guest(
+    assets: Assets,
+    qemu: Qemu,
+    initramfs: Path,
+    serve: Callable[..., Served],
+    tmp_path: Path,
+) -> None:
+    """The README example of rust-vmm's crate, line by line: a guest's entropy, also after a reboot
+    and for the next guest."""
+    device = serve("reference_readme.py", ["SOCKET"])
+    attached = VhostUserDevice(device.socket, 6, driver="vhost-user-rng-pci")
+    for _ in range(2):
+        with Guest(assets, qemu, initramfs, tmp_path, disks=[attached]) as guest:
+            guest.boot()
+            assert "virtio_rng" in guest.check("cat /sys/class/misc/hw_random/rng_current")
+            read = "head -c 100000 /dev/hwrng | sha256sum"
+            first = guest.check(read)
+            assert first != guest.check(read)
+            guest.reboot()
+            assert "virtio_rng" in guest.check("cat /sys/class/misc/hw_random/rng_current")
+            assert first != guest.check(read)
+    assert device.running
+    assert device.stop() == 0

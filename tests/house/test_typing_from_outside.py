@@ -104,7 +104,7 @@ class Plain(vb.VirtioDevice):
 
     device_id = 2
 
-    def handle(self, queue: vb.Queue, request: vb.Request) -> None:
+    def handle(self, queue: vb.QueueInfo, request: vb.Request) -> None:
         assert_type(queue.index, int)
         assert_type(request.read(16), bytes)
         request.write(b"")
@@ -113,14 +113,14 @@ class Plain(vb.VirtioDevice):
 class Awaiting(vb.VirtioDevice):
     """A handler that waits for something."""
 
-    async def handle(self, queue: vb.Queue, request: vb.Request) -> None:
+    async def handle(self, queue: vb.QueueInfo, request: vb.Request) -> None:
         request.status = 0
 
 
 class Batching(vb.VirtioDevice):
     """A handler of whole batches."""
 
-    def handle_batch(self, queue: vb.Queue, batch: vq.Batch) -> None:
+    def handle_batch(self, queue: vb.QueueInfo, batch: vq.Batch) -> None:
         assert_type(len(batch), int)
 
 
@@ -129,5 +129,5 @@ def test_every_kind_of_device_is_a_device() -> None:
     assert [device.num_queues for device in devices] == [1, 1, 1]
 
 
-def answer(device: vb.VirtioDevice, queue: vb.Queue, request: vb.Request) -> None:
+def answer(device: vb.VirtioDevice, queue: vb.QueueInfo, request: vb.Request) -> None:
     assert_type(device.handle(queue, request), Awaitable[None] | None)

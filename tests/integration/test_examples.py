@@ -87,6 +87,7 @@ def test_each_is_explained(example: str) -> None:
             (),
             r"\(0, 0\) is 0 away\n\(3, 4\) is 5 away\n\(6, 8\) is 10 away\n24750 in all\n",
         ),
+        ("reference_readme.py", (), r"[0-9a-f]{64}\n"),
         ("one_ring.py", ("hello", "big", "world"), r"HELLO\nBIG\nWORLD\n"),
         ("one_ring.py", (), r"SOME\nWORDS\n"),
     ],
@@ -107,6 +108,7 @@ def test_it_says_what_it_did(example: str, arguments: tuple[str, ...], said: str
         ("overlay_disk.py", ("a.sock",)),
         ("unordered_disk.py", ("a.sock",)),
         ("text_source.py", ("a.sock", "more")),
+        ("reference_readme.py", ("a.sock", "more")),
         ("numpy_batch.py", ("a.sock", "more")),
     ],
 )
@@ -250,3 +252,21 @@ def test_numpy_answers_every_shape_of_request() -> None:
         assert scattered + memory.read(GuestAddress(place + 300), 5) == thirteen
         assert memory.read(GuestAddress(place + 400), 8) == bytes(8)
         assert memory.read(GuestAddress(place + 500), 8) == bytes(8)
+
+
+def test_the_references_example_serves_one_front_end_after_another() -> None:
+    with serving("reference_readme.py", "SOCKET") as path:
+        for event_idx in (False, True):
+            with DriverSession.connect(path, timeout=60, event_idx=event_idx) as session:
+                vring = session.vrings[0]
+                room = session.allocate(4096)
+                for _ in range(20):
+                    for _ in range(5):
+                        vring.submit([], [(room, 4096)])
+                    vring.kick()
+                    count = 0
+                    while count < 5:
+                        # Raises when completions came without a signal that was asked for.
+                        done = vring.completions(60)
+                        assert {written for _, written in done} == {4096}
+                        count += len(done)

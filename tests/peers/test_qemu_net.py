@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tests.support.guest import Missing, in_ci, provide_program, skip_or_fail
 
-from vhost_backend import Queue, Request, VirtioDevice
+from vhost_backend import QueueInfo, Request, VirtioDevice
 from vhost_backend.testing import served
 
 TRACE = "import sys; from vhost_protocol.trace.cli import main; sys.exit(main())"
@@ -26,7 +26,7 @@ class Pair(VirtioDevice):
 
     num_queues = 2
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         """Take what is sent."""
 
 

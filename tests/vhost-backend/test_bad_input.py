@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 import vhost_protocol as vp
-from vhost_backend import DeviceBackend, Listener, Queue, Request, VhostUserDaemon, VirtioDevice
+from vhost_backend import DeviceBackend, Listener, QueueInfo, Request, VhostUserDaemon, VirtioDevice
 from vhost_backend.testing import DriverSession, serving
 
 HEADER = struct.Struct("<III")
@@ -50,7 +50,7 @@ class Everything(VirtioDevice):
     num_queues = 2
     config = b"configuration"
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         request.write(request.read())
 
     def save_state(self) -> bytes:

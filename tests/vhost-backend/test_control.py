@@ -30,7 +30,7 @@ from vhost_backend import (
     Vring,
     VringEpollHandler,
 )
-from vhost_backend import Queue as DeviceQueueView
+from vhost_backend import QueueInfo as DeviceQueueView
 from vhost_backend.daemon.threaded import RECONNECT_INTERVAL
 from vhost_backend.driver import BlockDriver, DriverSession, SessionError
 from vhost_backend.driver.block import DRIVER_FEATURES

@@ -24,7 +24,7 @@ from vhost_backend import (
     DeviceBackend,
     Listener,
     ListenError,
-    Queue,
+    QueueInfo,
     Request,
     VhostUserBackendBase,
     VhostUserDaemon,
@@ -44,7 +44,7 @@ WRONG = struct.pack("<III", 9999, 1, 0)
 class Echo(VirtioDevice):
     device_id = 40
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         request.write(request.read())
 
 
@@ -305,7 +305,7 @@ def test_in_a_loop_memory_that_is_not_shared_is_told_of(
 class EchoInLoop(VirtioDevice):
     device_id = 40
 
-    async def handle(self, queue: Queue, request: Request) -> None:
+    async def handle(self, queue: QueueInfo, request: Request) -> None:
         request.write(request.read())
 
 

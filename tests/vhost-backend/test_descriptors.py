@@ -12,7 +12,7 @@ import pytest
 
 import vhost_protocol as vp
 from guest_memory import GuestAddress
-from vhost_backend import Queue, Request, VirtioDevice
+from vhost_backend import QueueInfo, Request, VirtioDevice
 from vhost_backend.testing import DriverSession, attached
 from virtqueue import EngineName
 
@@ -25,7 +25,7 @@ class Echo(VirtioDevice):
     device_id = 40
     num_queues = 2
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         request.write(request.read())
 
     def queues_per_thread(self) -> list[int]:

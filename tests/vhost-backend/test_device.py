@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from vhost_backend import DeviceBackend, Queue, Request, VirtioDevice, VirtioFeature
+from vhost_backend import DeviceBackend, QueueInfo, Request, VirtioDevice, VirtioFeature
 from vhost_backend.driver import DriverSession
 from vhost_backend.testing import attached, expect_errors
 from virtqueue import DONE, Batch, ChainCompleted, EngineName
@@ -34,7 +34,7 @@ class Pieces:
 
 def test_a_plain_handler(engine: EngineName) -> None:
     class Upper(VirtioDevice):
-        def handle(self, queue: Queue, request: Request) -> None:
+        def handle(self, queue: QueueInfo, request: Request) -> None:
             assert request.readable_length == request.writable_length == 16
             assert bytes(request.readable[0][:5]) == b"hello"
             assert request.read(2) == b"he"
@@ -50,10 +50,10 @@ def test_a_plain_handler(engine: EngineName) -> None:
 
 def test_order_is_promised_by_devices_that_keep_it() -> None:
     class Orderly(VirtioDevice):
-        def handle(self, queue: Queue, request: Request) -> None: ...
+        def handle(self, queue: QueueInfo, request: Request) -> None: ...
 
     class Overtaking(VirtioDevice):
-        async def handle(self, queue: Queue, request: Request) -> None: ...
+        async def handle(self, queue: QueueInfo, request: Request) -> None: ...
 
     offered = [DeviceBackend.of(device).features() for device in (Orderly(), Overtaking())]
     assert [bool(features & VirtioFeature.IN_ORDER) for features in offered] == [True, False]
@@ -61,7 +61,7 @@ def test_order_is_promised_by_devices_that_keep_it() -> None:
 
 def test_written_may_be_set_after_filling_the_buffer_in_place(engine: EngineName) -> None:
     class InPlace(VirtioDevice):
-        def handle(self, queue: Queue, request: Request) -> None:
+        def handle(self, queue: QueueInfo, request: Request) -> None:
             request.writable[0][:3] = b"abc"
             request.written = 3
 
@@ -80,7 +80,7 @@ def test_a_handler_that_raises_fails_its_request_only(
         status_byte = True
         error_status = 7
 
-        def handle(self, queue: Queue, request: Request) -> None:
+        def handle(self, queue: QueueInfo, request: Request) -> None:
             if request.read(3) == b"bad":
                 raise ValueError("this one is bad")
             request.write(b"fine")
@@ -100,7 +100,7 @@ def test_a_handler_that_raises_fails_its_request_only(
 
 def test_a_storm_of_exceptions_is_logged_a_few_times(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(VirtioDevice):
-        def handle(self, queue: Queue, request: Request) -> None:
+        def handle(self, queue: QueueInfo, request: Request) -> None:
             raise RuntimeError("always")
 
     with expect_errors(), attached(Broken()) as session:
@@ -120,7 +120,7 @@ def test_a_batch_handler_that_raises_fails_the_batch(engine: EngineName) -> None
     class Wrong(VirtioDevice):
         status_byte = True
 
-        def handle_batch(self, queue: Queue, batch: Batch) -> None:
+        def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
             raise RuntimeError("half-way")
 
     with expect_errors(), attached(Wrong(), engine=engine) as session:
@@ -136,7 +136,7 @@ def test_a_batch_handler_that_raises_fails_the_batch(engine: EngineName) -> None
 
 def test_a_batch_handler_with_records(engine: EngineName) -> None:
     class Lengths(VirtioDevice):
-        def handle_batch(self, queue: Queue, batch: Batch) -> None:
+        def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
             for position, chain in enumerate(batch):
                 DONE.pack_into(batch.done, position * 8, chain.head, 0, 0, position)
 
@@ -157,7 +157,7 @@ def test_a_batch_handler_with_records(engine: EngineName) -> None:
 class Sleeper(VirtioDevice):
     """Takes as long as the request says; so the later one may be done first."""
 
-    async def handle(self, queue: Queue, request: Request) -> None:
+    async def handle(self, queue: QueueInfo, request: Request) -> None:
         text = request.read(3).decode()
         await asyncio.sleep(int(text) / 1000)
         request.write(text.encode())
@@ -197,7 +197,7 @@ def test_an_asynchronous_handler_that_raises(
     class Picky(VirtioDevice):
         status_byte = True
 
-        async def handle(self, queue: Queue, request: Request) -> None:
+        async def handle(self, queue: QueueInfo, request: Request) -> None:
             await asyncio.sleep(0)
             if request.read(3) == b"bad":
                 raise ValueError("this one is bad")
@@ -231,7 +231,7 @@ def test_requests_end_with_the_daemon(engine: EngineName) -> None:
     kept: list[Request] = []
 
     class Keeper(VirtioDevice):
-        async def handle(self, queue: Queue, request: Request) -> None:
+        async def handle(self, queue: QueueInfo, request: Request) -> None:
             kept.append(request)
             await asyncio.sleep(0.1)
 
@@ -256,3 +256,49 @@ def test_a_device_is_closed_by_its_with() -> None:
     with Closing() as device:
         assert not closed
     assert closed == [device]
+
+
+@pytest.mark.parametrize("status_byte", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "coroutine"])
+def test_the_room_for_an_answer_has_no_status_byte(status_byte: bool, kind: str) -> None:
+    seen: list[tuple[int, list[int]]] = []
+
+    class Measure(VirtioDevice):
+        device_id = 40
+
+        def handle(self, queue: QueueInfo, request: Request) -> None:
+            pieces = request.writable
+            seen.append((request.writable_length, [len(piece) for piece in pieces]))
+            for piece in pieces:
+                piece[:] = b"x" * len(piece)
+            request.written = request.writable_length
+
+    class MeasureLater(Measure):
+        async def handle(self, queue: QueueInfo, request: Request) -> None:  # type: ignore[override]
+            super().handle(queue, request)
+
+    device = Measure() if kind == "plain" else MeasureLater()
+    device.status_byte = status_byte
+    with attached(device) as session:
+        vring = session.vrings[0]
+        first, second = session.allocate(8), session.allocate(8)
+        for last in (1, 5):
+            session.memory.write(second, b"-" * 8)
+            vring.submit([], [(first, 3), (second, last)])
+            vring.kick()
+            ((_, written),) = vring.completions(60)
+            assert written == 3 + last
+            assert session.memory.read(first, 3) == b"xxx"
+            wanted = b"x" * (last - 1) + b"\0" if status_byte else b"x" * last
+            assert session.memory.read(second, last) == wanted
+    if status_byte:
+        assert seen == [(3, [3]), (7, [3, 4])]
+    else:
+        assert seen == [(4, [3, 1]), (8, [3, 5])]
+
+
+def test_a_name_of_before_is_there_with_a_warning() -> None:
+    import vhost_backend
+
+    with pytest.warns(DeprecationWarning, match="Queue is called QueueInfo since 0.2"):
+        assert vhost_backend.Queue is QueueInfo

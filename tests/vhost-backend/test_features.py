@@ -19,7 +19,7 @@ from guest_memory import MAX_MEM_SLOTS, GuestAddress, allocate_memfd
 from vhost_backend import (
     BlockDevice,
     DeviceBackend,
-    Queue,
+    QueueInfo,
     Request,
     VhostUserBackendBase,
     VhostUserDaemon,
@@ -28,7 +28,7 @@ from vhost_backend import (
 )
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
-from vhost_backend.driver.session import GUEST_BASE
+from vhost_backend.driver.vring import GUEST_BASE
 from vhost_backend.testing import attached
 from virtqueue import EngineName
 
@@ -47,7 +47,7 @@ class Typed(VirtioDevice):
         self.object = allocate_memfd(PAGE)
         self.gpu: vp.GpuBackendChannel | None = None
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         request.write(request.read())
 
     def send_rarp(self, mac: bytes) -> None:

@@ -21,7 +21,7 @@ from vhost_backend import (
     DeviceRefused,
     Listener,
     Mtu,
-    Queue,
+    QueueInfo,
     Rarp,
     Request,
     VhostUserBackend,
@@ -267,7 +267,7 @@ def test_a_back_end_around_another_has_what_that_has() -> None:
             return getattr(self._inner, name)
 
     class Net(VirtioDevice, Mtu):
-        def handle(self, queue: Queue, request: Request) -> None:
+        def handle(self, queue: QueueInfo, request: Request) -> None:
             request.write(request.read())
 
         def net_set_mtu(self, mtu: int) -> None:
@@ -296,7 +296,7 @@ def echo(session: DriverSession) -> None:
 
 
 class Plain(VirtioDevice):
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         pass
 
 
@@ -507,7 +507,7 @@ def test_a_refusal_after_a_wait_names_the_message_too(
     taken, go_on = threading.Event(), threading.Event()
 
     class Busy(VirtioDevice):
-        def handle(self, queue: Queue, request: Request) -> None:
+        def handle(self, queue: QueueInfo, request: Request) -> None:
             taken.set()
             go_on.wait(PATIENCE)
 

@@ -1,5 +1,6 @@
 """Who may use an image: flock, QEMU's locks, and what is said about it."""
 
+import asyncio
 import errno
 import fcntl
 import logging
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -17,12 +18,18 @@ from typing import NoReturn
 import pytest
 
 import vhost_protocol as vp
-from vhost_backend import BlockDevice, DeviceError
+from vhost_backend import (
+    BlockDevice,
+    DeviceBackend,
+    DeviceError,
+    VhostUserDaemon,
+    serve_async,
+)
 from vhost_backend.devices.blk import image_lock
 from vhost_backend.devices.blk.image_lock import ImageInUse, ImageLock, Locking
-from vhost_backend.driver import BlockDriver
+from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
-from vhost_backend.testing import attached
+from vhost_backend.testing import attached, serving
 
 FLOCK = struct.Struct("hh4xqqi4x")
 WRITER = [100, 101, 103, 201, 203]
@@ -44,6 +51,13 @@ def held_bytes(image: Path) -> list[int]:
                 assert answer[0] == fcntl.F_RDLCK
                 found.append(byte)
     return found
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -145,33 +159,92 @@ def test_readers_do_not_disturb_each_other(image: Path, locks: str) -> None:
     device.close()
 
 
+@pytest.mark.parametrize("daemon", ["threads", "loop"])
 @pytest.mark.parametrize("kind", ["flock", "qemu"])
 def test_a_lock_of_a_moment_is_waited_for(
-    image: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, daemon: str
 ) -> None:
-    """As udev has it while it looks at a disk."""
+    """As udev has it while it looks at a disk. A loop goes on meanwhile."""
     monkeypatch.setattr(image_lock, "PATIENCE", 60.0)
     device = BlockDevice(image)
-    tries: list[None] = []
-    seen = threading.Event()
+    tries, turns = 0, 0
+    attempt = ImageLock.try_acquire
 
-    def sleep(seconds: float) -> None:
-        tries.append(None)
-        seen.set()
-        threading.Event().wait(seconds)
+    def count(lock: ImageLock) -> None:
+        nonlocal tries
+        tries += 1
+        attempt(lock)
 
-    monkeypatch.setattr(time, "sleep", sleep)
-    with open(image, "r+b") as other:
-        if kind == "flock":
-            fcntl.flock(other, fcntl.LOCK_SH)
-        else:
-            set_lock(other.fileno(), fcntl.F_RDLCK, 201)
-        worker = threading.Thread(target=device.started)
-        worker.start()
-        assert seen.wait(60)
-    worker.join(60)
-    assert held_bytes(image) == WRITER
-    assert tries
+    monkeypatch.setattr(ImageLock, "try_acquire", count)
+
+    def use() -> None:
+        with open(image, "r+b") as other:
+            if kind == "flock":
+                fcntl.flock(other, fcntl.LOCK_SH)
+            else:
+                set_lock(other.fileno(), fcntl.F_RDLCK, 201)
+            until((tmp_path / "s").exists, "there is no socket")
+            session = threading.Thread(target=read)
+            session.start()
+            first = turns
+            until(lambda: tries >= 3, "the device is not asked again")
+            until(lambda: daemon == "threads" or turns > first + 3, "the loop stands still")
+            assert held_bytes(image) != WRITER
+            assert not read_it
+        session.join(60)
+        assert read_it == [bytes(512)]
+
+    read_it: list[bytes] = []
+
+    def read() -> None:
+        with DriverSession.connect(tmp_path / "s", timeout=60, features=DRIVER_FEATURES) as session:
+            read_it.append(BlockDriver(session).read(0, 512))
+            assert held_bytes(image) == WRITER
+
+    if daemon == "threads":
+        with (
+            VhostUserDaemon("test", DeviceBackend.of(device)) as served,
+            serving(served, tmp_path / "s"),
+        ):
+            use()
+        device.close()
+        return
+
+    async def main() -> None:
+        async def turn() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0.001)
+
+        tasks = [
+            asyncio.create_task(serve_async(device, tmp_path / "s")),
+            asyncio.create_task(turn()),
+        ]
+        await asyncio.to_thread(use)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_a_front_end_that_hangs_up_does_not_wait_for_a_lock(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_lock, "PATIENCE", 3600.0)
+    device = BlockDevice(image)
+    with (
+        VhostUserDaemon("test", DeviceBackend.of(device)) as daemon,
+        serving(daemon, tmp_path / "s"),
+        open(image, "r+b") as other,
+    ):
+        until((tmp_path / "s").exists, "there is no socket")
+        fcntl.flock(other, fcntl.LOCK_SH)
+        for _ in range(3):
+            with pytest.raises(vp.Timeout):
+                DriverSession.connect(tmp_path / "s", timeout=0.3, features=DRIVER_FEATURES)
+        until(lambda: not daemon.connected, "it is still served")
     device.close()
 
 

@@ -31,7 +31,7 @@ from vhost_backend import (
     AsyncDaemon,
     BlockDevice,
     DeviceBackend,
-    Queue,
+    QueueInfo,
     Refused,
     Request,
     VhostUserDaemon,
@@ -41,7 +41,7 @@ from vhost_backend import (
 )
 from vhost_backend.driver import DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
-from vhost_backend.driver.session import GUEST_BASE, USER_BASE, DriverVring
+from vhost_backend.driver.vring import GUEST_BASE, USER_BASE, DriverVring
 from virtqueue import Batch, EngineName, SigbusGuard
 
 SIZE = 4 << 20
@@ -71,7 +71,7 @@ class Work(VirtioDevice):
 
 
 class Plain(Work):
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         if self.fails:
             raise ValueError("asked for")
         if self.holds:
@@ -81,7 +81,7 @@ class Plain(Work):
 
 
 class Batched(Work):
-    def handle_batch(self, queue: Queue, batch: Batch) -> None:
+    def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
         for chain in batch:
             if self.fails:
                 raise ValueError("asked for")
@@ -92,7 +92,7 @@ class Batched(Work):
 
 
 class Async(Work):
-    async def handle(self, queue: Queue, request: Request) -> None:
+    async def handle(self, queue: QueueInfo, request: Request) -> None:
         if self.fails:
             raise ValueError("asked for")
         if self.holds:

@@ -16,7 +16,7 @@ from guest_memory import GuestAddress, allocate_memfd
 from vhost_backend import (
     BlockDevice,
     DeviceBackend,
-    Queue,
+    QueueInfo,
     Request,
     VhostUserDaemon,
     VirtioDevice,
@@ -25,7 +25,8 @@ from vhost_backend import (
 from vhost_backend.devices import blk
 from vhost_backend.driver import BlockDriver, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
-from vhost_backend.driver.session import GUEST_BASE, IOVA_BASE, USER_BASE, SessionError
+from vhost_backend.driver.session import IOVA_BASE
+from vhost_backend.driver.vring import GUEST_BASE, USER_BASE, SessionError
 from vhost_backend.fds.listener import Listener
 from vhost_backend.testing import attached, serving
 from virtqueue import EngineName
@@ -392,7 +393,7 @@ def test_an_invalidation_waits_for_requests_that_rest_on_the_entry(engine: Engin
     started = threading.Event()
 
     class Slow(VirtioDevice):
-        async def handle(self, queue: Queue, request: Request) -> None:
+        async def handle(self, queue: QueueInfo, request: Request) -> None:
             started.set()
             while not release.is_set():
                 await asyncio.sleep(0.01)
@@ -431,7 +432,7 @@ class Counter(VirtioDevice):
     def __init__(self) -> None:
         self.count = 0
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         self.count += 1
 
     def save_state(self) -> bytes:
@@ -667,7 +668,7 @@ def test_a_stop_without_a_drain_calls_back_what_waits(engine: EngineName) -> Non
     ended: list[bytes] = []
 
     class Never(VirtioDevice):
-        async def handle(self, queue: Queue, request: Request) -> None:
+        async def handle(self, queue: QueueInfo, request: Request) -> None:
             taken.append(request.read(4))
             try:
                 async with request.waiting():
@@ -706,7 +707,7 @@ def test_what_cannot_be_called_back_is_waited_for_also_without_a_drain(engine: E
     started, release = threading.Event(), threading.Event()
 
     class Plain(VirtioDevice):
-        def handle(self, queue: Queue, request: Request) -> None:
+        def handle(self, queue: QueueInfo, request: Request) -> None:
             started.set()
             release.wait(60)
             request.write(b"done")

@@ -18,13 +18,13 @@ import vhost_protocol as vp
 from guest_memory import GuestAddress, GuestMemory
 from vhost_backend import (
     DeviceBackend,
-    Queue,
+    QueueInfo,
     Request,
     VhostUserDaemon,
     VirtioDevice,
     VirtioFeature,
 )
-from vhost_backend.driver.session import GUEST_BASE, USER_BASE, DriverVring
+from vhost_backend.driver.vring import GUEST_BASE, USER_BASE, DriverVring
 from virtqueue import DriverQueue, RingConfig, ring_layout
 
 ADVISED, LARGEST = 64, 128
@@ -37,7 +37,7 @@ BASE_FEATURES = VirtioFeature.VERSION_1 | VirtioFeature.EVENT_IDX
 class Echo(VirtioDevice):
     queue_size = ADVISED
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         request.write(request.read())
 
 

@@ -23,7 +23,7 @@ from vhost_backend import (
     DeviceBackend,
     ListenError,
     MetricsServer,
-    Queue,
+    QueueInfo,
     Request,
     VhostBackendError,
     VhostUserDaemon,
@@ -134,7 +134,7 @@ class Two(NamedTuple):
 class Silent(VirtioDevice):
     device_id = 4
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         """Answer nothing."""
 
 

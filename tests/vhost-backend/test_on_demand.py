@@ -11,7 +11,14 @@ import pytest
 
 import vhost_protocol as vp
 from guest_memory import GuestMemoryError, MappingFailed, Region, SharedMapping
-from vhost_backend import BlockDevice, DeviceBackend, Queue, Request, VhostUserDaemon, VirtioDevice
+from vhost_backend import (
+    BlockDevice,
+    DeviceBackend,
+    QueueInfo,
+    Request,
+    VhostUserDaemon,
+    VirtioDevice,
+)
 from vhost_backend.devices import blk
 from vhost_backend.driver import BlockDriver, BlockError, DriverSession
 from vhost_backend.driver.block import DRIVER_FEATURES
@@ -124,7 +131,7 @@ def test_a_request_that_cannot_be_mapped_fails_alone(image: Path, engine: Engine
 
 def test_asynchronous_requests_keep_their_pages(engine: EngineName) -> None:
     class Slow(VirtioDevice):
-        async def handle(self, queue: Queue, request: Request) -> None:
+        async def handle(self, queue: QueueInfo, request: Request) -> None:
             await asyncio.sleep(0.05)
             request.write(request.read(4)[::-1])
 

@@ -17,7 +17,7 @@ from vhost_backend import (
     BlockDevice,
     DeviceBackend,
     Listener,
-    Queue,
+    QueueInfo,
     Request,
     VhostUserBackendBase,
     VhostUserDaemon,
@@ -87,7 +87,7 @@ class Raising(VirtioDevice):
         self.error = error
         self.served = 0
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         self.served += 1
         if self.served == 2:
             raise self.error
@@ -95,15 +95,15 @@ class Raising(VirtioDevice):
 
 
 class RaisingLater(Raising):
-    async def handle(self, queue: Queue, request: Request) -> None:  # type: ignore[override]
+    async def handle(self, queue: QueueInfo, request: Request) -> None:  # type: ignore[override]
         super().handle(queue, request)
 
 
 class RaisingBatch(Raising):
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         raise AssertionError
 
-    def handle_batch(self, queue: Queue, batch: Batch) -> None:
+    def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
         self.served += 1
         if self.served == 1:
             raise self.error
@@ -176,7 +176,7 @@ def test_more_written_than_there_is_room_for(engine: EngineName, status_byte: bo
         device_id = 42
         served = 0
 
-        def handle(self, queue: Queue, request: Request) -> None:
+        def handle(self, queue: QueueInfo, request: Request) -> None:
             self.served += 1
             request.written = 9 if self.served == 2 else 2
 
@@ -197,7 +197,7 @@ def test_more_written_than_there_is_room_for_by_a_coroutine(engine: EngineName) 
         device_id = 42
         served = 0
 
-        async def handle(self, queue: Queue, request: Request) -> None:
+        async def handle(self, queue: QueueInfo, request: Request) -> None:
             self.served += 1
             request.written = 9 if self.served == 2 else 2
 
@@ -223,7 +223,7 @@ def test_a_batch_that_is_filled_in_wrongly_fails_there_only(
         device_id = 42
         served = 0
 
-        def handle_batch(self, queue: Queue, batch: Batch) -> None:
+        def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
             for chain in batch:
                 self.served += 1
                 head, *rest = entry
@@ -453,7 +453,7 @@ class CancelsItself(VirtioDevice):
         self.seen = 0
         self.kept: list[asyncio.Task[Any]] = []
 
-    async def handle(self, queue: Queue, request: Request) -> None:
+    async def handle(self, queue: QueueInfo, request: Request) -> None:
         self.seen += 1
         task = asyncio.current_task()
         assert task is not None

@@ -19,7 +19,7 @@ from vhost_backend import (
     BackendUsageError,
     BlockDevice,
     DeviceBackend,
-    Queue,
+    QueueInfo,
     Request,
     VhostUserDaemon,
     VirtioDevice,
@@ -50,7 +50,7 @@ pytestmark = pytest.mark.skipif(
 class Echo(VirtioDevice):
     device_id = 40
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         request.write(request.read())
 
 
@@ -261,7 +261,7 @@ def test_a_device_that_fails_keeps_its_worker(tmp_path: Path) -> None:
         device_id = 2
         status_byte = True
 
-        def handle_batch(self, queue: Queue, batch: Batch) -> None:
+        def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
             raise RuntimeError("not today")
 
     with expect_errors(), attached(Broken()) as session:
@@ -282,10 +282,10 @@ def test_a_device_that_fails_to_fail_completes_nothing_as_a_success(
         device_id = 2
         status_byte = True
 
-        def handle_batch(self, queue: Queue, batch: Batch) -> None:
+        def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
             raise RuntimeError("not today")
 
-        def failed(self, queue: Queue, error: BaseException) -> int:
+        def failed(self, queue: QueueInfo, error: BaseException) -> int:
             raise ValueError("nor tomorrow")
 
     with expect_errors(), attached(Broken()) as session:
@@ -363,7 +363,7 @@ def test_the_default_serves_only_what_a_handler_in_c_left(tmp_path: Path) -> Non
 
             self._function = HANDLER(work)
 
-        def handle(self, queue: Queue, request: Request) -> None:
+        def handle(self, queue: QueueInfo, request: Request) -> None:
             request.write(b"left")
 
     with attached(Half()) as session:
@@ -601,7 +601,7 @@ def test_workers_run_on_the_processors_they_are_given(tmp_path: Path) -> None:
     seen: list[set[int]] = []
 
     class Where(Echo):
-        def handle(self, queue: Queue, request: Request) -> None:
+        def handle(self, queue: QueueInfo, request: Request) -> None:
             seen.append(os.sched_getaffinity(0))
             super().handle(queue, request)
 
@@ -674,7 +674,7 @@ def test_a_subclass_with_batches_of_its_own_is_asked_for_all(image: Path) -> Non
     class Counting(BlockDevice):
         seen = 0
 
-        def handle_batch(self, queue: Queue, batch: Batch) -> None:
+        def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
             self.seen += len(batch)
             super().handle_batch(queue, batch)
 

@@ -24,7 +24,7 @@ from vhost_backend import (
     DeviceBackend,
     Listener,
     ListenError,
-    Queue,
+    QueueInfo,
     Request,
     VhostUserDaemon,
     VirtioDevice,
@@ -45,7 +45,7 @@ class Echo(VirtioDevice):
         self.prefix = prefix
         self.closed = False
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         request.write(self.prefix + request.read())
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class Echo(VirtioDevice):
 
 
 class Patient(Echo):
-    async def handle(self, queue: Queue, request: Request) -> None:  # type: ignore[override]
+    async def handle(self, queue: QueueInfo, request: Request) -> None:  # type: ignore[override]
         text = request.read()
         await asyncio.sleep(0.02 if text == b"slow" else 0)
         request.write(text)
@@ -283,7 +283,7 @@ def test_a_drain_is_waited_for_without_stopping_the_loop(tmp_path: Path) -> None
     taken = threading.Event()
 
     class Held(Echo):
-        async def handle(self, queue: Queue, request: Request) -> None:  # type: ignore[override]
+        async def handle(self, queue: QueueInfo, request: Request) -> None:  # type: ignore[override]
             taken.set()
             await asyncio.sleep(0.3)
             request.write(b"done")
@@ -318,7 +318,7 @@ def test_many_devices_share_one_loop_and_state_moves(tmp_path: Path) -> None:
     class Counter(Echo):
         count = 0
 
-        def handle(self, queue: Queue, request: Request) -> None:
+        def handle(self, queue: QueueInfo, request: Request) -> None:
             self.count += 1
             super().handle(queue, request)
 

@@ -23,7 +23,7 @@ from vhost_backend import (
     BlockDevice,
     DeviceBackend,
     Listener,
-    Queue,
+    QueueInfo,
     Refused,
     Request,
     VhostUserDaemon,
@@ -44,7 +44,7 @@ from vhost_backend.testing import (
 class Echo(VirtioDevice):
     device_id = 40
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         request.write(request.read())
 
 

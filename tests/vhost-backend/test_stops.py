@@ -27,7 +27,7 @@ from vhost_backend import (
     BlockDevice,
     DeviceBackend,
     Listener,
-    Queue,
+    QueueInfo,
     Request,
     VhostUserDaemon,
     VirtioDevice,
@@ -229,7 +229,7 @@ class Held(VirtioDevice):
         self.ended = 0
         self.stops = 0
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         if queue.index == 0:
             self.taken.set()
             self.go_on.wait(PATIENCE)
@@ -523,7 +523,7 @@ def test_a_ring_that_breaks_ends_with_what_the_device_works_on(
     taken, go_on = threading.Event(), threading.Event()
 
     class Slow(VirtioDevice):
-        async def handle(self, queue: Queue, request: Request) -> None:
+        async def handle(self, queue: QueueInfo, request: Request) -> None:
             taken.set()
             await asyncio.to_thread(go_on.wait, PATIENCE)
             request.write(b"done")
@@ -554,7 +554,7 @@ def test_the_loops_daemon_waits_for_a_thread_of_a_coroutine(
     taken, go_on = threading.Event(), threading.Event()
 
     class Slow(VirtioDevice):
-        async def handle(self, queue: Queue, request: Request) -> None:
+        async def handle(self, queue: QueueInfo, request: Request) -> None:
             taken.set()
             await asyncio.to_thread(go_on.wait, PATIENCE)
             request.write(b"done")

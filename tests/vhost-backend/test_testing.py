@@ -16,7 +16,7 @@ import pytest
 
 import vhost_protocol as vp
 from guest_memory import GuestAddress
-from vhost_backend import BlockDevice, Queue, Request, VirtioDevice
+from vhost_backend import BlockDevice, QueueInfo, Request, VirtioDevice
 from vhost_backend.devices.blk import T_OUT
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import (
@@ -50,7 +50,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "lifecycle.md"
 class Echo(VirtioDevice):
     device_id = 40
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         request.write(request.read())
 
 
@@ -93,7 +93,7 @@ def test_requests_complete_out_of_order(attach: Attach, engine: EngineName, pack
         def __init__(self) -> None:
             self.waiting: list[asyncio.Future[None]] = []
 
-        async def handle(self, queue: Queue, request: Request) -> None:
+        async def handle(self, queue: QueueInfo, request: Request) -> None:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self.waiting.append(turn)
             if len(self.waiting) == 4:
@@ -198,7 +198,7 @@ def test_requests_in_flight_are_served_once_more_in_their_order(
     class Stuck(VirtioDevice):
         """The first process never completes anything, the second one everything."""
 
-        async def handle(self, queue: Queue, request: Request) -> None:
+        async def handle(self, queue: QueueInfo, request: Request) -> None:
             data = request.read()
             with open(log, "ab") as file:
                 file.write(data)
@@ -297,7 +297,7 @@ def test_the_workload_notices(attach: Attach, image: Path, fault: str) -> None:
 
         rng = random.Random(1)
 
-        def handle_batch(self, queue: Queue, batch: Any) -> None:
+        def handle_batch(self, queue: QueueInfo, batch: Any) -> None:
             super().handle_batch(queue, batch)
             for chain in batch:
                 header = chain.read(16)
@@ -331,7 +331,7 @@ class Counter(Echo):
     def __init__(self) -> None:
         self.count = 0
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         self.count += 1
         super().handle(queue, request)
 
@@ -439,7 +439,7 @@ def test_nothing_is_left_behind(image: Path) -> None:
 
 
 class Wrong(Echo):
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         if request.readable_length != 7:
             pytest.fail("the driver should send 7 bytes")
 

@@ -18,7 +18,7 @@ for module in (virtqueue.engine.c, virtqueue.c_library, virtqueue.memory.sigbus_
 SCRIPT = """
 import os, sys, time
 import vhost_protocol as vp
-from vhost_backend import BlockDevice, Queue, Request, VirtioDevice
+from vhost_backend import BlockDevice, QueueInfo, Request, VirtioDevice
 from vhost_backend.driver import DriverSession, SessionError
 from vhost_backend.testing import served
 from virtqueue import QueueBroken, SigbusGuard
@@ -110,7 +110,7 @@ def test_the_daemon_survives_without_the_library(how: str, what: str, packed: st
 RECORDS = """
 import os, sys, threading
 import vhost_protocol as vp
-from vhost_backend import Queue, Request, VirtioDevice, VirtioFeature
+from vhost_backend import QueueInfo, Request, VirtioDevice, VirtioFeature
 from vhost_backend.driver import DriverSession, SessionError
 from vhost_backend.testing import served
 from virtqueue import QueueBroken, SigbusGuard

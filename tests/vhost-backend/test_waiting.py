@@ -16,7 +16,7 @@ from vhost_backend import (
     AsyncDaemon,
     DeviceBackend,
     Listener,
-    Queue,
+    QueueInfo,
     Recall,
     Request,
     VhostUserDaemon,
@@ -48,7 +48,7 @@ class News(VirtioDevice):
         self.fates: list[tuple[int, Recall]] = []
         self.stops = 0
 
-    async def handle(self, queue: Queue, request: Request) -> None:
+    async def handle(self, queue: QueueInfo, request: Request) -> None:
         name = int.from_bytes(request.read(4), "little")
         loop = asyncio.get_running_loop()
         news = loop.create_future()
@@ -65,7 +65,7 @@ class News(VirtioDevice):
                 del self.pending[name]
         request.write(name.to_bytes(4, "little"))
 
-    def recalled(self, queue: Queue, request: Request, recall: Recall) -> None:
+    def recalled(self, queue: QueueInfo, request: Request, recall: Recall) -> None:
         self.fates.append((int.from_bytes(request.header[:4], "little"), recall))
 
     def stopped(self) -> None:
@@ -231,7 +231,7 @@ def test_the_driver_sees_no_status_but_an_errors_in_what_completes_empty(
 
 def test_a_request_that_has_begun_is_not_given_back(engine: EngineName) -> None:
     class Begun(News):
-        async def handle(self, queue: Queue, request: Request) -> None:
+        async def handle(self, queue: QueueInfo, request: Request) -> None:
             request.write(b"x")
             await super().handle(queue, request)
 
@@ -247,7 +247,7 @@ def test_a_request_that_has_begun_is_not_given_back(engine: EngineName) -> None:
 
 def test_a_coroutine_may_complete_its_request_when_it_is_called_back(engine: EngineName) -> None:
     class Polite(News):
-        async def handle(self, queue: Queue, request: Request) -> None:
+        async def handle(self, queue: QueueInfo, request: Request) -> None:
             with contextlib.suppress(asyncio.CancelledError):
                 await super().handle(queue, request)
                 return
@@ -268,7 +268,7 @@ def test_a_coroutine_that_comes_to_wait_while_its_ring_stops_is_called_back(
     first, go_on = threading.Event(), threading.Event()
 
     class Late(News):
-        async def handle(self, queue: Queue, request: Request) -> None:
+        async def handle(self, queue: QueueInfo, request: Request) -> None:
             first.set()
             await asyncio.to_thread(go_on.wait, PATIENCE)
             await super().handle(queue, request)
@@ -297,7 +297,7 @@ def test_whole_queues_that_wait(engine: EngineName) -> None:
             self.taken: list[int] = []
             self.go_on = threading.Event()
 
-        async def handle(self, queue: Queue, request: Request) -> None:
+        async def handle(self, queue: QueueInfo, request: Request) -> None:
             self.taken.append(queue.index)
             while not self.go_on.is_set():
                 await asyncio.sleep(0.001)
@@ -560,7 +560,7 @@ class Relay(VirtioDevice):
         self.taken = threading.Event()
         self.loops: set[asyncio.AbstractEventLoop] = set()
 
-    async def handle(self, queue: Queue, request: Request) -> None:
+    async def handle(self, queue: QueueInfo, request: Request) -> None:
         self.loops.add(asyncio.get_running_loop())
         if queue.index == 1:
             self.frames.put_nowait(request.read())

@@ -4,6 +4,8 @@ Derive from `VirtioDevice` and `serve` it; or implement `VhostUserBackend` and r
 `VhostUserDaemon` for full control of the rings.
 """
 
+import sys
+
 from ._version import __version__
 
 # Type checkers take this name for true. Importing it from `typing` would add 15 ms to the 4 that
@@ -27,12 +29,13 @@ if TYPE_CHECKING:
         SharedMemory,
         SharedObjects,
     )
-    from .device.request import Queue, Recall, Request
+    from .device.request import QueueInfo, Recall, Request
     from .device.state_stream import StateError
     from .devices import BlockDevice
     from .epoll_handler import VringEpollHandler
     from .errors import (
         BackendUsageError,
+        DeviceBusy,
         DeviceError,
         DeviceRefused,
         ListenError,
@@ -54,13 +57,14 @@ _LAZY = {
     "CryptoSessions": "device.hooks",
     "DeviceBackend": "adapter.device_backend",
     "DeviceError": "errors",
+    "DeviceBusy": "errors",
     "DeviceRefused": "errors",
     "GpuSocket": "device.hooks",
     "ListenError": "errors",
     "Listener": "fds.listener",
     "Mtu": "device.hooks",
     "MetricsServer": "daemon.prometheus",
-    "Queue": "device.request",
+    "QueueInfo": "device.request",
     "QueueCounters": "counters",
     "QueueReport": "daemon.report",
     "Rarp": "device.hooks",
@@ -89,7 +93,20 @@ _LAZY = {
 }
 
 
+#: Names of before, and what they are called now; each stays for one minor version.
+_RENAMED: dict[str, str] = {"Queue": "QueueInfo"}
+
+
 def __getattr__(name: str) -> object:
+    if name in _RENAMED:
+        from warnings import warn
+
+        warn(
+            f"vhost_backend.{name} is called {_RENAMED[name]} since 0.2",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(sys.modules[__name__], _RENAMED[name])
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
@@ -109,6 +126,7 @@ __all__ = [
     "BlockDevice",
     "CryptoSessions",
     "DeviceBackend",
+    "DeviceBusy",
     "DeviceError",
     "DeviceRefused",
     "GpuSocket",
@@ -116,8 +134,8 @@ __all__ = [
     "Listener",
     "MetricsServer",
     "Mtu",
-    "Queue",
     "QueueCounters",
+    "QueueInfo",
     "QueueReport",
     "Rarp",
     "Recall",

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, Protocol
 
-from virtqueue import RECORD, Batch
+from virtqueue import RECORD, Batch, RecordField
 
 from .backend import STATUS_BYTE, HookGroup, VhostUserBackend, VhostUserBackendBase, provided
 from .errors import BackendUsageError
@@ -432,7 +432,9 @@ class VringEpollHandler:
         for vring, generation, records in taken:
             with vring.get_mut() as state:
                 if state.generation == generation:
-                    state.fail_taken((record[6] for record in RECORD.iter_unpack(records)), status)
+                    state.fail_taken(
+                        (record[RecordField.HEAD] for record in RECORD.iter_unpack(records)), status
+                    )
             # It was about to take more, or to ask for kicks.
             self.scan(self.vrings.index(vring))
 

@@ -74,6 +74,20 @@ class DeviceRefused(VhostBackendError):
         self.reason = reason
 
 
+class DeviceBusy(DeviceRefused):
+    """A device cannot start yet, because of something that may pass.
+
+    The daemon asks `VirtioDevice.started` again, until `patience` seconds are over. Then it refuses
+    the message for `reason`.
+
+    Meanwhile the front-end waits for its answer; other front-ends and an event loop go on.
+    """
+
+    def __init__(self, reason: str, patience: float = 3.0) -> None:
+        super().__init__(reason)
+        self.patience = patience
+
+
 def is_shortage(error: BaseException) -> bool:
     """Whether we ran out of something (descriptors, memory, threads, room), or what is under
     `error` did: then neither peer nor device has done anything wrong.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import sys
 
-from vhost_backend import Queue, Request, VirtioDevice, serve
+from vhost_backend import QueueInfo, Request, VirtioDevice, serve
 
 STATFS, INIT = 17, 26
 ENOSYS = 38
@@ -30,7 +30,7 @@ class StubFs(VirtioDevice):
         self.count = 0
         self._refuse = refuse
 
-    def handle(self, queue: Queue, request: Request) -> None:
+    def handle(self, queue: QueueInfo, request: Request) -> None:
         _, operation, unique, *_ = IN_HEADER.unpack(request.read(IN_HEADER.size))
         if not request.writable_length:
             return

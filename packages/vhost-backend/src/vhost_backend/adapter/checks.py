@@ -163,6 +163,11 @@ def _check_handlers(name: str, device: VirtioDevice) -> None:
     if not own:
         raise BackendUsageError(f"{name} defines neither handle nor handle_batch")
     concurrent = is_coroutine_function(device.handle)
+    if not concurrent and is_coroutine_function(_undecorated(device.handle)):
+        raise BackendUsageError(
+            f"{name}.handle is a plain function around an `async def`: what decorates it has to"
+            " return an `async def` itself, or nothing awaits the coroutine"
+        )
     if concurrent and "handle_batch" in own:
         raise BackendUsageError(
             f"{name} has `async def handle`, so its handle_batch would never be called"
@@ -176,6 +181,13 @@ def _check_handlers(name: str, device: VirtioDevice) -> None:
             raise BackendUsageError(
                 f"{name}.{method} is `async def`, which nothing would await: only handle may be"
             )
+
+
+def _undecorated(function: object) -> object:
+    """What a decorator has wrapped, as `functools.wraps` records it."""
+    while (wrapped := getattr(function, "__wrapped__", None)) is not None:
+        function = wrapped
+    return function
 
 
 def _shown(value: object) -> str:

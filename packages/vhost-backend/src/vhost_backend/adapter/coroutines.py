@@ -15,7 +15,7 @@ from virtqueue import Chain
 
 from ..device.base import VirtioDevice, fail_request
 from ..device.hooks import provided
-from ..device.request import Queue, Recall, Request, check_use
+from ..device.request import QueueInfo, Recall, Request, StatusRequest, check_use
 from ..epoll_handler import VringEpollHandler
 from ..features import RING_FEATURES
 from ..vring.locks import Vring
@@ -166,13 +166,14 @@ class AsyncDeviceBackend(DeviceBackend):
             served.generation = state.generation
             served.recorded = state.settings.inflight is not None
             waits = int(state.index in self.device.waiting_queues)
+            make = StatusRequest if self.device.status_byte else Request
             for position, chain in enumerate(batch):
                 if state.on_demand.has_stand_ins and not state.on_demand.usable(chain):
                     flags = int(self.device.status_byte)
                     state.add_used(chain, flags, self.device.error_status)
                     state.signal_used_queue()
                     continue
-                request = Request(batch, chain.record, position)
+                request = make(batch, chain.record, position)
                 _ = request.chain  # it outlives the batch
                 request._waits, request._recalled = waits, False
                 # Still with the lock: who stops the ring next finds a task for all that was taken.
@@ -257,7 +258,7 @@ class AsyncDeviceBackend(DeviceBackend):
         state.signal_used_queue()
         return fates
 
-    async def _serve_one(self, served: _Served, queue: Queue, request: Request) -> None:
+    async def _serve_one(self, served: _Served, queue: QueueInfo, request: Request) -> None:
         flags = int(self.device.status_byte)
         try:
             waiting = self.device.handle(queue, request)

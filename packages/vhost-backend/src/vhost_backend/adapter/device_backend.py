@@ -11,12 +11,12 @@ import logging
 from collections.abc import Callable, Sequence
 
 from vhost_protocol import BackendChannel, ProtocolFeatures
-from virtqueue import DONE, RECORD, Batch, CHandler, DoneFlags, UsageError
+from virtqueue import DONE, RECORD, Batch, CHandler, DoneFlags, RecordField, UsageError
 
 from ..backend import STATE_TRANSFER, VhostUserBackendBase
 from ..device.base import VirtioDevice, asked_features, fail_request
 from ..device.hooks import OF_A_TYPE, SAVED_STATE, provided
-from ..device.request import Queue
+from ..device.request import QueueInfo
 from ..device.state_stream import StateTransfers
 from ..epoll_handler import VringEpollHandler
 from ..errors import BackendUsageError
@@ -70,7 +70,7 @@ class DeviceBackend(VhostUserBackendBase):
             self.parts = device, StateTransfers(device)
         self.status_byte: bool = device.status_byte
         self.error_status: int = device.error_status
-        self._queues: dict[int, Queue] = {}
+        self._queues: dict[int, QueueInfo] = {}
         #: Handlers in C by queue, where the device has them.
         self._handlers: dict[int, CHandler | None] = {}
         #: In an event loop of the caller's: what ends that when a handler raises to end it.
@@ -146,7 +146,7 @@ class DeviceBackend(VhostUserBackendBase):
                 self._cycle(state, view, 0)
         return True
 
-    def _cycle(self, state: VringState, view: Queue, limit: int) -> Batch | None:
+    def _cycle(self, state: VringState, view: QueueInfo, limit: int) -> Batch | None:
         """`VringState.cycle`, also when the device has left a batch that cannot be completed."""
         try:
             return state.cycle(limit)
@@ -159,11 +159,11 @@ class DeviceBackend(VhostUserBackendBase):
             state.finish(len(batch))
         return state.cycle(limit)
 
-    def _put_right(self, queue: Queue, batch: Batch, refused: UsageError) -> None:
+    def _put_right(self, queue: QueueInfo, batch: Batch, refused: UsageError) -> None:
         """Fail the requests of a batch that `done` says impossible things of."""
         flags, found = int(self.device.status_byte), False
         for position, record in enumerate(RECORD.iter_unpack(batch.records)):
-            head, room = record[6], record[5]
+            head, room = record[RecordField.HEAD], record[RecordField.WRITABLE_LENGTH]
             named, _, kind, written = DONE.unpack_from(batch.done, position * DONE.size)
             if kind & DoneFlags.KEEP:
                 continue
@@ -189,14 +189,14 @@ class DeviceBackend(VhostUserBackendBase):
                 " define it, or give a callback"
             )
 
-    def serve_batch(self, queue: Queue, batch: Batch) -> None:
+    def serve_batch(self, queue: QueueInfo, batch: Batch) -> None:
         """Have the device work on what is left for it of a batch; no lock is held."""
         try:
             self.device.handle_batch(queue, batch)
         except BaseException as error:
             self.fail_batch(queue, batch, error)
 
-    def fail_batch(self, queue: Queue, batch: Batch, error: BaseException) -> None:
+    def fail_batch(self, queue: QueueInfo, batch: Batch, error: BaseException) -> None:
         """The device has failed in `handle_batch`; nobody knows how far it came.
 
         Requests that may not have been served must not look as if they were.
@@ -229,10 +229,10 @@ class DeviceBackend(VhostUserBackendBase):
         """Its worker has ended."""
         self._handlers.pop(index, None)
 
-    def view(self, state: VringState) -> Queue:
+    def view(self, state: VringState) -> QueueInfo:
         """The queue as the device sees it."""
         view = self._queues.get(state.index)
         if view is None:
-            view = self._queues[state.index] = Queue(state.index, state.counters)
+            view = self._queues[state.index] = QueueInfo(state.index, state.counters)
             view._on_exit = self.on_exit
         return view

@@ -19,7 +19,7 @@ from virtqueue import Batch, CHandler, Server, UsageError
 
 from ..backend import VhostUserBackend
 from ..device.base import VirtioDevice
-from ..device.request import Queue
+from ..device.request import QueueInfo
 from ..epoll_handler import VringEpollHandler
 from ..vring.locks import Vring, VringMutex
 from ..vring.ring_lease import RingLease
@@ -33,15 +33,15 @@ class BatchBackend(Protocol):
 
     device: VirtioDevice
 
-    def view(self, state: VringState) -> Queue: ...
+    def view(self, state: VringState) -> QueueInfo: ...
 
     def batch_handler(self, index: int) -> CHandler | None: ...
 
     def drop_handler(self, index: int) -> None: ...
 
-    def serve_batch(self, queue: Queue, batch: Batch) -> None: ...
+    def serve_batch(self, queue: QueueInfo, batch: Batch) -> None: ...
 
-    def fail_batch(self, queue: Queue, batch: Batch, error: BaseException) -> None: ...
+    def fail_batch(self, queue: QueueInfo, batch: Batch, error: BaseException) -> None: ...
 
 
 class QueueWorker(VringEpollHandler):

@@ -29,6 +29,8 @@ class Wait(NamedTuple):
     finish: Callable[[], Answer | None]
     rings: Sequence[int]
     what: str = ""
+    #: Seconds between two looks at what comes true without a `wake`.
+    every: float | None = None
 
 
 Outcome = Answer | Wait | None

@@ -16,6 +16,7 @@ from ..features import VirtioFeature
 from ..vring.locks import Vring
 from ..vring.state import VringState
 from .context import MAX_RING_SIZE, Context
+from .device_start import once_started
 from .outcome import Answer, Descriptors, Outcome, Wait
 
 log: logging.Logger = logging.getLogger("vhost_backend")
@@ -311,6 +312,11 @@ class Rings:
             raise Refused("SET_VRING_KICK", "not an eventfd, a pipe or a socket")
         with vring.get_ref() as state:
             self._check_startable("SET_VRING_KICK", state)
+        return once_started(context, lambda: self._watch_kick(message, fds))
+
+    def _watch_kick(self, message: vp.SetVringKick, fds: Descriptors) -> None:
+        context = self._context
+        vring = context.vrings[message.index]
         worker, position = context.place(message.index)
         worker.unwatch(position)
         in_band = context.has(vp.ProtocolFeatures.INBAND_NOTIFICATIONS)
@@ -321,23 +327,26 @@ class Rings:
                 self._start("SET_VRING_KICK", state)
         if kick_fd < 0 and in_band:
             context.scan(message.index)
-            return None
+            return
         try:
             # The worker looks at the ring at once, or when it is enabled: what was made available
             # before the kick descriptor came is not announced again.
             worker.watch(position, kick_fd, scan=enabled)
         except OSError as error:
             raise Refused("SET_VRING_KICK", f"cannot wait on the descriptor: {error}") from error
-        return None
 
     def _kick(self, message: vp.VringKick, fds: Descriptors) -> Outcome:
         context = self._context
-        with context.vring("VRING_KICK", message.index).get_mut() as state:
+        with context.vring("VRING_KICK", message.index).get_ref() as state:
             if not state.started:
                 self._check_startable("VRING_KICK", state)
+        return once_started(self._context, lambda: self._start_kicked(message.index))
+
+    def _start_kicked(self, index: int) -> None:
+        with self._context.vrings[index].get_mut() as state:
+            if not state.started:
                 self._start("VRING_KICK", state)
-        context.scan(message.index)
-        return None
+        self._context.scan(index)
 
     def _check_startable(self, request: str, state: VringState) -> None:
         if state.settings.addresses is None:
@@ -349,7 +358,6 @@ class Rings:
 
     def _start(self, request: str, state: VringState) -> None:
         context = self._context
-        context.device_started()
         if state.index not in self._placed and state.settings.features & VirtioFeature.RING_PACKED:
             state.set_queue_next_avail(_PACKED_BEGIN)
         self._placed.add(state.index)

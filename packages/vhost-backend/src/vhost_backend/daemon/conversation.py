@@ -135,15 +135,14 @@ class Conversation:
             try:
                 outcome = await line.handle(received)
             except Refused as error:
-                # Where no answer can say "no", only hanging up can.
-                if not await line.acknowledge(received, False):
-                    raise
-                self._refused(error)
-                return True
+                return await self._refuse(received, error)
             if isinstance(outcome, Wait):
                 if not await self._wait_for(outcome):
                     return False
-                outcome = outcome.finish()
+                try:
+                    outcome = outcome.finish()
+                except Refused as error:
+                    return await self._refuse(received, error)
             if isinstance(outcome, Answer):
                 try:
                     await line.reply(received, outcome.message, outcome.fds)
@@ -152,6 +151,13 @@ class Conversation:
             else:
                 await line.acknowledge(received, True)
             return True
+
+    async def _refuse(self, received: vp.Received, error: Refused) -> bool:
+        """Answer that the message was refused; raises `error` where no answer can say so."""
+        if not await self._line.acknowledge(received, False):
+            raise error  # then only hanging up can
+        self._refused(error)
+        return True
 
     async def _wait_for(self, wait: Wait) -> bool:
         """Wait until the device has ended what a message waits for. Workers go on meanwhile.
@@ -162,7 +168,7 @@ class Conversation:
         while not wait.ready():
             if self._line.stopping:
                 return False
-            seen = await self._look(report, reading=not self._ahead.full)
+            seen = await self._look(report, reading=not self._ahead.full, every=wait.every)
             if seen is Seen.HANG_UP:
                 return False
             if seen is Seen.MESSAGE:
@@ -174,8 +180,9 @@ class Conversation:
         report.end()
         return True
 
-    async def _look(self, report: WaitLog, *, reading: bool) -> Seen:
-        seen = await self._line.look(report.left, reading=reading)
+    async def _look(self, report: WaitLog, *, reading: bool, every: float | None = None) -> Seen:
+        seconds = report.left if every is None else min(report.left, every)
+        seen = await self._line.look(seconds, reading=reading)
         self._control.settle()
         report.look()
         return seen

@@ -26,16 +26,20 @@ from virtqueue import (
     RECORD,
     Batch,
     CHandler,
+    RecordField,
 )
 
 from ..errors import BackendUsageError, DeviceRefused
 from ..rate_limited_log import RateLimited
 from .hooks import defaults
-from .request import Queue, Recall, Request, check_use
+from .request import QueueInfo, Recall, Request, StatusRequest, check_use
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
 _RECORD_SIZE: Final = RECORD.size
+# Plain numbers: enum members would cost a lookup each time.
+_WRITABLE_LENGTH: Final = int(RecordField.WRITABLE_LENGTH)
+_HEAD: Final = int(RecordField.HEAD)
 _unpack: Final = RECORD.unpack
 _unpack_all: Final = RECORD.iter_unpack
 _pack_done: Final = DONE.pack_into
@@ -77,13 +81,13 @@ class VirtioDevice:
 
     _failures: RateLimited | None = None
 
-    def handle(self, queue: Queue, request: Request) -> Awaitable[None] | None:
+    def handle(self, queue: QueueInfo, request: Request) -> Awaitable[None] | None:
         """Serve one request. Override this, as `def` or `async def`, or `handle_batch`."""
         raise NotImplementedError(
             f"{type(self).__name__} overrides neither handle nor handle_batch"
         )
 
-    def handle_batch(self, queue: Queue, batch: Batch) -> None:
+    def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
         """Serve every chain of the batch; `batch.done` says how each one went.
 
         The entries (`virtqueue.DONE`: head, status, flags, written) are filled in beforehand as
@@ -92,6 +96,7 @@ class VirtioDevice:
         """
         done, packed, handle = batch.done, batch.records, self.handle
         flags = 1 if self.status_byte else 0
+        make = StatusRequest if flags else Request
         requests: Iterable[tuple[int, tuple[Any, ...]]]
         if len(packed) == _RECORD_SIZE:
             # What a driver that waits for each brings: iterators would be dear.
@@ -103,16 +108,16 @@ class VirtioDevice:
                 records = list(requests)
                 requests = [records[position] for position in left]
         for position, record in requests:
-            request = Request(batch, record, position)
+            request = make(batch, record, position)
             try:
                 answer = handle(queue, request)
                 status, written = request.status, request.written + flags
-                if answer is not None or status or not flags <= written <= record[5]:
+                if answer is not None or status or not flags <= written <= record[_WRITABLE_LENGTH]:
                     check_use(request, answer, flags)
-                _pack_done(done, 8 * position, record[6], status, flags, written)
+                _pack_done(done, 8 * position, record[_HEAD], status, flags, written)
             except BaseException as error:
                 status = fail_request(self, queue, error)
-                _pack_done(done, 8 * position, record[6], status, flags, flags)
+                _pack_done(done, 8 * position, record[_HEAD], status, flags, flags)
 
     def batch_handler(self, queue: int) -> CHandler | None:
         """A handler in C for the batches of that queue, or None; asked once for each queue.
@@ -132,7 +137,7 @@ class VirtioDevice:
         """
         raise NotImplementedError(f"{type(self).__name__} has no handle_event")
 
-    def failed(self, queue: Queue, error: BaseException) -> int:
+    def failed(self, queue: QueueInfo, error: BaseException) -> int:
         """Log a handler's exception (rate-limited) and count it; returns `error_status`."""
         queue.counters.errors += 1
         if self._failures is None:
@@ -142,7 +147,7 @@ class VirtioDevice:
         )
         return self.error_status
 
-    def recalled(self, queue: Queue, request: Request, recall: Recall) -> None:
+    def recalled(self, queue: QueueInfo, request: Request, recall: Recall) -> None:
         """Told what became of a request whose `waiting` was cancelled, since its ring is stopped.
 
         Called in the worker's loop when the coroutine has ended. A request that has begun nothing
@@ -227,7 +232,7 @@ def close_device(device: VirtioDevice) -> None:
         log.exception("%s has failed to close", name_of(device))
 
 
-def fail_request(device: VirtioDevice, queue: Queue, error: BaseException) -> int:
+def fail_request(device: VirtioDevice, queue: QueueInfo, error: BaseException) -> int:
     """A handler has raised `error`: the status of its request, whatever `failed` does."""
     try:
         status = device.failed(queue, error)

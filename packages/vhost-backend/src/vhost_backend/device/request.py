@@ -9,18 +9,24 @@ import enum
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from types import CoroutineType
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
-from virtqueue import Batch, Chain, ChainCompleted, Memory, RecordFlags
+from virtqueue import Batch, Chain, ChainCompleted, Memory, RecordField, RecordFlags
 
 from ..counters import QueueCounters
 from ..errors import BackendUsageError
 
 _HEADER: Final = 16
 _SHORT_HEADER: Final = int(RecordFlags.SHORT_HEADER)
+# Plain numbers: enum members would cost a lookup each time.
+_FIRST_BYTES: Final = int(RecordField.HEADER)
+_READABLE_LENGTH: Final = int(RecordField.READABLE_LENGTH)
+_WRITABLE_LENGTH: Final = int(RecordField.WRITABLE_LENGTH)
+_HEAD: Final = int(RecordField.HEAD)
+_FLAGS: Final = int(RecordField.FLAGS)
 
 
-class Queue:
+class QueueInfo:
     """A queue as a handler sees it.
 
     `index` is its number, `counters` what it has done. `window` is the flat view of guest memory
@@ -67,6 +73,9 @@ class Request:
         "written",
     )
 
+    #: How many of the driver's writable bytes are a status byte, the last one.
+    _STATUS_BYTES: ClassVar[int] = 0
+
     status: int
     """What the status byte will say, for device types that have one."""
     # Set by a worker with coroutines: how many `waiting` blocks this one's is in, and whether its
@@ -93,7 +102,7 @@ class Request:
         chain = self._chain
         if chain is None:
             if self._batch.serial != self._serial:
-                raise ChainCompleted(f"request {self._record[6]} has been completed")
+                raise ChainCompleted(f"request {self._record[_HEAD]} has been completed")
             chain = self._chain = self._batch[self._index]
             if self._position:
                 chain.read(self._position)
@@ -102,23 +111,23 @@ class Request:
     @property
     def header(self) -> bytes:
         """The first 16 bytes the driver sent, zero padded; `read` begins with them, too."""
-        header: bytes = self._record[0]
+        header: bytes = self._record[_FIRST_BYTES]
         return header
 
     @property
     def readable_length(self) -> int:
         """Bytes the driver sent."""
         record = self._record
-        if not record[7] & _SHORT_HEADER:
-            length: int = _HEADER + record[4]
+        if not record[_FLAGS] & _SHORT_HEADER:
+            length: int = _HEADER + record[_READABLE_LENGTH]
             return length
         return self.chain.readable_length
 
     @property
     def writable_length(self) -> int:
-        """Bytes the driver has room for, a status byte included."""
-        length: int = self._record[5]
-        return length
+        """Bytes that the driver has room for in the answer, without a status byte."""
+        length: int = self._record[_WRITABLE_LENGTH]
+        return length - self._STATUS_BYTES
 
     @property
     def readable(self) -> list[memoryview]:
@@ -127,7 +136,10 @@ class Request:
 
     @property
     def writable(self) -> list[memoryview]:
-        """The room for the answer in place, piece by piece. Set `written` after filling it."""
+        """The room for the answer in place, piece by piece, without a status byte.
+
+        Set `written` after filling it.
+        """
         return self.chain.writable
 
     def read(self, size: int = -1) -> bytes:
@@ -135,9 +147,9 @@ class Request:
         if self._chain is None and size >= 0 and self._batch.serial == self._serial:
             position = self._position
             end = position + size
-            if end <= _HEADER and not self._record[7] & _SHORT_HEADER:
+            if end <= _HEADER and not self._record[_FLAGS] & _SHORT_HEADER:
                 self._position = end
-                header: bytes = self._record[0]
+                header: bytes = self._record[_FIRST_BYTES]
                 return header[position:end]
         return self.chain.read(size)
 
@@ -164,6 +176,19 @@ class Request:
         return bool(self.written) or (
             chain is not None and (chain.wrote_anywhere or chain.written > 0)
         )
+
+
+class StatusRequest(Request):
+    """A request of a device type with a status byte."""
+
+    __slots__ = ()
+    _STATUS_BYTES: ClassVar[int] = 1
+
+    @property
+    def writable(self) -> list[memoryview]:
+        """The room for the answer in place, piece by piece, without the status byte."""
+        *pieces, last = self.chain.writable
+        return [*pieces, last[:-1]] if len(last) > 1 else pieces
 
 
 class _Waiting:
@@ -209,7 +234,7 @@ def check_use(request: Request, answer: object, flags: int) -> None:
         raise BackendUsageError(
             f"handle returned {type(answer).__name__}: an answer is written with request.write()"
         )
-    written, room = request.written, request.writable_length - flags
+    written, room = request.written, request.writable_length
     if not 0 <= written <= room:
         raise BackendUsageError(f"request.written is {written}, but there is room for {room} bytes")
     if request.status and not flags:

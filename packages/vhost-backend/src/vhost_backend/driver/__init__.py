@@ -9,7 +9,9 @@ top, `Migration` moves a session from one back-end to another. The demo, the tes
 from .block import BlockDriver, BlockError, Completion
 from .channel import ChannelServer
 from .migration import Migration
-from .session import DriverSession, DriverVring, SessionError
+from .options import SessionOptions
+from .session import DriverSession
+from .vring import DriverVring, SessionError
 
 __all__ = [
     "BlockDriver",
@@ -20,4 +22,5 @@ __all__ = [
     "DriverVring",
     "Migration",
     "SessionError",
+    "SessionOptions",
 ]

@@ -14,7 +14,8 @@ import vhost_protocol as vp
 from guest_memory import DirtyLog, GuestAddress, allocate_memfd
 
 from ..features import VirtioFeature
-from .session import DriverSession, SessionError
+from .session import DriverSession
+from .vring import SessionError
 
 _PAGE = 4096
 

@@ -8,7 +8,6 @@ import mmap
 import os
 import select
 import socket
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import vhost_protocol as vp
@@ -23,18 +22,13 @@ from guest_memory import (
 )
 from virtqueue import DriverQueue, RingConfig, ring_layout
 
-from ..errors import VhostBackendError
-from ..fds import eventfd
 from ..features import VirtioFeature
 from .channel import ChannelServer
+from .options import DEFAULT, SessionOptions
+from .vring import GUEST_BASE, USER_BASE, DriverVring, SessionError
 
-#: Where our memory starts in the guest's and in the front-end's address space. They differ, and
-#: neither is 0, so that an address of the wrong kind is noticed.
-GUEST_BASE = 0x1_0000_0000
-USER_BASE = 0x7F00_0000_0000
 IOVA_BASE = 0x20_0000_0000
 
-_NO_FEATURES = vp.ProtocolFeatures(0)
 _USUAL_FEATURES = (
     vp.ProtocolFeatures.MQ
     | vp.ProtocolFeatures.REPLY_ACK
@@ -56,9 +50,6 @@ _libc.mmap.argtypes = [
     ctypes.c_int64,
 ]
 
-#: Seconds that a device may take from a completion to its signal.
-_SIGNAL_DELAY = 1.0
-
 #: Seconds that `DriverSession.close` waits for the back-end to close its end.
 GOODBYE = 1.0
 
@@ -67,206 +58,71 @@ _PAGE = 4096
 _TABLE_LENGTH = 16
 
 
-class SessionError(VhostBackendError):
-    """The back-end did not do what a back-end has to do (no answer in time, a feature missing)."""
-
-
-class DriverVring:
-    """The driver's side of one vring: its ring, and the descriptors to kick and be called on."""
-
-    def __init__(
-        self,
-        index: int,
-        queue: DriverQueue,
-        config: RingConfig,
-        offset: int = 0,
-        ring_offset: int = USER_BASE - GUEST_BASE,
-    ) -> None:
-        self.index = index
-        #: What the device calls guest address 0: IOVAs differ from guest addresses by this.
-        self._offset = offset
-        #: The same of the ring's own addresses, which may be user addresses.
-        self._ring_offset = ring_offset
-        self.queue = queue
-        self.config = config
-        self.kick_fd: int = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.call_fd: int = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._poller = select.poll()
-        self._poller.register(self.call_fd, select.POLLIN)
-        self._connection = -1
-
-    def watch(self, connection: int) -> None:
-        """End the wait for completions when the back-end hangs up this socket (-1: none)."""
-        if self._connection >= 0:
-            self._poller.unregister(self._connection)
-        self._connection = connection
-        if connection >= 0:
-            self._poller.register(connection, select.POLLRDHUP)
-
-    def submit(
-        self,
-        readable: Sequence[tuple[int, int]],
-        writable: Sequence[tuple[int, int]],
-        *,
-        indirect: bool = False,
-    ) -> int:
-        """Add a chain of (guest address, length) pieces; returns its id. Not visible until `kick`.
-
-        Raises `virtqueue.VirtqueueError` when the ring is full.
-        """
-        offset = self._offset
-        return self.queue.add(
-            readable=[(address + offset, length) for address, length in readable],
-            writable=[(address + offset, length) for address, length in writable],
-            indirect=indirect,
-        )
-
-    def kick(self) -> None:
-        """Make what was submitted visible, and signal the device unless it said not to."""
-        if self.queue.publish():
-            eventfd.signal(self.kick_fd)
-
-    def completions(self, timeout: float = 10.0) -> list[tuple[int, int]]:
-        """Wait for at least one completion; (id, bytes written) for each there is.
-
-        With a `timeout` of 0 the ring is only looked at. Raises `SessionError` after `timeout`
-        seconds without a completion, when the back-end has hung up, and when there is a completion
-        that no signal follows.
-        """
-        while True:
-            done = self.queue.collect()
-            if done:
-                return done
-            if self.queue.enable_notification():
-                continue
-            ready = dict(self._poller.poll(timeout * 1000))
-            if self.call_fd not in ready:
-                done = self.queue.collect()
-                if not done and ready:
-                    raise SessionError(f"vring {self.index}: the back-end has hung up")
-                if not done:
-                    raise SessionError(f"vring {self.index}: nothing completed in {timeout:g} s")
-                if timeout and not self._poller.poll(_SIGNAL_DELAY * 1000):
-                    raise SessionError(
-                        f"vring {self.index}: completions came without the signal asked for"
-                    )
-                return done
-            eventfd.drain(self.call_fd)
-
-    def close(self) -> None:
-        """Close the descriptors."""
-        os.close(self.kick_fd)
-        os.close(self.call_fd)
-
-    # -- where the ring is, for drivers that break its rules ------------------------------------
-
-    @property
-    def descriptor_area(self) -> int:
-        """Guest address of the descriptor table; of the descriptor ring when packed."""
-        return self._place(self.config.descriptor_address)
-
-    @property
-    def driver_area(self) -> int:
-        """Guest address of the available ring; of the driver's event structure when packed."""
-        return self._place(self.config.driver_address)
-
-    @property
-    def device_area(self) -> int:
-        """Guest address of the used ring; of the device's event structure when packed."""
-        return self._place(self.config.device_address)
-
-    def _place(self, address: int) -> int:
-        return address - self._ring_offset
-
-
 class DriverSession:
     """A driver attached to a back-end.
 
     Args:
         frontend: the connection; the session takes it over.
-        features: virtio feature bits to accept when offered; VERSION_1 is always accepted.
-        num_queues: rings to set up.
-        queue_size: descriptors in each.
-        memory_size: bytes of memory to share with the back-end.
-        memory_fd: a file of that size to share, which the session takes over; a new sealed memfd
-            by default.
-        packed: use packed rings (the back-end has to offer RING_PACKED).
-        event_idx: accept EVENT_IDX when offered.
-        indirect: accept INDIRECT_DESC when offered.
-        iommu: use IOVAs (the back-end has to offer ACCESS_PLATFORM). Entries of the IOTLB are given
-            page by page as the back-end asks for them; `invalidate` takes them away.
-        protocol_features: protocol features to accept besides the usual ones; with GPA_ADDRESSES
-            the back-end is told no user addresses (and has to offer it).
-        handlers: what to do with the back-end's own requests, by message class; each returns
-            whether it succeeded. A channel is made when there are handlers, or an IOMMU.
-        inflight: have the back-end record its requests in flight in memory that the session keeps
-            (INFLIGHT_SHMFD), so that `reconnect` can hand them to the back-end's successor.
+        options: how it negotiates, and what it sets up.
+        changes: single options by name, such as `packed=True`, which go before those of `options`.
     """
 
     def __init__(
         self,
         frontend: vp.Frontend,
-        *,
-        features: int = 0,
-        num_queues: int = 1,
-        queue_size: int = 128,
-        memory_size: int = 16 << 20,
-        memory_fd: int | None = None,
-        packed: bool = False,
-        event_idx: bool = True,
-        indirect: bool = True,
-        iommu: bool = False,
-        protocol_features: vp.ProtocolFeatures = _NO_FEATURES,
-        handlers: dict[type[vp.Message], Callable[[vp.Message], bool]] | None = None,
-        inflight: bool = False,
+        options: SessionOptions = DEFAULT,
+        **changes: Any,
     ) -> None:
+        options = self.options = options.but(**changes)
         self.frontend: vp.Frontend = frontend
         self.channel: ChannelServer | None = None
         #: IOVAs that the back-end has asked for.
         self.missed: list[int] = []
         #: By the IOVA of a page: the access to grant when it is asked for, if not all.
         self.granted: dict[int, vp.IotlbAccess] = {}
-        self._wanted = _USUAL_FEATURES | protocol_features
-        self._handlers = dict(handlers or {})
-        self._iova = IOVA_BASE - GUEST_BASE if iommu else 0
+        self._wanted = _USUAL_FEATURES | options.protocol_features
+        self._handlers = dict(options.handlers or {})
+        self._iova = IOVA_BASE - GUEST_BASE if options.iommu else 0
         self.vrings: list[DriverVring] = []
         #: (guest address, bytes) of what rings take up, indirect tables included.
         self.ring_memory: list[tuple[int, int]] = []
         self.protocol_features: vp.ProtocolFeatures = vp.ProtocolFeatures(0)
-        self._memory_fd = allocate_memfd(memory_size) if memory_fd is None else memory_fd
-        gpa = bool(protocol_features & vp.ProtocolFeatures.GPA_ADDRESSES)
+        self._memory_fd = (
+            allocate_memfd(options.memory_size) if options.memory_fd is None else options.memory_fd
+        )
+        gpa = bool(options.protocol_features & vp.ProtocolFeatures.GPA_ADDRESSES)
         self._user_base = GUEST_BASE if gpa else USER_BASE
-        region = Region(GuestAddress(GUEST_BASE), memory_size, UserAddress(self._user_base))
+        region = Region(GuestAddress(GUEST_BASE), options.memory_size, UserAddress(self._user_base))
         self.memory: GuestMemory = GuestMemory.map([(region, self._memory_fd)])
         self._next = GUEST_BASE
-        self._end = GUEST_BASE + memory_size
-        wanted = VirtioFeature(features) | VirtioFeature.VERSION_1
+        self._end = GUEST_BASE + options.memory_size
+        wanted = VirtioFeature(options.features) | VirtioFeature.VERSION_1
         wanted |= VirtioFeature.PROTOCOL_FEATURES
-        if packed:
+        if options.packed:
             wanted |= VirtioFeature.RING_PACKED
-        if event_idx:
+        if options.event_idx:
             wanted |= VirtioFeature.EVENT_IDX
-        if indirect:
+        if options.indirect:
             wanted |= VirtioFeature.INDIRECT_DESC
-        if iommu:
+        if options.iommu:
             wanted |= VirtioFeature.ACCESS_PLATFORM
             self._wanted |= vp.ProtocolFeatures.BACKEND_REQ
             self._handlers[vp.BackendIotlbMsg] = self._answer_miss
         if self._handlers:
             self._wanted |= vp.ProtocolFeatures.BACKEND_REQ
-        if inflight:
+        if options.inflight:
             self._wanted |= vp.ProtocolFeatures.INFLIGHT_SHMFD
         self._inflight: tuple[vp.InflightReply, int] | None = None
         self._wanted_features = wanted
         try:
-            self._negotiate(wanted, packed)
+            self._negotiate(wanted, options.packed)
             if self._handlers:
                 self.channel = ChannelServer(frontend, self._handlers)
             self.share_memory()
-            if inflight:
-                self._keep_inflight(num_queues, queue_size)
-            for index in range(num_queues):
-                self._set_up_ring(index, queue_size)
+            if options.inflight:
+                self._keep_inflight(options.num_queues, options.queue_size)
+            for index in range(options.num_queues):
+                self._set_up_ring(index, options.queue_size)
         except BaseException:
             self.close()
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from guest_memory import GuestMemory
 from virtqueue import Batch, Chain, Need, QueueBroken, Reason, UsageError
@@ -118,6 +118,15 @@ class VringState(RingLifecycle):
         if batch and self.events.on_take is not None:
             self.events.on_take(self.generation, batch)
         return batch
+
+    def available(self) -> Iterator[Chain]:
+        """The available chains, one after another: the reference's `get_queue_mut().iter(mem)`.
+
+        The iteration takes a chain when it comes to it, so a loop that is left early has taken no
+        more. At its end it has asked the driver for kicks. Complete each chain with `add_used`.
+        """
+        while batch := self.take(1):
+            yield batch[0]
 
     def fail_taken(self, heads: Iterable[int], status: int) -> int:
         """Complete those of these chains that are still in flight, with nothing written and

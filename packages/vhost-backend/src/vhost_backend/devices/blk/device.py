@@ -27,9 +27,10 @@ from virtqueue import (
 )
 
 from ...device.base import VirtioDevice
-from ...device.request import Queue
-from ...errors import DeviceError, DeviceRefused
+from ...device.request import QueueInfo
+from ...errors import DeviceBusy, DeviceError, DeviceRefused
 from ...rate_limited_log import RateLimited
+from . import image_lock
 from .image_lock import ImageLock, Locking
 from .store import FileStore
 from .virtio_blk import (
@@ -212,7 +213,10 @@ class BlockDevice(VirtioDevice):
         Not before: in a migration both sides have the image open, and run one after the other.
         """
         try:
-            self._lock.acquire()
+            self._lock.try_acquire()
+        except image_lock.ImageInUse as error:
+            # udev and others lock a disk for a moment while they look at it.
+            raise DeviceBusy(str(error), image_lock.PATIENCE) from None
         except DeviceError as error:
             raise DeviceRefused(str(error)) from None
         self._running = True
@@ -297,7 +301,7 @@ class BlockDevice(VirtioDevice):
         handler.durable = self._durable_writes  # which may just have changed
         return handler
 
-    def handle_batch(self, queue: Queue, batch: Batch) -> None:
+    def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
         """Work on the requests that are left, in the order they were taken.
 
         Each entry of `batch.done` says how its request went.

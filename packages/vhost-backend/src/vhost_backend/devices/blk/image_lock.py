@@ -98,10 +98,20 @@ class ImageLock:
     def acquire(self) -> None:
         """Take the locks; waits up to `PATIENCE` seconds for others'. Raises `ImageInUse`."""
         deadline = time.monotonic() + PATIENCE
-        while (conflict := self._try()) is not None:
-            if time.monotonic() >= deadline:
-                raise ImageInUse(f"{self._path} is in use: {conflict}")
+        while True:
+            try:
+                self.try_acquire()
+                return
+            except ImageInUse:
+                if time.monotonic() >= deadline:
+                    raise
             time.sleep(_INTERVAL)
+
+    def try_acquire(self) -> None:
+        """Take the locks, or raise `ImageInUse` at once."""
+        conflict = self._try()
+        if conflict is not None:
+            raise ImageInUse(f"{self._path} is in use: {conflict}")
 
     def release(self) -> None:
         """Let others have the image; the mark stays."""
