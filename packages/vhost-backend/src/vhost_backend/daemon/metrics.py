@@ -16,8 +16,5 @@ def served_metrics(where: str | None, daemons: Sequence[DaemonBase]) -> Iterator
         return
     from .prometheus import MetricsServer
 
-    server = MetricsServer(where, daemons)
-    try:
+    with MetricsServer(where, daemons):
         yield
-    finally:
-        server.close()

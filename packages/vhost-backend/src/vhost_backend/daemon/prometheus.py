@@ -26,10 +26,11 @@ PATIENCE = 10.0
 
 
 class MetricsServer:
-    """Serves the counters to Prometheus, on `unix:PATH` or `HOST:PORT`, from a thread of its own.
+    """Serves the counters to Prometheus, on `unix:PATH` or `HOST:PORT`.
 
-    Needs prometheus-client (the `[metrics]` extra). Only loopback addresses are accepted: the
-    figures are nobody else's. Raises `ListenError` or `VhostBackendError`.
+    A thread serves them from `start`, or `with`, to `close`. Needs prometheus-client (the
+    `[metrics]` extra). Accepts loopback addresses only, as the figures are for this machine.
+    Raises `ListenError` or `VhostBackendError`.
     """
 
     def __init__(self, where: str, daemons: Iterable[DaemonBase]) -> None:
@@ -51,6 +52,9 @@ class MetricsServer:
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.1,), name="metrics", daemon=True
         )
+
+    def start(self) -> None:
+        """Serve, on a thread, until `close`. The socket listens already."""
         self._thread.start()
 
     @property
@@ -58,10 +62,18 @@ class MetricsServer:
         """The TCP port; 0 on a Unix socket."""
         return 0 if self._listener is not None else int(self._server.server_address[1])
 
+    def __enter__(self) -> MetricsServer:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Stop serving."""
-        self._server.shutdown()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._server.shutdown()
+            self._thread.join()
         self._server.server_close()
         if self._listener is not None:
             self._listener.close()

@@ -124,6 +124,8 @@ def serve_all(
                 _Serving(daemon, listener, bell)
                 for daemon, listener in zip(daemons, listeners, strict=True)
             ]
+            for thread in serving:
+                thread.start()
             for daemon, listener in zip(daemons, listeners, strict=True):
                 bell.watch(listener, daemon)
                 if ready is None:
@@ -226,7 +228,6 @@ class _Serving(threading.Thread):
         self.ended = False
         self._listener = listener
         self._bell = bell
-        self.start()
 
     def run(self) -> None:
         try:

@@ -78,7 +78,9 @@ class StateTransfers:
     def set_device_state_fd(self, direction: int, phase: int, fd: int) -> int | None:
         """Save (0) or load (1) the device's state on a thread of its own."""
         self.abandon_device_state()
-        self._last = StateTransfer(self._device, fd, load=direction == 1)
+        transfer = StateTransfer(self._device, fd, load=direction == 1)
+        transfer.start()
+        self._last = transfer
         return None
 
     def abandon_device_state(self) -> None:
@@ -113,11 +115,19 @@ class StateTransfer:
             self._thread = threading.Thread(
                 target=self._run, args=(target,), name="state-transfer", daemon=True
             )
-            self._thread.start()
         except BaseException:
             os.close(fd)
             if wake is not None:
                 wake.close()
+            raise
+
+    def start(self) -> None:
+        """Transfer, on a thread. When there can be none, the descriptors are closed."""
+        try:
+            self._thread.start()
+        except BaseException:
+            os.close(self._fd)
+            self._wake.close()
             raise
 
     def abandon(self) -> None:
