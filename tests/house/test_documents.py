@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from vhost_backend.features import RING_FEATURES, VirtioFeature
+from vhost_protocol import ProtocolFeatures
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("", "docs/**/", "packages/*/", "examples/", "tests/*/", "benchmarks/**/")
 DOCUMENTS = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.md"))
@@ -83,6 +86,16 @@ def test_the_front_page_leads_to_every_page_and_package() -> None:
     pages = {identify(path) for path in ROOT.glob("docs/**/*.md")}
     packages = {f"packages/{name}/README.md" for name in PACKAGES}
     assert pages | packages | {"CONTRIBUTING.md", "SECURITY.md", "examples"} <= targets
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [*ProtocolFeatures, *(RING_FEATURES | VirtioFeature.IN_ORDER)],
+    ids=lambda feature: feature.name,
+)
+def test_every_feature_has_its_row(feature: ProtocolFeatures | VirtioFeature) -> None:
+    row = rf"^\| {int(feature).bit_length() - 1} \| {feature.name}\b"
+    assert re.search(row, (ROOT / "docs" / "features.md").read_text(), re.M)
 
 
 def test_the_commands_of_the_readme_can_be_found() -> None:

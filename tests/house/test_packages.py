@@ -62,6 +62,18 @@ def test_no_package_is_unknown() -> None:
 
 
 @pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("hatch.toml", "pyproject.toml", "README.md", "docs/releasing.md"),
+        *("scripts/build-wheels", "scripts/check-ranges"),
+    ],
+)
+def test_every_package_is_named_where_all_are_listed(place: str, name: str) -> None:
+    assert re.search(rf"(?<![\w-]){name}(?![\w-])", (ROOT / place).read_text())
+
+
+@pytest.mark.parametrize("name", PACKAGES)
 @pytest.mark.parametrize("licence", ["LICENSE-APACHE", "LICENSE-BSD-3-Clause"])
 def test_licences_are_equal_and_files(name: str, licence: str) -> None:
     copy = ROOT / "packages" / name / licence

@@ -403,6 +403,13 @@ def test_a_hook_that_nothing_would_await(group: HookGroup[Any]) -> None:
         DeviceBackend.of(device)
 
 
+def test_a_device_gets_every_call_of_a_back_end() -> None:
+    """What `DeviceBackend` neither has nor passes on would end in the base's default."""
+    calls = {name for name, value in vars(VhostUserBackendBase).items() if callable(value)}
+    missing = {name for name in calls - set(vars(DeviceBackend)) if name[0] != "_"}
+    assert missing == {"exit_event", "set_event_idx", "suspend_queue"}  # nothing for a device
+
+
 # -- the hooks of a back-end that came after the Protocol -----------------------------------------
 
 

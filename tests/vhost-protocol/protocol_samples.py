@@ -211,7 +211,8 @@ ASYMMETRIC_FIELDS = (
 )
 CURSOR = bytes(range(256)) * 64
 EDID = b"\x00\xff\xff\xff\xff\xff\xff\x00" + bytes(120)
-ALL = ProtocolFeatures((1 << 24) - 1)
+#: Every feature that has a name.
+ALL = ProtocolFeatures(sum(ProtocolFeatures))
 
 
 def _control(kind: int) -> bytes:
@@ -269,8 +270,14 @@ def _frontend() -> list[Vector]:
         Vector(fe, 13, SetVringCall(2), (u64(2),), fds=1),
         Vector(fe, 14, SetVringErr(0, no_fd=True), (u64(0x100),)),
         Vector(fe, 15, GetProtocolFeatures()),
-        Vector(fe, 15, ProtocolFeaturesReply(ALL), (u64(0xFF_FFFF),), reply=True),
-        Vector(fe, 16, SetProtocolFeatures(ALL), (u64(0xFF_FFFF),)),
+        Vector(
+            fe,
+            15,
+            ProtocolFeaturesReply(ProtocolFeatures(0xFF_FFFF)),
+            (u64(0xFF_FFFF),),
+            reply=True,
+        ),
+        Vector(fe, 16, SetProtocolFeatures(ProtocolFeatures(0xFF_FFFF)), (u64(0xFF_FFFF),)),
         Vector(fe, 17, GetQueueNum()),
         Vector(fe, 17, QueueNumReply(8), (u64(8),), reply=True),
         Vector(fe, 18, SetVringEnable(4, True), (u32(4), u32(1))),

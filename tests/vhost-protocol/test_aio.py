@@ -12,6 +12,7 @@ import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import protocol_samples
 import pytest
 
 import vhost_protocol
@@ -46,7 +47,7 @@ from vhost_protocol import (
 )
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
-ALL = ProtocolFeatures((1 << 24) - 1) & ~ProtocolFeatures.XEN_MMAP
+ALL = protocol_samples.ALL & ~ProtocolFeatures.XEN_MMAP
 REGION = MemoryRegion(0, 4096, 1 << 40)
 
 

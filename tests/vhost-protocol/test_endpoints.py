@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import protocol_samples
 import pytest
 from protocol_samples import CURSOR, VECTORS, Vector
 
@@ -86,7 +87,7 @@ from vhost_protocol import (
 )
 
 pytestmark = pytest.mark.usefixtures("no_fd_leak")
-ALL = ProtocolFeatures((1 << 24) - 1) & ~ProtocolFeatures.XEN_MMAP
+ALL = protocol_samples.ALL & ~ProtocolFeatures.XEN_MMAP
 REGION = MemoryRegion(0, 4096, 1 << 40)
 
 

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+import protocol_samples
 import pytest
 
 from vhost_protocol import (
@@ -31,6 +32,7 @@ from vhost_protocol import (
     DescriptorsLost,
     DeviceStateReply,
     FeaturesReply,
+    FrontendRequest,
     GetConfig,
     GetFeatures,
     GetInflightFd,
@@ -96,7 +98,9 @@ from vhost_protocol import (
     XenMapFlags,
 )
 
-ALL = ProtocolFeatures((1 << 24) - 1) & ~ProtocolFeatures.XEN_MMAP
+#: The codes that there are, as an error names them.
+CODES = f"1 to {len(FrontendRequest)}"
+ALL = protocol_samples.ALL & ~ProtocolFeatures.XEN_MMAP
 REGION = MemoryRegion(0, 4096, 1 << 40)
 
 
@@ -127,9 +131,9 @@ def devnull() -> int:
 
 # code, payload, descriptors, error, field, part of the rule
 BAD_REQUESTS: list[tuple[bytes, int, type[RemoteProtocolError], str, str]] = [
-    (frame(0), 0, UnknownRequest, "request", "1 to 45"),
-    (frame(46), 0, UnknownRequest, "request", "1 to 45"),
-    (frame(0xFFFF_FFFF), 0, UnknownRequest, "request", "1 to 45"),
+    (frame(0), 0, UnknownRequest, "request", CODES),
+    (frame(len(FrontendRequest) + 1), 0, UnknownRequest, "request", CODES),
+    (frame(0xFFFF_FFFF), 0, UnknownRequest, "request", CODES),
     (frame(1, flags=0), 0, BadHeader, "version", "must be 1"),
     (frame(1, flags=2), 0, BadHeader, "version", "must be 1"),
     (frame(1, flags=3), 0, BadHeader, "version", "must be 1"),
@@ -515,7 +519,7 @@ def test_replies_are_checked() -> None:
         (frame(1, bytes(8), flags=4), BadHeader, "must be 1"),
         (frame(1, bytes(4), flags=5), BadSize, "must be 8"),
         (frame(15, bytes(8), flags=5), UnexpectedReply, "answer to GET_FEATURES is due"),
-        (frame(99, bytes(8), flags=5), UnknownRequest, "1 to 45"),
+        (frame(99, bytes(8), flags=5), UnknownRequest, CODES),
     ]
     for data, error, rule in bad:
         front = asking()
@@ -897,7 +901,7 @@ def test_session_takes_over_what_answers_tell() -> None:
 
 
 def test_tables_show_themselves() -> None:
-    assert repr(FRONTEND_TABLE) == "<front-end table of 45 requests>"
+    assert repr(FRONTEND_TABLE) == f"<front-end table of {len(FrontendRequest)} requests>"
 
 
 def test_headers_can_be_read_and_written_alone() -> None:

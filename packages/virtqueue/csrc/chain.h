@@ -396,4 +396,14 @@ void test_stop(void);
 static inline void test_stop(void) {}
 #endif
 
+/* Forget the chains of done[0:count] and give back their pins. */
+static inline void chains_release(struct engine *engine, const struct vq_done *done, uint32_t count)
+{
+    struct unpinning unpinning = {.table = engine->memory.table};
+    for (uint32_t i = 0; i < count; i++)
+        chain_release(engine, done[i].head, &unpinning);
+    unpin(&unpinning, NULL);
+    engine->queue->in_flight -= count;
+}
+
 #endif

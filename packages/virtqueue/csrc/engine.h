@@ -143,7 +143,7 @@ static inline int broken(struct engine *engine, uint32_t reason, uint64_t detail
     return VQ_BROKEN;
 }
 
-/* The two formats: what queue.c calls. */
+/* The two formats: what queue.c and lifetime.c call. */
 struct format {
     int (*take)(struct engine *engine);
     /* Return done[0:count] to the driver; 1 when it wants to be told. */
@@ -157,6 +157,16 @@ struct format {
 };
 
 extern const struct format split_format, packed_format;
+
+static inline struct engine *engine_of(const struct vq_queue *queue)
+{
+    return pointer(queue->private);
+}
+
+static inline const struct format *format_of(const struct vq_queue *queue)
+{
+    return queue->features & VQ_PACKED ? &packed_format : &split_format;
+}
 
 /* Turn kicks off while we look at the ring; vq_arm turns them on (serve.c). */
 void queue_quiet(struct vq_queue *queue);

@@ -11,87 +11,25 @@
  *
  * The kernel writes to guest memory while a request is in flight, so no call ends before all of its
  * requests have.  The ring is used by one thread at a time; which one may change between calls.
- *
- * The numbers and structures are the kernel's documented interface under our own names: its header
- * may be missing, or older than the kernel that this runs on.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "bulk.h"
+#include "kernel_ring.h"
 #include "uring.h"
-
-/* The same numbers on every architecture that Linux has but alpha. */
-#define CALL_SETUP 425
-#define CALL_ENTER 426
-#define CALL_REGISTER 427
-
-#define SETUP_DISABLED (1u << 6)       /* R_DISABLED: the thread that enables it is the single issuer */
-#define SETUP_SUBMIT_ALL (1u << 7)     /* 5.18 */
-#define SETUP_COOP_TASKRUN (1u << 8)   /* 5.19 */
-#define SETUP_SINGLE_ISSUER (1u << 12) /* 6.0 */
-#define SETUP_DEFER_TASKRUN (1u << 13) /* 6.1 */
-
-#define FEATURE_SINGLE_MMAP (1u << 0)   /* 5.4 */
-#define FEATURE_NODROP (1u << 1)        /* 5.5: completions are never lost */
-#define FEATURE_SUBMIT_STABLE (1u << 2) /* 5.5: vectors are ours again after submission */
-#define FEATURE_RW_CUR_POS (1u << 3)    /* 5.6: came together with READ and WRITE */
-#define FEATURES (FEATURE_SINGLE_MMAP | FEATURE_NODROP | FEATURE_SUBMIT_STABLE | FEATURE_RW_CUR_POS)
-
-#define REGISTER_ENABLE 12u
-#define ENTER_GETEVENTS 1u
-#define MAP_RINGS 0
-#define MAP_ENTRIES 0x10000000
-
-#define OPERATION_READV 1
-#define OPERATION_WRITEV 2
-#define OPERATION_READ 22
-#define OPERATION_WRITE 23
 
 #define GROUP 8u /* the medium works on so many while we look at the next */
 
 #define TMPFS_TYPE 0x01021994u /* TMPFS_MAGIC */
 
 #define ADVICE_WIPE_ON_FORK 18 /* MADV_WIPEONFORK, 4.14 */
-
-struct queue_offsets {
-    uint32_t head, tail, mask, entries;
-    uint32_t varied[4]; /* submission: flags, dropped, array; completion: overflow, entries, flags */
-    uint64_t user_address;
-};
-
-struct parameters { /* struct io_uring_params */
-    uint32_t sq_entries, cq_entries, flags, sq_thread_cpu, sq_thread_idle, features, wq_fd;
-    uint32_t reserved[3];
-    struct queue_offsets sq, cq;
-};
-_Static_assert(sizeof(struct parameters) == 120, "struct io_uring_params");
-#define SQ_ARRAY 2
-#define CQ_ENTRIES 1
-
-struct submission { /* struct io_uring_sqe */
-    uint8_t operation, flags;
-    uint16_t priority;
-    int32_t fd;
-    uint64_t offset, address;
-    uint32_t length, rw_flags;
-    uint64_t user_data;
-    uint64_t unused[3];
-};
-_Static_assert(sizeof(struct submission) == 64, "struct io_uring_sqe");
-
-struct completion { /* struct io_uring_cqe */
-    uint64_t user_data;
-    int32_t result;
-    uint32_t flags;
-};
 
 /* A request on its way.  Most touch few of the vectors, and untouched pages cost nothing. */
 struct slot {
@@ -101,17 +39,9 @@ struct slot {
 };
 
 struct uring {
-    int fd; /* -1: there is no ring, all is done by plain calls */
-    uint32_t entries; /* slots: so many are in flight at most */
-    bool enabled;
-    bool shared; /* more than one thread has used it */
-    void *rings;
-    size_t rings_size;
-    struct submission *submissions;
-    size_t submissions_size;
-    uint32_t *sq_head, *sq_tail, *cq_head, *cq_tail;
-    uint32_t sq_mask, cq_mask;
-    struct completion *completions;
+    struct kernel_ring kernel; /* fd -1: there is none, all is done by plain calls */
+    uint32_t entries;          /* slots: so many are in flight at most */
+    bool shared;               /* more than one thread has used it */
     uint32_t tail; /* of the submissions; the kernel learns of it in turn() */
 
     uint32_t used; /* slots: queued or inside the kernel */
@@ -132,85 +62,10 @@ static void store(uint32_t *word, uint32_t value)
 
 /* ---- set-up ---- */
 
-static void unmap(struct uring *ring)
-{
-    if (ring->submissions)
-        munmap(ring->submissions, ring->submissions_size);
-    if (ring->rings)
-        munmap(ring->rings, ring->rings_size);
-    if (ring->fd >= 0)
-        close(ring->fd);
-    ring->submissions = NULL;
-    ring->rings = NULL;
-    ring->fd = -1;
-}
-
-static void *map(int fd, size_t size, off_t offset)
-{
-    void *mapped = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, offset);
-    return mapped == MAP_FAILED ? NULL : mapped;
-}
-
-/* The kind that costs least first; older kernels answer EINVAL to flags they do not know. */
-static int setup(const struct uring *ring, struct parameters *parameters)
-{
-    static const uint32_t kinds[] = {
-        SETUP_DISABLED | SETUP_SINGLE_ISSUER | SETUP_DEFER_TASKRUN | SETUP_SUBMIT_ALL,
-        SETUP_COOP_TASKRUN | SETUP_SUBMIT_ALL,
-        0,
-    };
-    long fd = -1;
-    /* A single issuer is the thread that comes first, for good. */
-    for (unsigned kind = ring->shared; kind < sizeof(kinds) / sizeof(kinds[0]); kind++) {
-        memset(parameters, 0, sizeof(*parameters));
-        parameters->flags = kinds[kind];
-        fd = syscall(CALL_SETUP, ring->entries, parameters);
-        if (fd >= 0 || errno != EINVAL)
-            break;
-    }
-    return fd < 0 ? -errno : (int)fd; /* which the kernel has made close-on-exec */
-}
-
 static int open_ring(struct uring *ring)
 {
-    struct parameters parameters;
-    ring->fd = setup(ring, &parameters);
-    if (ring->fd < 0) {
-        const int error = ring->fd;
-        ring->fd = -1;
-        return error;
-    }
-    if ((parameters.features & FEATURES) != FEATURES) {
-        unmap(ring);
-        return -ENOSYS;
-    }
-    const struct queue_offsets *sq = &parameters.sq, *cq = &parameters.cq;
-    const size_t sq_end = sq->varied[SQ_ARRAY] + parameters.sq_entries * sizeof(uint32_t);
-    const size_t cq_end = cq->varied[CQ_ENTRIES] + parameters.cq_entries * sizeof(struct completion);
-    ring->rings_size = sq_end > cq_end ? sq_end : cq_end;
-    ring->submissions_size = parameters.sq_entries * sizeof(struct submission);
-    ring->rings = map(ring->fd, ring->rings_size, MAP_RINGS);
-    ring->submissions = map(ring->fd, ring->submissions_size, MAP_ENTRIES);
-    if (!ring->rings || !ring->submissions) {
-        const int error = -errno;
-        unmap(ring);
-        return error;
-    }
-    unsigned char *base = ring->rings;
-    ring->sq_head = (uint32_t *)(void *)(base + sq->head);
-    ring->sq_tail = (uint32_t *)(void *)(base + sq->tail);
-    ring->cq_head = (uint32_t *)(void *)(base + cq->head);
-    ring->cq_tail = (uint32_t *)(void *)(base + cq->tail);
-    ring->sq_mask = *(uint32_t *)(void *)(base + sq->mask);
-    ring->cq_mask = *(uint32_t *)(void *)(base + cq->mask);
-    ring->completions = (struct completion *)(void *)(base + cq->varied[CQ_ENTRIES]);
-    uint32_t *array = (uint32_t *)(void *)(base + sq->varied[SQ_ARRAY]);
-    for (uint32_t i = 0; i < parameters.sq_entries; i++)
-        array[i] = i;
-    /* The completion queue is twice as long as the submission queue, so it cannot overflow. */
     ring->tail = 0;
-    ring->enabled = !(parameters.flags & SETUP_DISABLED);
-    return 0;
+    return kernel_ring_open(&ring->kernel, ring->entries, ring->shared);
 }
 
 static void free_all_slots(struct uring *ring)
@@ -227,7 +82,7 @@ void uring_destroy(struct uring *ring)
 {
     if (!ring)
         return;
-    unmap(ring);
+    kernel_ring_close(&ring->kernel);
     if (ring->here)
         munmap(ring->here, sizeof(*ring->here));
     free(ring->slots);
@@ -276,7 +131,7 @@ static bool prepare(struct uring *ring, uint32_t index)
     if (!count)
         return false;
     const bool reads = io->operation == VQ_IO_READ, one = count == 1;
-    struct submission *submission = &ring->submissions[ring->tail++ & ring->sq_mask];
+    struct submission *submission = &ring->kernel.submissions[ring->tail++ & ring->kernel.sq_mask];
     *submission = (struct submission){
         .fd = ring->file,
         .offset = io->offset + slot->moved,
@@ -325,12 +180,12 @@ static void ended(struct uring *ring, uint32_t index, int32_t result)
 
 static void reap(struct uring *ring)
 {
-    uint32_t head = *ring->cq_head;
-    for (; head != load(ring->cq_tail); head++) {
-        const struct completion *completion = &ring->completions[head & ring->cq_mask];
+    uint32_t head = *ring->kernel.cq_head;
+    for (; head != load(ring->kernel.cq_tail); head++) {
+        const struct completion *completion = &ring->kernel.completions[head & ring->kernel.cq_mask];
         ended(ring, (uint32_t)completion->user_data, completion->result);
     }
-    store(ring->cq_head, head);
+    store(ring->kernel.cq_head, head);
 }
 
 /* Do all that is queued by plain calls; the kernel has none of it. */
@@ -347,7 +202,7 @@ static void finish_all(struct uring *ring)
 static void share(struct uring *ring)
 {
     ring->shared = true;
-    unmap(ring);
+    kernel_ring_close(&ring->kernel);
     if (open_ring(ring))
         finish_all(ring);
     for (uint32_t i = 0; i < ring->entries; i++)
@@ -364,14 +219,14 @@ static void nap(void)
 /* Submit what is queued, wait until about `wait` requests have ended, and take their results. */
 static void turn(struct uring *ring, uint32_t wait)
 {
-    store(ring->sq_tail, ring->tail);
-    const uint32_t queued = ring->tail - load(ring->sq_head);
+    store(ring->kernel.sq_tail, ring->tail);
+    const uint32_t queued = ring->tail - load(ring->kernel.sq_head);
     const uint32_t inside = ring->used - queued;
-    long done = syscall(CALL_ENTER, ring->fd, queued, wait, ENTER_GETEVENTS, NULL, 0);
+    long done = kernel_ring_enter(&ring->kernel, queued, wait);
     if (done < 0 && errno != EINTR) {
         if (inside && (errno == EAGAIN || errno == EBUSY))
             /* No memory for more, or completions to be taken first: not before some have ended. */
-            done = syscall(CALL_ENTER, ring->fd, 0, 1, ENTER_GETEVENTS, NULL, 0);
+            done = kernel_ring_enter(&ring->kernel, 0, 1);
         if (done < 0 && errno != EINTR) {
             if (inside) {
                 /* It has guest memory, so there is nothing to do but to wait. */
@@ -381,10 +236,10 @@ static void turn(struct uring *ring, uint32_t wait)
                 return;
             } else {
                 if (errno == EAGAIN || errno == EBUSY) {
-                    ring->tail = load(ring->sq_head); /* of use again, another time */
-                    store(ring->sq_tail, ring->tail);
+                    ring->tail = load(ring->kernel.sq_head); /* of use again, another time */
+                    store(ring->kernel.sq_tail, ring->tail);
                 } else {
-                    unmap(ring);
+                    kernel_ring_close(&ring->kernel);
                 }
                 finish_all(ring);
                 return;
@@ -403,9 +258,9 @@ static void settle(struct uring *ring)
 
 static void queue(struct uring *ring, struct vq_io *io, uint64_t moved)
 {
-    while (ring->fd >= 0 && !ring->free_count)
+    while (ring->kernel.fd >= 0 && !ring->free_count)
         turn(ring, ring->used / 4 + 1);
-    if (ring->fd < 0) {
+    if (ring->kernel.fd < 0) {
         bulk_finish(ring->file, io, moved);
         return;
     }
@@ -417,7 +272,7 @@ static void queue(struct uring *ring, struct vq_io *io, uint64_t moved)
         io->result = (int64_t)moved;
         release(ring, index);
     }
-    if (ring->tail - load(ring->sq_head) >= GROUP)
+    if (ring->tail - load(ring->kernel.sq_head) >= GROUP)
         turn(ring, 0);
 }
 
@@ -478,16 +333,16 @@ int uring_transfer(struct uring *ring, int fd, struct vq_io *items, uint32_t cou
 {
     if (!load(ring->here)) {
         /* The ring is the parent's; closing our copies of it does not touch it. */
-        unmap(ring);
+        kernel_ring_close(&ring->kernel);
         ring->shared = false;
         open_ring(ring); /* or do without */
         free_all_slots(ring);
         store(ring->here, 1);
     }
-    if (ring->fd < 0 || (BULK_CHOOSES && count == 1))
+    if (ring->kernel.fd < 0 || (BULK_CHOOSES && count == 1))
         return vq_transfer(fd, items, count);
-    if (!ring->enabled) /* the thread that does it is the single issuer from now on */
-        ring->enabled = !syscall(CALL_REGISTER, ring->fd, REGISTER_ENABLE, NULL, 0);
+    if (!ring->kernel.enabled)
+        kernel_ring_enable(&ring->kernel);
 
     struct manner manner = {.fd = fd};
     struct vq_io *alone = NULL; /* the only one for the ring so far */

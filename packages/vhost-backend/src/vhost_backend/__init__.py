@@ -8,8 +8,8 @@ import sys
 
 from ._version import __version__
 
-# Type checkers take this name for true. To import it from `typing` would take longer than all else
-# that --print-capabilities does.
+# Type checkers take this name for true. Importing it from `typing` would add 15 ms to the 4 that
+# --print-capabilities takes beyond Python's own start.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .adapter.device_backend import DeviceBackend

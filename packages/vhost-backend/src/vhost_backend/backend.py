@@ -18,34 +18,20 @@ from typing import Any, Final, Protocol
 from guest_memory import GuestMemory
 from vhost_protocol import BackendChannel, GpuBackendChannel, ProtocolFeatures
 
-from .device.hooks import (
-    BY_REQUEST,
-    CRYPTO_SESSIONS,
-    GPU_SOCKET,
-    MTU,
-    OF_A_TYPE,
-    RARP,
-    HookGroup,
-    defaults,
-    provided,
-)
+from .device import hooks
+from .device.hooks import OF_A_TYPE, HookGroup, defaults, provided
 from .fds.eventfd import WakeFd
 from .vring.locks import Vring
 
 # A back-end has the hooks of device types under the same names.
 __all__ = [
-    "BY_REQUEST",
-    "CRYPTO_SESSIONS",
-    "GPU_SOCKET",
-    "MTU",
     "OF_A_BACKEND",
-    "OF_A_TYPE",
-    "RARP",
     "STATE_TRANSFER",
     "STATUS_BYTE",
     "HookGroup",
     "VhostUserBackend",
     "VhostUserBackendBase",
+    "hooks",
     "provided",
 ]
 

@@ -5,7 +5,8 @@ Code that every back-end needs belongs elsewhere.
 
 from __future__ import annotations
 
-TYPE_CHECKING = False
+from typing import TYPE_CHECKING
+
 if TYPE_CHECKING:
     from ..device.base import VirtioDevice
     from .device_backend import DeviceBackend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -10,9 +11,6 @@ from ..errors import VhostBackendError
 from .engine import chosen_engine
 
 if TYPE_CHECKING:
-    # Only parsing needs it: `main` drops it again before the daemon starts.
-    import argparse
-
     from guest_memory import Mapper
 
     from ..devices import BlockDevice
@@ -174,65 +172,55 @@ def _describe(device: BlockDevice, engine: str, options: SimpleNamespace) -> str
 
 
 def _queues(text: str) -> int:
-    from argparse import ArgumentTypeError
-
     number = int(text) if text.isascii() and text.isdigit() else 0
     if not 1 <= number <= MAX_QUEUES:
-        raise ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_QUEUES}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_QUEUES}")
     return number
 
 
 def _microseconds(text: str) -> float:
-    from argparse import ArgumentTypeError
-
     number = int(text) if text.isascii() and text.isdigit() else -1
     if not 0 <= number < 1_000_000:
-        raise ArgumentTypeError(f"{text!r} is not a number from 0 to 999999")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 999999")
     return number / 1e6
 
 
 def _cpus(text: str) -> tuple[int, ...]:
-    from argparse import ArgumentTypeError
-
     processors: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if not dash:
             last = first
         if not all(word.isascii() and word.isdigit() for word in (first, last)):
-            raise ArgumentTypeError(f"{text!r} is not a list of processors such as 2,3 or 0-3")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a list of processors such as 2,3 or 0-3"
+            )
         if not int(first) <= int(last) <= MAX_PROCESSOR:
-            raise ArgumentTypeError(f"{part!r} is no range from 0 to {MAX_PROCESSOR}")
+            raise argparse.ArgumentTypeError(f"{part!r} is no range from 0 to {MAX_PROCESSOR}")
         processors += range(int(first), int(last) + 1)
     return tuple(processors)
 
 
 def _image(text: str) -> str:
-    from argparse import ArgumentTypeError
-
     if not text:
-        raise ArgumentTypeError("the path of an image is empty")
+        raise argparse.ArgumentTypeError("the path of an image is empty")
     return text
 
 
 def _metrics(text: str) -> str:
-    from argparse import ArgumentTypeError
-
     _, colon, port = text.rpartition(":")
     named = text.startswith("unix:") and text != "unix:"
     if not named and not (colon and port.isascii() and port.isdigit() and int(port) <= 65535):
-        raise ArgumentTypeError(f"{text!r} is neither unix:PATH nor HOST:PORT")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither unix:PATH nor HOST:PORT")
     return text
 
 
 def _fd(text: str) -> int:
-    from argparse import ArgumentTypeError
-
     try:
         number = int(text)
         os.fstat(number)
     except (ValueError, OverflowError):
-        raise ArgumentTypeError(f"{text!r} is not a descriptor number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a descriptor number") from None
     except OSError:
-        raise ArgumentTypeError(f"descriptor {text} is not open") from None
+        raise argparse.ArgumentTypeError(f"descriptor {text} is not open") from None
     return number

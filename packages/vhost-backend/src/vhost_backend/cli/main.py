@@ -1,4 +1,4 @@
-"""Parses the arguments, sets up the log, and prints an error as one line."""
+"""The command line as a process: standard streams, log lines, errors as one line, the status."""
 
 from __future__ import annotations
 
@@ -10,16 +10,9 @@ from .capabilities import CAPABILITIES
 
 TYPE_CHECKING = False  # see the package's __init__
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Sequence
     from types import SimpleNamespace
     from typing import TextIO
-
-# A command's module is imported only when that command is given.
-_COMMANDS = {
-    "blk": "serve a file or block device as a virtio disk",
-    "demo": "make a disk, serve it, use it and check it, without a virtual machine",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,15 +90,9 @@ def _main(arguments: Sequence[str] | None) -> int:
         # "Backend program conventions": everything else on the command line is ignored.
         print(CAPABILITIES[arguments[0]])
         return 0
-    import gc
+    from .parser import parse  # here, so that --print-capabilities needs no argparse
 
-    # Drop the modules that only parsing needs: the daemon's modules reuse their 0.8 MiB.
-    parsing = {"argparse", "gettext", "locale"} - sys.modules.keys()
-    options = _parse(arguments)
-    for name in parsing:
-        sys.modules.pop(name, None)
-    gc.collect()
-    return _run(options)
+    return _run(parse(arguments))
 
 
 def _run(options: SimpleNamespace) -> int:
@@ -125,56 +112,3 @@ def _run(options: SimpleNamespace) -> int:
         say(str(error))
         return 1
     return status
-
-
-def _parse(arguments: Sequence[str]) -> SimpleNamespace:
-    import argparse
-    from functools import partial
-    from importlib import import_module
-    from types import SimpleNamespace
-
-    from .._version import __version__
-
-    # Only --help needs the terminal's width, and asking for it imports two compression libraries.
-    width = None if {"-h", "--help"} & set(arguments) else 80
-    formatter = partial(argparse.RawDescriptionHelpFormatter, width=width)
-    parser = argparse.ArgumentParser(
-        prog="vhost-backend",
-        formatter_class=formatter,
-        description="Virtio devices for virtual machines, served over vhost-user.",
-    )
-    parser.add_argument("--version", action="version", version=f"vhost-backend {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    # Options before the command take no value, so the first word is the command.
-    given = next((word for word in arguments if not word.startswith("-")), None)
-    command = parser
-    for name, what in _COMMANDS.items():
-        if name != given:
-            commands.add_parser(name, help=what, formatter_class=formatter)
-            continue
-        module = import_module(f".{name}", __package__)
-        command = commands.add_parser(
-            name,
-            help=what,
-            description=module.DESCRIPTION,
-            epilog=module.EPILOG,
-            formatter_class=formatter,
-        )
-        command.add_argument(
-            "-v", "--verbose", action="count", default=0, help="log more (twice: much more)"
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    options, unknown = parser.parse_known_args(arguments, SimpleNamespace())
-    if unknown:
-        command.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(command, unknown)}")
-    return options
-
-
-def _meant(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
-    """A guess at the option that was meant."""
-    from difflib import get_close_matches
-
-    known = [option for action in parser._actions for option in action.option_strings]
-    close = get_close_matches(unknown[0].split("=")[0], known, 1)
-    return f" (is {close[0]} meant?)" if close else ""

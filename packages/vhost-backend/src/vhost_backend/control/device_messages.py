@@ -11,15 +11,7 @@ from typing import TypeVar
 
 import vhost_protocol as vp
 
-from ..backend import (
-    BY_REQUEST,
-    CRYPTO_SESSIONS,
-    GPU_SOCKET,
-    MTU,
-    OF_A_TYPE,
-    RARP,
-    HookGroup,
-)
+from ..backend import HookGroup, hooks
 from ..errors import DeviceRefused
 from ..rate_limited_log import RateLimited
 from .context import Context
@@ -60,8 +52,8 @@ class Device:
         backend = self._context.backend
         asked = backend.protocol_features()
         features = vp.ProtocolFeatures.RESET_DEVICE | vp.ProtocolFeatures.STATUS
-        features |= asked & BY_REQUEST
-        for group in OF_A_TYPE:
+        features |= asked & hooks.BY_REQUEST
+        for group in hooks.OF_A_TYPE:
             features |= group.offers(backend, asked)
         return features
 
@@ -114,20 +106,20 @@ class Device:
         return device
 
     def _send_rarp(self, message: vp.SendRarp, fds: Descriptors) -> Outcome:
-        self._has(RARP).send_rarp(message.mac)
+        self._has(hooks.RARP).send_rarp(message.mac)
         return None
 
     def _net_set_mtu(self, message: vp.NetSetMtu, fds: Descriptors) -> Outcome:
-        self._has(MTU).net_set_mtu(message.mtu)
+        self._has(hooks.MTU).net_set_mtu(message.mtu)
         return None
 
     def _create_crypto_session(self, message: vp.CreateCryptoSession, fds: Descriptors) -> Outcome:
-        device = self._has(CRYPTO_SESSIONS)
+        device = self._has(hooks.CRYPTO_SESSIONS)
         session_id = device.create_crypto_session(message.op_code, message.session)
         return Answer(vp.CryptoSessionReply(message.op_code, message.session, session_id))
 
     def _close_crypto_session(self, message: vp.CloseCryptoSession, fds: Descriptors) -> Outcome:
-        self._has(CRYPTO_SESSIONS).close_crypto_session(message.session_id)
+        self._has(hooks.CRYPTO_SESSIONS).close_crypto_session(message.session_id)
         return None
 
     def _get_shared_object(self, message: vp.GetSharedObject, fds: Descriptors) -> Outcome:
@@ -138,6 +130,6 @@ class Device:
         return Answer(vp.ShmemConfigReply(tuple(self._context.backend.get_shmem_config())))
 
     def _gpu_set_socket(self, message: vp.GpuSetSocket, fds: Descriptors) -> Outcome:
-        device = self._has(GPU_SOCKET)
+        device = self._has(hooks.GPU_SOCKET)
         device.set_gpu_socket(vp.GpuBackendChannel.from_fd(fds.pop(), timeout=5.0))
         return None
