@@ -236,6 +236,129 @@ def test_who_serves_cannot_wait_for_its_own_end(tmp_path: Path) -> None:
     assert len(errors) == 1
 
 
+def test_close_right_after_start_finds_the_thread_that_has_not_run_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may_run = threading.Event()
+    work = VhostUserDaemon._work
+
+    def late(self: VhostUserDaemon, *args: object) -> None:
+        assert may_run.wait(PATIENCE)
+        work(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(VhostUserDaemon, "_work", late)
+    daemon = make()
+    ours, theirs = socket.socketpair()
+    with theirs:
+        daemon.start_connection(ours)
+        monkeypatch.setattr(daemon, "shutdown", lambda: (may_run.set(), type(daemon).shutdown(daemon)))
+        daemon.close()
+    daemon.wait()
+
+
+def test_a_thread_that_cannot_start_leaves_the_daemon_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name == "test-control":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with make() as daemon:
+        ours, theirs = socket.socketpair()
+        with monkeypatch.context() as patch, theirs:
+            patch.setattr(threading.Thread, "start", fail)
+            with pytest.raises(RuntimeError, match="new thread"):
+                daemon.start_connection(ours)
+            assert ours.fileno() < 0
+            with pytest.raises(BackendUsageError, match="not started"):
+                daemon.wait()
+        ours, theirs = socket.socketpair()
+        daemon.start_connection(ours)
+        with DriverSession(vp.Frontend(theirs, timeout=PATIENCE)) as session:
+            assert answered(session)
+        daemon.wait()
+
+
+def test_serve_that_cannot_begin_ends_nothing(tmp_path: Path) -> None:
+    with make() as daemon:
+        with pytest.raises(ListenError):
+            daemon.serve(tmp_path / "missing" / "s")
+        ours, theirs = socket.socketpair()
+        daemon.start_connection(ours)
+        with DriverSession(vp.Frontend(theirs, timeout=PATIENCE)) as session:
+            with pytest.raises(BackendUsageError, match="already"):
+                daemon.serve(tmp_path / "s")
+            assert answered(session)
+        daemon.wait()
+
+
+def test_a_worker_cannot_wait_for_its_own_end() -> None:
+    errors: list[BaseException] = []
+
+    class Closes(Echo):
+        def handle(self, queue: QueueInfo, request: Request) -> None:
+            for wait in (daemon.close, daemon.wait):
+                try:
+                    wait()
+                except BackendUsageError as error:
+                    errors.append(error)
+
+    with VhostUserDaemon("test", DeviceBackend.of(Closes())) as daemon:
+        ours, theirs = socket.socketpair()
+        daemon.start_connection(ours)
+        with DriverSession(vp.Frontend(theirs, timeout=PATIENCE)) as session:
+            assert answered(session)
+    assert len(errors) == 2
+
+
+class Later(Raw):
+    """Completes what it has taken when a descriptor beside the queues says so."""
+
+    def handle_event(
+        self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
+    ) -> bool:
+        with vrings[0].get_mut() as state:
+            if device_event == 0:
+                self.taken = [chain.head for chain in state.available()]
+            else:
+                for head in self.taken:
+                    state.add_used(head, 0)
+                state.signal_used_queue()
+        return False
+
+
+def test_an_interrupted_serve_lets_workers_end_what_they_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = Later()
+    daemon = VhostUserDaemon("test", backend)
+    done, interrupt = WakeFd(), threading.Event()
+    daemon.get_epoll_handlers()[0].register_listener(done.fd, select.EPOLLIN | select.EPOLLET, 9)
+
+    def work(session: DriverSession) -> None:
+        vring = session.vrings[0]
+        vring.submit([], [(session.allocate(4), 4)])
+        vring.kick()
+        until(lambda: getattr(backend, "taken", None), "nothing was taken")
+        interrupt.set()
+        until(lambda: daemon._stopping, "the daemon does not end")
+        done.wake()
+        assert len(vring.completions(PATIENCE)) == 1
+
+    def interrupted() -> None:
+        assert interrupt.wait(PATIENCE)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(daemon, "wait", interrupted)
+    with user(tmp_path / "s", work), pytest.raises(KeyboardInterrupt):
+        daemon.serve(tmp_path / "s")
+    for event in (done, *backend.exits):
+        event.close()
+
+
 # -- the same in an event loop -------------------------------------------------------------------
 
 

@@ -142,7 +142,9 @@ class VhostUserDaemon(DaemonBase):
 
         By then the device has ended what it works on for it. A front-end that hangs up is no error,
         nor is `shutdown`. An error is raised once; that of a worker that cannot go on each time.
+        Raises `BackendUsageError` on the daemon's own threads, as `close` does.
         """
+        self._check_outside()
         if self._thread is None:
             if not self._stopping:
                 raise BackendUsageError("the daemon was not started")
@@ -157,16 +159,20 @@ class VhostUserDaemon(DaemonBase):
     def serve(self, path: str | os.PathLike[str]) -> None:
         """Listen on `path`, serve one front-end, and end the workers (`exit_event`, too).
 
-        Raises `ListenError`, and what `wait` raises.
+        Raises `ListenError`, and what `wait` raises. What keeps it from waiting for a front-end
+        (the path, another one that is served) ends nothing.
         """
-        try:
-            with Listener(path) as listener:
-                self.start(listener)
+        with Listener(path) as listener:
+            self._take()
+            try:
+                self._start_taken(lambda: self._accept(listener), self._serve_connection)
                 self.wait()
-        finally:
-            for worker in self._workers:
-                worker.send_exit_event()
-            self.close()
+            finally:
+                # First: a worker that has ended completes none of its requests.
+                self._end_connection()
+                for worker in self._workers:
+                    worker.send_exit_event()
+                self.close()
 
     def serve_forever(self, where: Listener | str | os.PathLike[str]) -> None:
         """Serve front-ends one after another, on the caller's thread, until `shutdown`.
@@ -208,23 +214,33 @@ class VhostUserDaemon(DaemonBase):
         """Shut down, wait, and release the workers. Harmless when repeated.
 
         Returns when the device has ended the requests that it works on, however long that takes.
-        Raises `BackendUsageError` on the thread that serves.
+        Raises `BackendUsageError` on the thread that serves, and on a worker's.
         """
-        if self._server == threading.get_ident():
-            raise BackendUsageError(
-                "the thread that serves cannot wait for its own end: shutdown()"
-            )
-        self.shutdown()
-        with self._serving:
-            self._closed = True
-        if self._thread is not None:
-            self._thread.join()
+        self._end_connection()
         for worker in self._workers:
             while not worker.stop(self._drain_warning):
                 log.warning("%s: closing waits for a worker in the device's code", self.name)
         self._workers = []
         self._wake.close()
         self._progress.close()
+
+    def _end_connection(self) -> None:
+        """Shut down, and wait until the front-end and its requests have gone."""
+        self._check_outside()
+        self.shutdown()
+        with self._serving:
+            self._closed = True
+        if self._thread is not None:
+            self._thread.join()
+
+    def _check_outside(self) -> None:
+        """This thread is about to wait for the others: it must be none of them."""
+        if self._server == threading.get_ident():
+            raise BackendUsageError(
+                "the thread that serves cannot wait for its own end: shutdown()"
+            )
+        if any(worker.inside for worker in self._workers):
+            raise BackendUsageError("a worker cannot wait for its own end: shutdown()")
 
     def __enter__(self) -> VhostUserDaemon:
         try:
@@ -266,18 +282,32 @@ class VhostUserDaemon(DaemonBase):
     ) -> None:
         """`get` a front-end on this thread and `serve` it on one of the daemon's."""
         self._take()
+        self._start_taken(get, serve)
+
+    def _start_taken(
+        self, get: Callable[[], T | None], serve: Callable[[T], BaseException | None]
+    ) -> None:
+        """`_spawn` after `_take`."""
+        front_end: T | None = None
+        thread: threading.Thread | None = None
         try:
             front_end = get()
             if front_end is not None:
-                self._error = None
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._work, args=(serve, front_end), name=f"{self.name}-control"
                 )
-                self._thread.daemon = True
-                self._thread.start()
+                thread.daemon = True
+                self._error = None
+                # From here on this thread may wait for that one, which says so when it runs.
+                self._server = None
+                thread.start()
+                self._thread = thread
                 return
         except BaseException:
-            self._give_back()
+            if thread is None or thread.ident is None:  # otherwise it runs, and gives back itself
+                if isinstance(front_end, socket.socket):
+                    front_end.close()
+                self._give_back()
             raise
         self._give_back()
 
@@ -355,13 +385,14 @@ class VhostUserDaemon(DaemonBase):
         except BaseException as error:
             # On this thread no signal's exception comes: whatever it is, a hook has raised it.
             found = self._report(error)
-        finally:
-            if self._stopping and not line.closed:
-                run(conversation.finish_requests(lambda: self._failure is not None))
+        try:
             try:
+                if self._stopping and not line.closed:
+                    run(conversation.finish_requests(lambda: self._failure is not None))
+            finally:
                 self._end(conversation, connection.close)
-            except BaseException as error:
-                found = self._report(error)
+        except BaseException as error:
+            found = self._report(error)
         return found
 
     def _wait_readable(self, fd: int) -> bool:
