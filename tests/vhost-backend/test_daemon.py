@@ -530,3 +530,77 @@ def test_in_a_loop_the_counters_are_served_to_prometheus(tmp_path: Path) -> None
 
     asyncio.run(main())
     assert not (tmp_path / "m").exists()
+
+
+def test_in_a_loop_one_task_serves_until_the_daemon_is_closed(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with AsyncDaemon("test", DeviceBackend.of(Echo())) as daemon:
+            first, second = socket.socketpair(), socket.socketpair()
+            serving = asyncio.create_task(daemon.serve_connection(first[0]))
+            await asyncio.sleep(0)
+            for attempt in (daemon.serve_connection(second[0]), daemon.serve(tmp_path / "s")):
+                with pytest.raises(BackendUsageError, match="already"):
+                    await attempt
+            assert second[1].recv(1) == b""
+
+            def use() -> None:
+                with DriverSession(vp.Frontend(first[1], timeout=PATIENCE)) as session:
+                    assert answered(session)
+
+            await asyncio.to_thread(use)
+            await serving
+            second[1].close()
+        with pytest.raises(BackendUsageError, match="closed"):
+            await daemon.serve(tmp_path / "s")
+        with pytest.raises(BackendUsageError, match="closed"):
+            await daemon.__aenter__()
+
+    asyncio.run(main())
+
+
+def test_in_a_loop_serve_that_cannot_listen_ends_nothing(tmp_path: Path) -> None:
+    async def use(daemon: AsyncDaemon) -> None:
+        with pytest.raises(ListenError):
+            await daemon.serve(tmp_path / "missing" / "s")
+        await daemon.serve(tmp_path / "s")
+
+    with user(tmp_path / "s"):
+        in_loop(use)
+
+
+def test_in_a_loop_a_failed_worker_leaves_the_task_uncancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(daemon: AsyncDaemon) -> None:
+        def fail(timeout: float | None) -> float | None:
+            raise OSError("the worker cannot go on")
+
+        task = asyncio.current_task()
+        assert task is not None
+        worker = daemon.get_epoll_handlers()[0]
+        monkeypatch.setattr(worker, "_round", fail)
+        asyncio.get_running_loop().call_soon(worker.wake)
+        with pytest.raises(OSError, match="cannot go on"):
+            await daemon.serve_forever(tmp_path / "s")
+        assert not task.cancelling()
+        with pytest.raises(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(refuse())
+                await asyncio.sleep(PATIENCE)
+
+    async def refuse() -> None:
+        raise ValueError
+
+    in_loop(use)
+
+
+def test_in_a_loop_a_cancellation_counts_though_a_worker_fails(tmp_path: Path) -> None:
+    async def use(daemon: AsyncDaemon) -> None:
+        serving = asyncio.create_task(daemon.serve_forever(tmp_path / "s"))
+        await asyncio.sleep(0)
+        serving.cancel()
+        daemon._worker_failed(OSError("the worker cannot go on"))
+        with pytest.raises(asyncio.CancelledError):
+            await serving
+
+    in_loop(use)
