@@ -359,6 +359,44 @@ def test_an_interrupted_serve_lets_workers_end_what_they_have(
         event.close()
 
 
+def test_start_says_that_nobody_can_connect(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with make() as daemon, Listener(tmp_path / "s") as closed:
+        closed.close()
+        with pytest.raises(BackendUsageError, match="listener is closed"):
+            daemon.start(closed)
+        with Listener.from_fd(ours.detach()) as connected:
+            daemon.start(connected)
+            daemon.wait()
+            with pytest.raises(BackendUsageError, match="listener is closed"):
+                daemon.start(connected)
+        daemon.shutdown()
+        daemon.start(closed)  # the daemon ends, whatever the listener does
+
+
+def test_shutdown_ends_a_start_that_another_daemon_was_faster_than(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are told of one connection that waits; the other one has it."""
+    with make() as daemon, Listener(tmp_path / "s") as listener:
+        wait_readable, told = daemon._wait_readable, threading.Event()
+
+        def too_late(fd: int) -> bool:
+            if told.is_set():
+                return wait_readable(fd)
+            told.set()
+            return True
+
+        monkeypatch.setattr(daemon, "_wait_readable", too_late)
+        thread = threading.Thread(target=daemon.start, args=(listener,), daemon=True)
+        thread.start()
+        assert told.wait(PATIENCE)
+        daemon.shutdown()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
 # -- the same in an event loop -------------------------------------------------------------------
 
 

@@ -117,8 +117,9 @@ class VhostUserDaemon(DaemonBase):
 
         Returns when a front-end has connected, or `shutdown` was called. `wait` is for the end of
         the connection; after that `start` may be called again. The listener stays the caller's.
+        Raises `BackendUsageError` for one that is closed, or whose one connection was served.
         """
-        self._spawn(lambda: self._accept(listener), self._serve_connection)
+        self._spawn(lambda: self._accept_one(listener), self._serve_connection)
 
     def start_client(self, path: str | os.PathLike[str], *, reconnect: bool = False) -> None:
         """Connect to a front-end that listens on `path`, and serve it on a thread of the daemon's.
@@ -332,10 +333,19 @@ class VhostUserDaemon(DaemonBase):
                 return
             self._serve_connection(connection)
 
+    def _accept_one(self, listener: Listener) -> socket.socket | None:
+        connection = self._accept(listener)
+        if connection is None and not self._stopping:
+            raise BackendUsageError("the listener is closed: no front-end can connect")
+        return connection
+
     def _accept(self, listener: Listener) -> socket.socket | None:
         """The next connection, waited for; None when the daemon ends or the listener is closed."""
         if listener.connected:
             return listener.accept() if listener.fileno() >= 0 else None
+        if listener.fileno() >= 0:
+            # Somebody else may listen there, too, and be faster.
+            listener.socket.setblocking(False)
         pause = Pause()
         while listener.fileno() >= 0 and self._wait_readable(listener.fileno()):
             try:
