@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import select
+import signal
 import socket
 import struct
 import threading
@@ -395,6 +396,30 @@ def test_shutdown_ends_a_start_that_another_daemon_was_faster_than(
         daemon.shutdown()
         thread.join(PATIENCE)
         assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_a_signal_ends_serve_forever_also_with_a_front_end(
+    tmp_path: Path, kind: type[BaseException]
+) -> None:
+    """Ctrl-C, or a handler that calls sys.exit, on the thread that serves."""
+    main = threading.get_ident()
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signal handlers run on the main thread")
+
+    def end(number: int, frame: object) -> None:
+        raise kind
+
+    def use(session: DriverSession) -> None:
+        assert answered(session)
+        signal.pthread_kill(main, signal.SIGUSR2)
+
+    before = signal.signal(signal.SIGUSR2, end)
+    try:
+        with make() as daemon, user(tmp_path / "s", use), pytest.raises(kind):
+            daemon.serve_forever(tmp_path / "s")
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 # -- the same in an event loop -------------------------------------------------------------------

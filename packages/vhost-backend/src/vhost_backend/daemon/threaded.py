@@ -179,7 +179,8 @@ class VhostUserDaemon(DaemonBase):
         """Serve front-ends one after another, on the caller's thread, until `shutdown`.
 
         `where` is a listener, which stays the caller's, or a path to listen on. What ends a
-        connection is logged. Raises `ListenError`, and what has ended a worker.
+        connection is logged. Raises `ListenError`, and what has ended a worker; on the main thread
+        `KeyboardInterrupt` and `SystemExit`, too.
         """
         self._take()
         try:
@@ -393,8 +394,7 @@ class VhostUserDaemon(DaemonBase):
         try:
             run(conversation.hold())
         except BaseException as error:
-            # On this thread no signal's exception comes: whatever it is, a hook has raised it.
-            found = self._report(error)
+            found = error if _ends_the_caller(error) else self._report(error)
         try:
             try:
                 if self._stopping and not line.closed:
@@ -402,7 +402,9 @@ class VhostUserDaemon(DaemonBase):
             finally:
                 self._end(conversation, connection.close)
         except BaseException as error:
-            found = self._report(error)
+            found = error if _ends_the_caller(error) else self._report(error)
+        if found is not None and _ends_the_caller(found):
+            raise found
         return found
 
     def _wait_readable(self, fd: int) -> bool:
@@ -479,6 +481,15 @@ class _ThreadLine:
     async def acknowledge(self, received: Received, ok: bool) -> bool:
         with answering(self._connection):
             return self._connection.acknowledge(received, ok)
+
+
+def _ends_the_caller(error: BaseException) -> bool:
+    """Whether it is Ctrl-C or sys.exit() in a signal handler, which only the main thread runs.
+
+    On a thread of the daemon's a hook has raised whatever it is.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    return main and isinstance(error, KeyboardInterrupt | SystemExit)
 
 
 def _connect(path: str) -> socket.socket:
