@@ -252,7 +252,9 @@ def test_close_right_after_start_finds_the_thread_that_has_not_run_yet(
     ours, theirs = socket.socketpair()
     with theirs:
         daemon.start_connection(ours)
-        monkeypatch.setattr(daemon, "shutdown", lambda: (may_run.set(), type(daemon).shutdown(daemon)))
+        monkeypatch.setattr(
+            daemon, "shutdown", lambda: (may_run.set(), type(daemon).shutdown(daemon))
+        )
         daemon.close()
     daemon.wait()
 
@@ -647,9 +649,12 @@ def test_in_a_loop_a_failed_worker_leaves_the_task_uncancelled(
             await daemon.serve_forever(tmp_path / "s")
         assert not task.cancelling()
         with pytest.raises(ExceptionGroup):
-            async with asyncio.TaskGroup() as group:
-                group.create_task(refuse())
-                await asyncio.sleep(PATIENCE)
+            await grouped()
+
+    async def grouped() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(refuse())
+            await asyncio.sleep(PATIENCE)
 
     async def refuse() -> None:
         raise ValueError

@@ -54,7 +54,8 @@ def test_a_kept_error_holds_nothing_of_its_frames(
         raises(held)
     except Exception as found:
         error = found
-    assert error is not None and held
+    assert error is not None
+    assert held
     assert kept(error) is error
     gc.collect()
     assert [each() for each in held] == [None] * len(held)

@@ -107,3 +107,8 @@ def test_a_file_system_without_locks_will_do(
     monkeypatch.setattr(fcntl, "flock", refuse)
     with Listener(tmp_path / "s"):
         assert (tmp_path / "s").is_socket()
+
+
+def test_a_path_with_a_zero_byte_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ListenError, match="no zero byte"):
+        Listener(f"{tmp_path}/a\0b")

@@ -268,7 +268,7 @@ def ready():
     print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], flush=True)
 if "limit" in sys.argv:
     hard = int(sys.argv[sys.argv.index("limit") + 1])
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 serve(Echo(), sys.argv[1], ready=None if "untold" in sys.argv else ready)
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         _give_up_output(sys.stdout)
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
-        say(str(what))
+        hint = " (ulimit -n, LimitNOFILE)" if error.errno == errno.EMFILE else ""
+        say(f"{what}{hint}")
         return 1
     finally:
         # Log lines that nobody could take would turn the exit status into 120.

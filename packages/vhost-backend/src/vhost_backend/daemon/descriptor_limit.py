@@ -8,7 +8,7 @@ import resource
 from collections.abc import Iterable
 from typing import Final
 
-from .threaded import VhostUserDaemon
+from ..backend import VhostUserBackend
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
@@ -23,19 +23,22 @@ _PER_DAEMON: Final = 32
 _SPARE: Final = 64
 
 
-def needed(daemons: Iterable[VhostUserDaemon]) -> int:
-    """How many descriptors this process may have open at a time with these daemons."""
+def needed(backends: Iterable[VhostUserBackend]) -> int:
+    """How many descriptors this process may have open at a time with a daemon for each of these."""
     count = len(os.listdir("/proc/self/fd")) + _SPARE
-    for daemon in daemons:
-        count += _PER_DAEMON + _PER_QUEUE * len(daemon.vrings)
-        count += _PER_WORKER * len(daemon.get_epoll_handlers())
+    for backend in backends:
+        count += _PER_DAEMON + _PER_QUEUE * backend.num_queues()
+        count += _PER_WORKER * len(backend.queues_per_thread())
     return count
 
 
-def raise_limit(daemons: Iterable[VhostUserDaemon]) -> None:
-    """Raise the soft limit to what these daemons may need, and say so when that is not allowed."""
+def raise_limit(backends: Iterable[VhostUserBackend]) -> None:
+    """Raise the soft limit to what their daemons may need, and say so when that is not allowed.
+
+    Before they are made: their workers have descriptors from then on.
+    """
     try:
-        count = needed(daemons)
+        count = needed(backends)
     except OSError:  # no /proc here
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

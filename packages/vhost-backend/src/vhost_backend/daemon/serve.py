@@ -99,10 +99,12 @@ def serve_all(
     daemons: list[VhostUserDaemon] = []
     try:
         with contextlib.ExitStack() as stack:
-            for (device, _), name in zip(pairs, _names(pairs), strict=True):
+            backends = [DeviceBackend.of(device) for device, _ in pairs]
+            raise_limit(backends)
+            for backend, name in zip(backends, _names(pairs), strict=True):
                 daemon = VhostUserDaemon(
                     name,
-                    DeviceBackend.of(device),
+                    backend,
                     engine=engine,
                     mapper=mapper,
                     memory_slots=memory_slots,
@@ -110,7 +112,6 @@ def serve_all(
                     cpus=cpus,
                 )
                 daemons.append(stack.enter_context(daemon))
-            raise_limit(daemons)
             bell = stack.enter_context(contextlib.closing(_Bell(daemons)))
             # Before a socket exists: from then on a signal has something to clean up.
             listeners: list[Listener] = []

@@ -73,6 +73,8 @@ class Listener:
 
     def _bind(self, path: str, backlog: int) -> None:
         length = len(os.fsencode(path))
+        if "\0" in path:
+            raise ListenError(repr(path), "the path of a socket has no zero byte")
         if not 1 <= length <= _LONGEST:
             raise ListenError(
                 path or "''", f"the path of a socket has 1 to {_LONGEST} bytes, not {length}"
