@@ -248,13 +248,16 @@ def test_close_right_after_start_finds_the_thread_that_has_not_run_yet(
         work(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(VhostUserDaemon, "_work", late)
+
+    def shutdown() -> None:
+        may_run.set()
+        VhostUserDaemon.shutdown(daemon)
+
     daemon = make()
     ours, theirs = socket.socketpair()
     with theirs:
         daemon.start_connection(ours)
-        monkeypatch.setattr(
-            daemon, "shutdown", lambda: (may_run.set(), type(daemon).shutdown(daemon))
-        )
+        monkeypatch.setattr(daemon, "shutdown", shutdown)
         daemon.close()
     daemon.wait()
 
