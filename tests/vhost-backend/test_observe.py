@@ -63,6 +63,7 @@ def test_metrics_are_served(tmp_path: Path, image: Path, kind: str) -> None:
     with VhostUserDaemon("disk", DeviceBackend(BlockDevice(image, num_queues=2))) as daemon:
         where = f"unix:{tmp_path / 'metrics'}" if kind == "unix" else "127.0.0.1:0"
         server = MetricsServer(where, [daemon])
+        server.start()
         try:
             if kind == "unix":
                 with socket.socket(socket.AF_UNIX) as client:
@@ -205,6 +206,7 @@ def test_a_silent_client_of_the_metrics_keeps_nothing_waiting(image: Path) -> No
     pytest.importorskip("prometheus_client")
     with VhostUserDaemon("disk", DeviceBackend(BlockDevice(image))) as daemon:
         server = MetricsServer("127.0.0.1:0", [daemon])
+        server.start()
         with silent(server):
             with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/", timeout=60) as response:
                 assert b"vhost_queue_running" in response.read()
@@ -220,6 +222,7 @@ def test_a_client_of_the_metrics_that_resets_has_no_traceback(
     pytest.importorskip("prometheus_client")
     caplog.set_level(logging.DEBUG, "vhost_backend")
     server = MetricsServer("127.0.0.1:0", [])
+    server.start()
     try:
         with silent(server) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -239,6 +242,7 @@ def test_metrics_do_not_spin_without_descriptors(monkeypatch: pytest.MonkeyPatch
     pauses = threading.Semaphore(0)
     monkeypatch.setattr(prometheus, "_pause", pauses.release)
     server = MetricsServer("127.0.0.1:0", [])
+    server.start()
     accept = server._server._accept
     failures = 3
 
@@ -267,6 +271,7 @@ def test_metrics_of_a_disk_whose_path_is_not_utf_8(tmp_path: Path) -> None:
     device = BlockDevice(os.fsdecode(path))
     with VhostUserDaemon(device.name, DeviceBackend(device)) as daemon:
         server = MetricsServer("127.0.0.1:0", [daemon])
+        server.start()
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/", timeout=60) as response:
                 assert rb'\\udcff.img",queue="0"} 0.0' in response.read()

@@ -184,6 +184,7 @@ def test_the_end_does_not_hang_when_a_thread_takes_long_to_end(tmp_path: Path) -
     bell = SlowBell([])
     with Ended("test", DeviceBackend.of(Echo())) as daemon, Listener(tmp_path / "s") as listener:
         serving = [_Serving(daemon, listener, bell)]
+        serving[0].start()
         waiting = threading.Thread(target=_wait_for_all, args=(serving, bell), daemon=True)
         waiting.start()
         waiting.join(60)

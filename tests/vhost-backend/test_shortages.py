@@ -222,7 +222,7 @@ def test_whose_an_error_is(error: Exception, level: int, caplog: pytest.LogCaptu
 def test_the_channel_of_a_state_that_cannot_be_saved_is_closed() -> None:
     reader, writer = os.pipe()
     with pytest.raises(RuntimeError, match="new thread"):
-        StateTransfer(Stateful(), writer, load=False)
+        StateTransfer(Stateful(), writer, load=False).start()
     assert os.read(reader, 1) == b""  # nobody can write any more
     os.close(reader)
 

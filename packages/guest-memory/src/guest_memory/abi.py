@@ -1,8 +1,8 @@
 """The structures that C engines read: exact layouts, owned by Python.
 
-All fields are in native byte order with natural alignment; addresses are 64-bit. A consumer checks
-the magic number, the ABI number and the size before it reads anything else. A change of meaning
-raises `ABI_VERSION`.
+All fields are in native byte order with natural alignment; addresses are 64-bit. A consumer must
+check the magic number, the ABI number and the size before it reads anything else. `ABI_VERSION`
+grows when the meaning of a field changes.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ LOG_MAGIC = 0x474F4C47  # "GLOG"
 
 REGION_ON_DEMAND = 1
 REGION_READ_ONLY = 2
-REGION_UNGUARDED = 4  # may vanish, and nothing catches the fault: not to be touched directly
+REGION_UNGUARDED = 4  # may vanish without a handler for the fault: must not be touched directly
 TABLE_IOMMU = 1
 
 REGION_RECORD = struct.Struct("=QQQQQII16x")

@@ -1,9 +1,9 @@
 """Addresses: three spaces that must never be mixed up, and arithmetic that cannot wrap around.
 
-A vhost-user back-end meets three kinds of addresses besides its own pointers: guest-physical ones
-(what a driver writes into descriptors), the front-end's virtual ones (how ring addresses travel in
-SET_VRING_ADDR) and I/O virtual ones (descriptors and rings when VIRTIO_F_ACCESS_PLATFORM is on).
-They are plain integers at run time and different types for a type checker.
+Besides its own pointers a vhost-user back-end has three kinds of addresses: guest-physical ones (a
+driver writes them into descriptors), the front-end's virtual ones (SET_VRING_ADDR has them) and I/O
+virtual ones (in descriptors and for rings with VIRTIO_F_ACCESS_PLATFORM). They are plain integers
+at run time, and different types for a type checker.
 """
 
 from enum import IntEnum
@@ -16,24 +16,24 @@ UserAddress = NewType("UserAddress", int)
 """A virtual address in the front-end's process ("user address" in the specification)."""
 
 Iova = NewType("Iova", int)
-"""An I/O virtual address: what the device sees when an IOMMU sits between it and the memory."""
+"""An I/O virtual address: the device's address of memory behind an IOMMU."""
 
 BusAddress: TypeAlias = GuestAddress | Iova
-"""What a driver writes into descriptors: guest-physical, or I/O virtual behind an IOMMU."""
+"""An address in a descriptor: guest-physical, or I/O virtual behind an IOMMU."""
 
 ADDRESS_SPACE = 1 << 64
-"""The first number that is no 64-bit address. A range may end here, never go beyond."""
+"""The first number that is no 64-bit address. A range may end here, and must not go beyond."""
 
 
 class Access(IntEnum):
-    """What an access does to guest memory; the values are those of the IOTLB messages."""
+    """The kind of an access to guest memory; the values are those of the IOTLB messages."""
 
     READ = 1
     WRITE = 2
     READ_WRITE = 3
 
 
-# The same as plain numbers, for paths where the arithmetic of enumeration members takes too long.
+# The same as plain numbers: arithmetic on enumeration members is too slow for some paths.
 READ: Final = 1
 WRITE: Final = 2
 

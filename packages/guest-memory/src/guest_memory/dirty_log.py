@@ -1,7 +1,7 @@
 """The dirty log: a bitmap shared with the front-end, one bit for each page that was written.
 
 During a live migration the front-end clears bits while back-ends set them, so every bit is set by
-an atomic OR. Without C it comes from the kernel: FUTEX_WAKE_OP changes a word of memory atomically
+an atomic OR. Without C the kernel does the OR: FUTEX_WAKE_OP changes a word of memory atomically
 before it looks for waiters.
 """
 
@@ -20,7 +20,7 @@ PAGE_SHIFT = 12
 
 
 class HasRegions(Protocol):
-    """What `DirtyLog.covers` wants to know of a `GuestMemory`."""
+    """The part of a `GuestMemory` that `DirtyLog.covers` uses."""
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -37,9 +37,10 @@ class DirtyLog:
         fd: the shared file; borrowed.
         size: bytes of the bitmap.
         offset: where it begins in the file, in bytes.
-        enabled: whether writes to buffers are to be logged (VHOST_F_LOG_ALL is negotiated).
-        guarded: a SIGBUS guard is installed, and watches `mapping` before the log is used. Engines
-            that set bits without the kernel's help need that, or a file sealed against shrinking.
+        enabled: whether writes to buffers must be logged (VHOST_F_LOG_ALL is negotiated).
+        guarded: a SIGBUS guard is installed, and watches `mapping` before the log is used. An
+            engine that sets bits without the kernel's help needs the guard, or a file sealed
+            against shrinking.
 
     Raises:
         InvalidRegion: empty, or beyond the end of the file.
@@ -71,7 +72,7 @@ class DirtyLog:
 
     @property
     def enabled(self) -> bool:
-        """Whether writes to buffers are to be logged. `mark` marks in any case."""
+        """Whether writes to buffers must be logged. `mark` marks in any case."""
         return self._struct.enabled != 0
 
     @enabled.setter
@@ -95,7 +96,7 @@ class DirtyLog:
 
     @property
     def mapping(self) -> SharedMapping:
-        """Where the bitmap is mapped; its owner may only watch it."""
+        """The mapping of the bitmap. Callers must do no more than watch it with a guard."""
         return self._mapping
 
     @property
@@ -133,8 +134,8 @@ class DirtyLog:
         if not fits(address, length) or last >= 8 * self._size:
             raise OutOfBounds(address, length)
         with self._lock:
-            # Whole 32-bit words are what the kernel operates on. The first and the last may reach
-            # beyond the bitmap, but not beyond its pages, and bits there are ORed with 0.
+            # The kernel operates on whole 32-bit words. The first and the last may reach beyond the
+            # bitmap, but not beyond its pages, and bits there are ORed with 0.
             base = self._mapping.address
             shift = 8 * (base & 3)
             base &= ~3
@@ -151,7 +152,7 @@ class DirtyLog:
                 raise Poisoned(address, length)
 
     def close(self) -> None:
-        """Give the bitmap up. No C engine may use `struct` any more. Harmless when repeated."""
+        """Unmap the bitmap. No C engine may use `struct` any more. Calling it again is harmless."""
         with self._lock:
             self._struct.enabled = 0
             self._struct.bitmap = 0

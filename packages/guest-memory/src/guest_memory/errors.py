@@ -1,14 +1,14 @@
-"""What can go wrong, by whose fault, with the facts as attributes.
+"""The errors of this package, with the facts as attributes.
 
-Everything derives from `GuestMemoryError`. `UsageError` is a mistake of the calling program; all
-the others follow from what a front-end or a guest sent, or from what the system refused.
+All derive from `GuestMemoryError`. `UsageError` is a mistake of the calling program. The others are
+the fault of a front-end or a guest, or the system refused a call.
 """
 
 import os
 
 
 class GuestMemoryError(Exception):
-    """Base of everything that this package raises on purpose."""
+    """Base of every error that this package raises on purpose."""
 
 
 class UsageError(GuestMemoryError, ValueError):
@@ -99,10 +99,10 @@ class Poisoned(RangeError):
 
 
 class Unguarded(RangeError):
-    """A zero-copy view of memory that its owner can take away, with nothing to catch the fault.
+    """A zero-copy view of memory that its owner can take away, without a guard for the fault.
 
-    Views exist for files sealed against shrinking, and for all others only when the mapper was told
-    that a SIGBUS guard is installed (``MmapMapper(guarded=True)``). Copies always work.
+    Views exist for files sealed against shrinking. For other files they exist only when the mapper
+    was told that a SIGBUS guard is installed (``MmapMapper(guarded=True)``). Copies always work.
     """
 
     _words = "zero-copy access to memory that may vanish"
@@ -131,7 +131,10 @@ class AccessDenied(AccessError):
 
 
 class Missing(AccessError):
-    """Base of what can be provided and tried again: an IOTLB entry or pages mapped on demand."""
+    """Base of the errors after which the caller can provide something and try again.
+
+    It provides an IOTLB entry, or pins pages that are mapped on demand.
+    """
 
     _words = "not there yet"
 
@@ -143,7 +146,7 @@ class IotlbMiss(Missing):
 
 
 class NotMapped(Missing):
-    """The region is mapped on demand and this range is not pinned; a guest-physical address."""
+    """The region is mapped on demand, and this (guest-physical) range is not pinned."""
 
     _words = "mapped on demand only"
 
@@ -186,7 +189,7 @@ class PostcopyError(GuestMemoryError):
     """The system refused a step of user-space fault handling.
 
     Attributes:
-        errno: the system's error number, 0 when the kernel lacks what is needed.
+        errno: the system's error number, or 0 when the kernel lacks the feature.
         call: the system call or ioctl that failed.
     """
 

@@ -1,4 +1,4 @@
-"""The device's IOTLB: which I/O virtual addresses mean which user addresses, and the rights."""
+"""The device's IOTLB: translations of I/O virtual addresses to user addresses, with rights."""
 
 import threading
 from bisect import bisect_left, bisect_right
@@ -28,7 +28,7 @@ class IotlbEntry(NamedTuple):
 
 
 class FrozenIotlb:
-    """The entries as they were at one moment, sorted, with the C array of them."""
+    """The entries at one moment, sorted, and the C array of them."""
 
     __slots__ = ("entries", "records", "starts")
 
@@ -67,14 +67,14 @@ class FrozenIotlb:
 class Iotlb:
     """A bounded table of translations (vhost-user: "IOMMU support"). Safe to use from any thread.
 
-    Snapshots of guest memory take it over with `GuestMemory.with_iotlb` and do not see later
-    changes: after `insert` and `invalidate` make and publish a new one.
+    A snapshot of guest memory takes the entries over with `GuestMemory.with_iotlb`, and does not
+    see later changes: after `insert` and `invalidate` make and publish a new snapshot.
 
     Args:
-        limit: how many entries are kept; the oldest make room for new ones and are missed again
-            when they are needed.
-        on_miss: called by `lookup` with (iova, length, access) of what is missing, outside of any
-            lock; when it returns True the look-up is tried again, which must find more than before.
+        limit: the most entries that are kept. New ones replace the oldest, whose ranges are then
+            missed again.
+        on_miss: called by `lookup` with (iova, length, access) of the missing part, without any
+            lock held. When it returns True, `lookup` tries again, and must get further than before.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Iotlb:
             return self._frozen
 
     def insert(self, iova: Iova, size: int, user_address: UserAddress, access: int) -> None:
-        """Add a translation (VHOST_IOTLB_UPDATE); it replaces what was known of its range.
+        """Add a translation (VHOST_IOTLB_UPDATE); it replaces older ones of its range.
 
         Args:
             iova: first I/O virtual address.
@@ -147,7 +147,7 @@ class Iotlb:
             self._evict()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all entries."""
         with self._lock:
             self._entries.clear()
             self._starts.clear()
@@ -164,7 +164,7 @@ class Iotlb:
             (user address, length) pieces in order; neighbours that continue each other are one.
 
         Raises:
-            IotlbMiss: names the first byte that is missing and the length from there.
+            IotlbMiss: names the first missing byte, and the length from there.
             AccessDenied: an entry is there but does not allow the access.
             OutOfBounds: the range runs beyond 64 bits.
         """
@@ -176,7 +176,7 @@ class Iotlb:
                     for user, size in self.freeze().lookup(iova, length, access)
                 ]
             except IotlbMiss as miss:
-                # Each call must bring the look-up forward, or it would never end.
+                # Each miss must be further on than the last, or this would never end.
                 if (
                     self._on_miss is None
                     or miss.address <= reached
@@ -200,7 +200,7 @@ class Iotlb:
         self._frozen = None
 
     def _cut(self, iova: int, size: int) -> None:
-        """Remove a range; the rest of an entry counts as new."""
+        """Remove a range; the remaining parts of cut entries count as new."""
         if not size:
             return
         end = iova + size

@@ -1,12 +1,13 @@
 """Postcopy: pages of guest memory that arrive while the device already runs.
 
 After the switch-over of a postcopy migration some pages are still on the source. The back-end
-registers its mappings with a userfaultfd and hands that to the front-end, which then sees every
-access to a missing page, fetches it and puts it in place; the access waits meanwhile.
+registers its mappings with a userfaultfd and sends that to the front-end. When a thread touches a
+missing page, the front-end gets an event, fetches the page and puts it in place. The thread waits
+meanwhile.
 
 The holder of the descriptor decides what this process reads from the registered memory, and can
-register more. A front-end owns the guest's memory anyway, but postcopy should be offered only to
-front-ends that are trusted with this process.
+register more. A front-end owns the guest's memory anyway, but a program should offer postcopy only
+to front-ends that it trusts with this process.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ from .linux import syscalls
 from .regions.entry import Entry
 from .snapshot.memory import GuestMemory
 
-# The ioctls of linux/userfaultfd.h, computed there from the sizes of their structures.
+# The ioctl numbers of linux/userfaultfd.h, which contain the sizes of the structures.
 _API = 0xC018AA3F
 _REGISTER = 0xC020AA00
 _UNREGISTER = 0x8010AA01
@@ -32,7 +33,7 @@ _CAN_WAKE = 1 << 2
 
 
 def _open() -> int:
-    """A new userfaultfd that also reports faults inside of system calls, as preadv makes them."""
+    """A new userfaultfd that also reports faults inside of system calls such as preadv."""
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     fd: int = syscalls.syscall(syscalls.USERFAULTFD, flags, 0, 0, 0, 0, 0)
     if fd >= 0:
@@ -56,11 +57,12 @@ def _open() -> int:
 class Userfault:
     """The back-end's part of a postcopy migration.
 
-    The order of things, with the messages of the specification ("Postcopy"):
+    The steps, by the messages of the specification ("Postcopy"):
 
     1. POSTCOPY_ADVISE: make a `Userfault` and send its descriptor to the front-end.
-    2. SET_MEM_TABLE: map, answer with `GuestMemory.host_addresses`, and once the front-end has
-       acknowledged, `register` the new snapshot and use it with ``with_postcopy(True)``.
+    2. SET_MEM_TABLE: map the regions and answer with `GuestMemory.host_addresses`. Once the
+       front-end has acknowledged, `register` the new snapshot and use it with
+       ``with_postcopy(True)``.
     3. POSTCOPY_END: `close`, and use the memory with ``with_postcopy(False)``.
 
     Raises:
@@ -70,7 +72,7 @@ class Userfault:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._generation = syscalls.generation
-        # Each with what keeps it mapped: a registered range must stay what it is.
+        # Each with the entry that keeps it mapped, as long as the range is registered.
         self._ranges: list[tuple[int, int, Entry]] = []
         self._fd: int | None = _open()
         try:
@@ -100,14 +102,14 @@ class Userfault:
         return tuple((start, length) for start, length, _ in self._ranges)
 
     def register(self, memory: GuestMemory) -> None:
-        """Have accesses to missing pages of all mapped regions wait for the front-end.
+        """Make accesses to missing pages of all mapped regions wait for the front-end.
 
         Ranges that are registered already are skipped, so that a table may grow. The memory stays
         mapped until `close`.
 
         Raises:
-            PostcopyError: the kernel cannot do that for this memory; what this call had registered
-                is not registered any more.
+            PostcopyError: the kernel cannot do that for this memory; the call has undone its own
+                registrations.
             UsageError: closed.
         """
         with self._lock:
@@ -134,8 +136,8 @@ class Userfault:
     def close(self) -> None:
         """End postcopy: no access waits any more, and missing pages read as zeroes.
 
-        The front-end may still hold its copy of the descriptor, so everything is unregistered
-        before ours is closed. Harmless when repeated.
+        The front-end may still hold its copy of the descriptor, so all ranges are unregistered
+        before ours is closed. Calling it again is harmless.
         """
         with self._lock:
             if self._fd is None:
@@ -157,11 +159,11 @@ class Userfault:
 
     def _unregister(self, ranges: list[tuple[int, int, Entry]]) -> None:
         if self._generation != syscalls.generation:
-            return  # the descriptor is about the parent's memory, also in a forked child
+            return  # in a forked child the descriptor still acts on the parent's memory
         for start, length, entry in ranges:
             if entry.released:
-                continue  # the garbage collector was there before; others may be mapped there now
-            # A failure leaves nothing to be done: the range may be gone from this process.
+                continue  # unmapped by the garbage collector; another mapping may be there now
+            # Ignore a failure: the range may be gone from this process.
             argument = (ctypes.c_uint64 * 2)(start, length)
             syscalls.ioctl(self.fileno(), _UNREGISTER, ctypes.addressof(argument))
             syscalls.ioctl(self.fileno(), _WAKE, ctypes.addressof(argument))

@@ -93,7 +93,7 @@ _LAZY = {
 }
 
 
-#: Names of before, and what they are called now; each stays for one minor version.
+#: Old names and their new ones; each old name stays for one minor version.
 _RENAMED: dict[str, str] = {"Queue": "QueueInfo"}
 
 

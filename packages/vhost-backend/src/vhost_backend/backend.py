@@ -1,12 +1,12 @@
 """The interface between the daemon and a device: `VhostUserBackend`.
 
-The daemon speaks vhost-user and owns rings and threads; a back-end says what it offers and works
-on its queues when they are kicked. Most devices are easier to write as a `VirtioDevice`, which is
-adapted to this interface; implement it directly for full control of the rings.
+The daemon speaks vhost-user and owns rings and threads. A back-end says which features it offers,
+and works on its queues when they are kicked. Most devices are easier to write as a `VirtioDevice`,
+which is adapted to this interface; implement it directly for full control of the rings.
 
-The Protocol is frozen: a hook that is added later goes to `VhostUserBackendBase` only. The hooks
-that a back-end defines, here and in `device.hooks`, decide what is offered. A method of the base's
-does not count as defined, also where a back-end without that base takes it from there:
+The Protocol is frozen: hooks that are added later go to `VhostUserBackendBase` only. The hooks that
+a back-end defines, here and in `device.hooks`, decide which features are offered. A method of the
+base does not count as defined, even in a back-end without that base that takes it from there:
 `get_shmem_config = VhostUserBackendBase.get_shmem_config`.
 """
 
@@ -32,7 +32,7 @@ from .device.hooks import (
 from .fds.eventfd import WakeFd
 from .vring.locks import Vring
 
-# The hooks of device types are a back-end's, too, under the same names.
+# A back-end has the hooks of device types under the same names.
 __all__ = [
     "BY_REQUEST",
     "CRYPTO_SESSIONS",
@@ -52,22 +52,22 @@ __all__ = [
 
 @defaults
 class VhostUserBackend(Protocol):
-    """What the daemon asks of a back-end. Derive from `VhostUserBackendBase` for the defaults.
+    """The methods that the daemon calls. Derive from `VhostUserBackendBase` for the defaults.
 
     Configuration methods are called on the connection's thread, `handle_event` on a worker's.
     """
 
     def num_queues(self) -> int:
-        """How many queues the device has."""
+        """The number of the device's queues."""
 
     def max_queue_size(self) -> int:
-        """The ring size advised, in descriptors; a front-end may set up larger rings."""
+        """The advised ring size, in descriptors; a front-end may set up larger rings."""
 
     def features(self) -> int:
         """Virtio feature bits offered, the device's and the rings'."""
 
     def acked_features(self, features: int) -> None:
-        """Told which of the offered feature bits the driver accepted."""
+        """Called with the feature bits that the driver accepted."""
 
     def protocol_features(self) -> ProtocolFeatures:
         """Features to use on the channel: HOST_NOTIFIER, or SHARED_OBJECT to look up objects.
@@ -76,10 +76,10 @@ class VhostUserBackend(Protocol):
         """
 
     def reset_device(self) -> None:
-        """Bring the device's own state back to the beginning."""
+        """Reset the device's own state."""
 
     def set_event_idx(self, enabled: bool) -> None:
-        """Told whether EVENT_IDX was negotiated."""
+        """Called with whether EVENT_IDX was negotiated."""
 
     def get_config(self, offset: int, size: int) -> bytes:
         """`size` bytes of configuration space from `offset`; fewer than `size` is an error."""
@@ -88,41 +88,42 @@ class VhostUserBackend(Protocol):
         """Write to configuration space; raise `DeviceRefused` for a field that is read-only."""
 
     def update_memory(self, memory: GuestMemory) -> None:
-        """Told of every new snapshot of the guest's memory."""
+        """Called with every new snapshot of the guest's memory."""
 
     def set_backend_req_fd(self, channel: BackendChannel) -> None:
-        """Given the channel for requests of our own to the front-end, which closes it."""
+        """Called with the channel for our own requests to the front-end; the daemon closes it."""
 
     def get_shared_object(self, uuid: bytes) -> int | None:
-        """A descriptor for the shared object of that UUID, which the daemon will not close."""
+        """A descriptor for the shared object of that UUID; the daemon does not close it."""
 
     def set_gpu_socket(self, channel: GpuBackendChannel) -> None:
-        """Given the GPU protocol's channel, which is the back-end's from here on."""
+        """Called with the GPU protocol's channel, which the back-end owns from here on."""
 
     def queues_per_thread(self) -> Sequence[int]:
         """One mask of queue indices for each worker thread."""
 
     def exit_event(self, thread_index: int) -> WakeFd | None:
-        """A wake-up of the back-end's own that ends that worker; None for the daemon's."""
+        """A wake-up that the back-end may use to end that worker; None for none."""
 
     def handle_event(
         self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
     ) -> bool:
         """Work on a queue, or on a descriptor registered with `VringEpollHandler`.
 
-        `device_event` is the index into `vrings` (this worker's queues, in the order of their
-        mask's bits) of the queue that was kicked, or a larger number that a listener was
-        registered with; `event_set` holds epoll's bits. True: there is more, call again soon.
+        `vrings` are this worker's queues, in the order of their mask's bits. `device_event` is the
+        index in `vrings` of the queue that was kicked, or the larger number with which a listener
+        was registered. `event_set` holds epoll's bits. Returns True when there is more work: the
+        worker then calls again soon.
         """
 
     def set_device_state_fd(self, direction: int, phase: int, fd: int) -> int | None:
-        """Start to save (0) or load (1) the device's state over `fd`, which it takes over.
+        """Start to save (0) or load (1) the device's state over `fd`, and take `fd` over.
 
         Returns a descriptor to use instead, or None.
         """
 
     def check_device_state(self) -> bool:
-        """Whether the transfer that was started is complete and successful."""
+        """Whether the transfer is complete and successful."""
 
     def get_shmem_config(self) -> Sequence[int]:
         """Sizes in bytes of the shared memory regions, by id; 0 for an id that is not used."""
@@ -130,17 +131,18 @@ class VhostUserBackend(Protocol):
 
 @defaults
 class VhostUserBackendBase:
-    """`VhostUserBackend` with its defaults; `num_queues` and `handle_event` are left to do.
+    """`VhostUserBackend` with defaults for all methods but `num_queues` and `handle_event`.
 
-    It has the later hooks as well. With `status_byte` completions write a status byte; then
-    `error_status` is that of a request which the back-end has taken and will not complete.
+    It has the later hooks as well. With `status_byte` completions write a status byte.
+    `error_status` is then the status of a request that the back-end has taken and will not
+    complete.
     """
 
     status_byte: bool = False
     error_status: int = 1
 
     def num_queues(self) -> int:
-        """How many queues the device has."""
+        """The number of the device's queues."""
         raise NotImplementedError
 
     def max_queue_size(self) -> int:
@@ -162,7 +164,7 @@ class VhostUserBackendBase:
         """No state to reset."""
 
     def set_event_idx(self, enabled: bool) -> None:
-        """Nothing to do: the rings of this library follow it themselves."""
+        """Do nothing: the rings of this library apply it themselves."""
 
     def get_config(self, offset: int, size: int) -> bytes:
         """No configuration space."""
@@ -172,7 +174,7 @@ class VhostUserBackendBase:
         """Ignore the write."""
 
     def update_memory(self, memory: GuestMemory) -> None:
-        """Nothing to do: the rings follow it themselves."""
+        """Do nothing: the rings take the new snapshot themselves."""
 
     def set_backend_req_fd(self, channel: BackendChannel) -> None:
         """Not used."""
@@ -189,7 +191,7 @@ class VhostUserBackendBase:
         return [(1 << self.num_queues()) - 1]
 
     def exit_event(self, thread_index: int) -> WakeFd | None:
-        """The daemon's own."""
+        """None: only the daemon ends the worker."""
         return None
 
     def handle_event(
@@ -213,34 +215,34 @@ class VhostUserBackendBase:
     # -- later hooks, which the Protocol does not have ------------------------------------------
 
     def device_started(self) -> None:
-        """The first ring is about to start; raise `DeviceRefused` when the device cannot run."""
+        """Called before the first ring starts; raise `DeviceRefused` when the device cannot run."""
 
     def device_stopped(self) -> None:
-        """The last ring has stopped: the device is suspended and may run elsewhere."""
+        """Called when the last ring has stopped: the device may now run elsewhere."""
 
     def abandon_device_state(self) -> None:
-        """The front-end has gone: no state that it still sends must reach the device."""
+        """Called when the front-end has gone: state that it sent must not reach the device."""
 
     def device_name(self) -> str:
-        """What the log calls the device: the class's name."""
+        """The device's name in the log: the class's name."""
         return type(self).__name__
 
     def describe_request(self, header: bytes) -> str:
-        """What a request is, for the log, by its first 16 bytes (zero padded)."""
+        """Describe a request for the log, by its first 16 bytes (zero padded)."""
         return header.hex()
 
     def check_listener(self) -> None:
-        """Raise `BackendUsageError` unless `handle_event` takes what listeners are told."""
+        """Raise `BackendUsageError` unless `handle_event` takes listeners' events."""
 
     def suspend_queue(
         self, queue: int, wake: Callable[[], None], keep: bool = True
     ) -> Callable[[], bool]:
         """Call back the requests of that queue that only wait; nothing new is taken meanwhile.
 
-        Returns what tells whether the back-end has ended those it works on; `wake` is to be called,
-        from any thread, when that has come true. With `keep` requests that cannot be given back
-        may stay in the in-flight region. Not asked of a back-end that does not define it: there
-        each request is worked on until it completes.
+        Returns a function that tells whether the back-end has ended its other requests. The
+        back-end must call `wake`, from any thread, when it has. With `keep` requests that cannot be
+        given back may stay in the in-flight region. In a back-end without this hook each request is
+        worked on until it completes.
         """
         raise NotImplementedError
 
@@ -249,10 +251,10 @@ class StateTransfer(Protocol):
     """A back-end that moves its device's state in a migration."""
 
     def set_device_state_fd(self, direction: int, phase: int, fd: int) -> int | None:
-        """Begin to move it."""
+        """Begin a transfer; see `VhostUserBackend`."""
 
     def check_device_state(self) -> bool:
-        """How that went."""
+        """Whether the transfer succeeded."""
 
 
 class StatusByte(Protocol):
@@ -265,5 +267,5 @@ class StatusByte(Protocol):
 STATE_TRANSFER: Final = HookGroup[StateTransfer](StateTransfer, ProtocolFeatures.DEVICE_STATE)
 STATUS_BYTE: Final = HookGroup[StatusByte](StatusByte)
 
-#: The table: what a back-end has by its device's type, and what it moves.
+#: The table of all hooks of a back-end: those of device types, state transfer, status byte.
 OF_A_BACKEND: Final[tuple[HookGroup[Any], ...]] = (*OF_A_TYPE, STATE_TRANSFER, STATUS_BYTE)

@@ -9,11 +9,11 @@ from virtqueue import Counters
 
 
 class QueueCounters(Counters):
-    """What one queue has done since the device was created; reading them needs no lock.
+    """The counters of one queue since the device was created; reading them needs no lock.
 
-    Those of `virtqueue.Counters` (requests, batches, bytes, kicks, notifications_sent,
-    notifications_suppressed), and: errors: requests that a handler failed; guest_errors: times the
-    queue was broken by the guest.
+    They are those of `virtqueue.Counters` (requests, batches, bytes, kicks, notifications_sent,
+    notifications_suppressed) and two more: `errors` counts requests that a handler failed,
+    `guest_errors` counts how often the guest broke the queue.
     """
 
     errors: int

@@ -1,17 +1,17 @@
 """Worker threads: each waits for the kicks of its queues and has the back-end work on them.
 
-A worker never starts a ring: it watches the kick descriptors of rings that the control plane has
-started, so a late kick on a descriptor of a stopped ring finds nobody. It sleeps in epoll on those
-descriptors, on listeners that the device registered, and on a wake-up of its own. `scan` asks it to
-look at a queue without a kick: after a start or enable, and after anything that may have made it
-look away.
+A worker never starts a ring. It watches the kick descriptors of rings that the control plane has
+started, so a late kick for a stopped ring has no effect. It sleeps in epoll on those descriptors,
+on listeners that the device registered, and on a wake-up of its own. `scan` asks it to look at a
+queue without a kick: after a start or enable, and whenever a kick may have been missed.
 
-Kick eventfds are watched edge-triggered: every kick is an edge, so their count need not be read,
-which costs a system call and could make the worker wait if the front-end has made the descriptor
-blocking. What else a kick descriptor may be is watched level-triggered and read.
+Kick eventfds are watched edge-triggered. Every kick is an edge, so the worker need not read their
+count. A read costs a system call, and would block if the front-end has made the descriptor
+blocking. Other kick descriptors (pipes, sockets) are watched level-triggered and read.
 
-A back-end that raises ends nothing: what it had taken and not completed is failed, other queues and
-listeners go on. A worker that cannot go on itself tells its daemon, which ends with that failure.
+A back-end that raises does not end its worker. The chains that it took and did not complete are
+failed; other queues and listeners go on. A worker that fails itself tells its daemon, which ends
+with that failure.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from .vring.locks import Vring
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
-#: A ring without a kick descriptor is looked at this often (seconds) while it is idle; twice as
-#: long each time nothing was found, up to the second figure.
+#: Seconds between looks at an idle ring without a kick descriptor: the first interval, and the
+#: longest after doubling.
 POLL_INTERVAL = (0.00005, 0.002)
 
-#: The first time (seconds) to look at rings before sleeping, when busy polling begins again.
+#: Seconds to look at rings before sleeping, when busy polling begins again after a pause.
 FIRST_LOOK = 0.000004
 
-#: A listener that fails so often in a row is not watched any more, or its worker would do nothing
-#: else: what it did not read keeps its descriptor ready.
+#: Failures in a row after which a listener is not watched any more. What it has not read keeps its
+#: descriptor ready, so the worker would do nothing else.
 MOST_FAILURES: Final = 16
 
 _RAISED: Final = object()
 
 
 class _Listener:
-    """A descriptor that a device registered: what to wait for, and whom to call with the events."""
+    """A descriptor that a device registered: the events to wait for, and the callback for them."""
 
     __slots__ = ("callback", "data", "events")
 
@@ -66,9 +66,9 @@ class VringEpollHandler:
     """One worker thread over some of a daemon's vrings.
 
     `vrings` are its queues in the order of the mask's bits; `thread_id` is its number. `busy_poll`
-    is the longest time in seconds to look at the rings before sleeping: the time is adapted, up
-    when a longer look would have spared a sleep, down to nothing when the queues are idle. `cpu` is
-    the processor to run on.
+    is the longest time in seconds to look at the rings before sleeping. The worker adapts that
+    time: up when a longer look would have spared a sleep, down to nothing when the queues are idle.
+    `cpu` is the processor to run on.
     """
 
     def __init__(
@@ -91,30 +91,30 @@ class VringEpollHandler:
         self._epoll = select.epoll()
         self._wake = WakeFd()
         self._exit = backend.exit_event(thread_id)
-        # Guards what the control thread and the worker both touch: watched descriptors, queues to
-        # scan, queues to poll, and the end.
+        # Guards the fields that the control thread and the worker share: watched descriptors,
+        # queues to scan and queues to poll.
         self._lock = threading.Lock()
         self._watched: dict[int, int] = {}
         self._kick_of: dict[int, int] = {}
         #: The descriptors that devices registered.
         self._listeners: dict[int, _Listener] = {}
-        #: How often each has failed in a row.
+        #: How often each listener has failed in a row.
         self._failures: dict[int, int] = {}
-        #: Those that are not watched any more, and were not unregistered.
+        #: Listeners that are not watched any more, and that the device has not unregistered yet.
         self._given_up: set[int] = set()
-        #: Kick descriptors that need no reading.
+        #: Kick descriptors that are watched edge-triggered, and so need no reading.
         self._edges: set[int] = set()
         self._scan: set[int] = set()
         self._polled: set[int] = set()
         self._stopping = False
-        # The worker's own: queues that had their turn and are not empty, and the polling interval.
+        # Only the worker uses these: queues that had their turn and are not empty; the interval.
         self._again: set[int] = set()
         self._interval = POLL_INTERVAL[0]
-        # What the back-end has taken in the call that it is in: ring, generation, records of the
-        # batch. None when it is in none.
+        # The batches that the back-end has taken in its present call: ring, generation, records.
+        # None outside of a call.
         self._taken: list[tuple[Vring, int, bytes]] | None = None
         self._taker = 0
-        #: Called on the worker's thread when that ends though nobody has asked it to.
+        #: Called on the worker's thread when the thread ends by an error.
         self.on_failure: Callable[[BaseException], None] | None = None
         for vring in self.vrings:
             with vring.get_mut() as state:
@@ -144,7 +144,7 @@ class VringEpollHandler:
         return True
 
     def send_exit_event(self) -> None:
-        """End the thread, and raise the back-end's own `exit_event` for it, from any thread."""
+        """From any thread: end the worker, and signal the back-end's `exit_event` for it."""
         self._stopping = True
         if self._exit is not None:
             self._exit.wake()
@@ -156,17 +156,16 @@ class VringEpollHandler:
         return self._thread is threading.current_thread()
 
     def wake(self) -> None:
-        """Have the thread look around, from any thread."""
+        """From any thread: have the worker look at everything it watches."""
         self._wake.wake()
 
     # -- called by the control plane ------------------------------------------------------------
 
     def watch(self, queue: int, kick_fd: int, *, scan: bool = True) -> None:
-        """Watch the kick descriptor of queue number `queue` of this worker; -1: poll the ring.
+        """Watch the kick descriptor of this worker's queue number `queue`; with -1 poll the ring.
 
-        With `scan` the queue is looked at without a kick first.
-
-        Raises `OSError` for a descriptor that cannot be waited on.
+        With `scan` the worker first looks at the queue without a kick. Raises `OSError` for a
+        descriptor that cannot be waited on.
         """
         with self._lock:
             self._forget(queue)
@@ -196,7 +195,7 @@ class VringEpollHandler:
             self._scan.discard(queue)
 
     def scan(self, queue: int) -> None:
-        """Have the worker look at the queue though nobody kicked."""
+        """Have the worker look at the queue without a kick."""
         with self._lock:
             self._scan.add(queue)
         self.wake()
@@ -214,12 +213,13 @@ class VringEpollHandler:
         """Have `callback(events)` called on the worker's thread when `fd` is ready.
 
         `events` are epoll's bits. Without a callback the back-end's `handle_event(data, events,
-        ...)` is called, or the `VirtioDevice`'s `handle_event(data, events)`; `data` must be larger
-        than the number of queues then, so that it cannot be mistaken for one. What raises is
-        logged; after `MOST_FAILURES` times in a row the descriptor is not watched any more. It
-        stays the caller's.
+        ...)` is called, or the `VirtioDevice`'s `handle_event(data, events)`. `data` must then be
+        larger than the number of queues, so that it cannot be mistaken for a queue. An error that
+        the callback raises is logged; after `MOST_FAILURES` errors in a row the descriptor is not
+        watched any more. The descriptor stays the caller's.
 
-        Raises `BackendUsageError` for such a number, and where there is nobody to call.
+        Raises `BackendUsageError` for a smaller `data` and where there is nothing to call,
+        `FileExistsError` for a registered descriptor, and `OSError` where epoll refuses it.
         """
         if callback is None:
             if data is None or data <= len(self.vrings):
@@ -232,7 +232,7 @@ class VringEpollHandler:
         with self._lock:
             if fd in self._watched or fd in self._listeners:
                 raise FileExistsError(f"descriptor {fd} is registered already")
-            # Known first: the thread may see what there is at once, and an edge comes only once.
+            # Before epoll knows it: the worker may see the event at once, and an edge comes once.
             self._listeners[fd] = _Listener(events, data or 0, callback)
             self._given_up.discard(fd)
             try:
@@ -264,7 +264,7 @@ class VringEpollHandler:
             self._epoll.unregister(fd)
 
     def _run(self) -> None:
-        """The thread: its work, and the alarm when that ends unasked."""
+        """Do the thread's work, and report when it ends by an error."""
         try:
             if self._cpu is not None:
                 self._move_to(self._cpu)
@@ -331,9 +331,9 @@ class VringEpollHandler:
         return interval
 
     def _wait(self, timeout: float | None, ready: set[int]) -> list[tuple[int, int]]:
-        """What epoll has; before a sleep without end, rings are looked at for a while.
+        """Epoll's events; before a sleep without end the worker looks at its rings for a while.
 
-        Those that were found to have chains are added to `ready`.
+        Queues in which it finds chains are added to `ready`.
         """
         if timeout is not None or not self._busy_poll:
             return self._epoll.poll(timeout)
@@ -360,20 +360,20 @@ class VringEpollHandler:
         return found
 
     def _slept(self, seconds: float) -> None:
-        """Look longer next time where that would have spared the sleep, and less long elsewhere."""
+        """Look longer next time if that would have spared this sleep, otherwise shorter."""
         if seconds < self._busy_poll:
             self._look = min(max(2 * self._look, FIRST_LOOK), self._busy_poll)
         else:
             self._look = self._look / 2 if self._look > FIRST_LOOK else 0.0
 
     def _handle(self, target: int, events: int) -> bool:
-        """Have the back-end work on a queue; whether there is more."""
+        """Have the back-end work on a queue; returns whether there is more."""
         handle = self._backend.handle_event
         more = self._call("queue", target, handle, target, events, self.vrings, self.thread_id)
         return more is not _RAISED and bool(more)
 
     def _listen(self, fd: int, events: int) -> None:
-        """Call whoever has registered the descriptor."""
+        """Call the listener of the descriptor."""
         listener = self._listeners.get(fd)
         if listener is None:
             return
@@ -404,7 +404,7 @@ class VringEpollHandler:
             )
 
     def _drop(self, fd: int) -> None:
-        """Watch a listener's descriptor no more. With the lock."""
+        """Stop watching a listener's descriptor. Needs the lock."""
         del self._listeners[fd]
         self._failures.pop(fd, None)
         self._given_up.add(fd)
@@ -414,9 +414,9 @@ class VringEpollHandler:
     def _call(
         self, what: str, number: int, function: Callable[..., object], *args: object
     ) -> object:
-        """A call of the back-end's, which must not take its worker along: others go on.
+        """Call the back-end; an error that it raises does not end the worker.
 
-        Returns what it returned, or `_RAISED`.
+        Returns the call's result, or `_RAISED`.
         """
         self._taken, self._taker = [], threading.get_ident()
         try:
@@ -428,10 +428,10 @@ class VringEpollHandler:
             self._taken = None
 
     def _failed(self, what: str, error: BaseException) -> None:
-        """The back-end has raised: say it, and fail what it will not complete any more."""
+        """Log the back-end's error, and fail the chains that it will not complete any more."""
         self._errors.error("%s: the back-end failed on %s", self._name, what, exc_info=error)
         taken, self._taken = self._taken or [], None
-        # Only a back-end with status bytes can say so to the driver.
+        # Only a back-end with status bytes can tell the driver of the failure.
         own = STATUS_BYTE.of(self._backend)
         status = VhostUserBackendBase.error_status if own is None else own.error_status
         for vring, generation, records in taken:
@@ -440,18 +440,18 @@ class VringEpollHandler:
                     state.fail_taken(
                         (record[RecordField.HEAD] for record in RECORD.iter_unpack(records)), status
                     )
-            # It was about to take more, or to ask for kicks.
+            # The back-end might have taken more, or asked for kicks.
             self.scan(self.vrings.index(vring))
 
     def _note(self, vring: Vring, generation: int, batch: Batch) -> None:
-        """A back-end has taken chains: remember them while it may still raise."""
+        """Remember chains that the back-end has taken, as it may still raise."""
         taken = self._taken
-        # Others than the back-end's calls may take as well, and raise somewhere else.
+        # Other threads may take chains as well; their errors are raised elsewhere.
         if taken is not None and threading.get_ident() == self._taker:
             taken.append((vring, generation, bytes(batch.records)))
 
     def _dead_kick(self, queue: int, fd: int) -> None:
-        """A kick descriptor without a writer is readable for ever: stop watching it."""
+        """Stop watching a kick descriptor without a writer, as it stays readable for ever."""
         with self._lock:
             if self._kick_of.get(queue) != fd:
                 return  # the control plane has replaced it meanwhile
@@ -469,6 +469,6 @@ _OWN_WORKERS: Final = HookGroup[OwnWorkers](OwnWorkers)
 
 
 def worker_type(backend: VhostUserBackend) -> type[VringEpollHandler]:
-    """The kind of worker that the back-end needs; plain threads where it does not say."""
+    """The kind of worker that the back-end names, or else `VringEpollHandler`."""
     own = _OWN_WORKERS.of(backend)
     return VringEpollHandler if own is None else own.worker_type

@@ -1,10 +1,10 @@
-"""What goes wrong in a back-end, by whose fault it is.
+"""The errors of a back-end, ordered by whose fault they are.
 
-The front-end's and the guest's faults never surface as a traceback: they are a refused message
+A fault of the front-end or the guest never shows as a traceback. It becomes a refused message
 (`Refused`), a closed connection (the protocol package's `RemoteProtocolError`) or a broken queue
-(the virtqueue package's `QueueBroken`). A device's hook refuses what it is asked with
-`DeviceRefused`. What is raised to the caller is either a fact of this machine (`ListenError`,
-`DeviceError`) or a mistake in the program (`BackendUsageError`).
+(the virtqueue package's `QueueBroken`). A device's hook refuses a message with `DeviceRefused`. The
+caller gets two kinds of errors: a problem of this machine (`ListenError`, `DeviceError`), or a
+mistake in the program (`BackendUsageError`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 from typing import Final
 
-#: What the system answers when this machine, or this process, has no more of something.
+#: The system's errors when this machine, or this process, has used up a resource.
 _SHORTAGES: Final = frozenset(
     (
         errno.EMFILE,
@@ -24,7 +24,7 @@ _SHORTAGES: Final = frozenset(
     )
 )
 
-#: What a kernel or a file system without a call or its flags answers, and a seccomp filter.
+#: The errors of a kernel or file system that lacks a call or its flags, and of a seccomp filter.
 REFUSALS: Final = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES))
 
 
@@ -37,7 +37,7 @@ class BackendUsageError(VhostBackendError):
 
 
 class ListenError(VhostBackendError):
-    """The socket cannot be listened on. `path` is the socket's, `reason` a sentence."""
+    """The socket cannot be listened on. `path` is the socket's, `reason` says why."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"cannot listen on {path}: {reason}")
@@ -46,7 +46,7 @@ class ListenError(VhostBackendError):
 
 
 class DeviceError(VhostBackendError):
-    """A device cannot be set up from what it was given (an image that cannot be opened, ...)."""
+    """A device cannot be set up with its arguments (an image that cannot be opened, ...)."""
 
 
 class Refused(VhostBackendError):
@@ -63,10 +63,9 @@ class Refused(VhostBackendError):
 
 
 class DeviceRefused(VhostBackendError):
-    """A device, or a back-end, cannot do now what a hook of it is asked for.
+    """Raised by a hook of a device or back-end to refuse the message that it was called for.
 
-    Raised by a hook, it refuses the message that the hook was called for, which is named then:
-    see `Refused`. `reason` says why, for the log.
+    It becomes a `Refused` that names the message. `reason` says why, for the log.
     """
 
     def __init__(self, reason: str) -> None:
@@ -75,7 +74,7 @@ class DeviceRefused(VhostBackendError):
 
 
 class DeviceBusy(DeviceRefused):
-    """A device cannot start yet, because of something that may pass.
+    """A device cannot start yet, for a reason that may pass.
 
     The daemon asks `VirtioDevice.started` again, until `patience` seconds are over. Then it refuses
     the message for `reason`.
@@ -89,8 +88,10 @@ class DeviceBusy(DeviceRefused):
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether we ran out of something (descriptors, memory, threads, room), or what is under
-    `error` did: then neither peer nor device has done anything wrong.
+    """Whether `error`, or one of its causes, means that this machine has used up a resource.
+
+    Such resources are descriptors, memory, threads and disk space. Neither the peer nor the device
+    is at fault then.
     """
     from vhost_protocol import OutOfResources  # the command line's --help needs no protocol
 
@@ -102,7 +103,7 @@ def is_shortage(error: BaseException) -> bool:
             return True
         if getattr(found, "errno", None) in _SHORTAGES:
             return True
-        # What `threading` raises; it has no class of its own.
+        # `threading` raises this when a thread cannot start; it has no class of its own.
         if type(found) is RuntimeError and "start new thread" in str(found):
             return True
         found = found.__cause__
@@ -110,9 +111,9 @@ def is_shortage(error: BaseException) -> bool:
 
 
 def kept(error: BaseException) -> BaseException:
-    """`error`, to be raised later: its traceback stays, but what its frames referred to goes.
+    """Prepare `error` to be raised later: its traceback stays, but its frames' objects go.
 
-    That could be a guest's memory, for as long as the error is kept.
+    Otherwise the error could keep a guest's memory mapped.
     """
     from traceback import clear_frames
 

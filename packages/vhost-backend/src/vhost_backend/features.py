@@ -26,7 +26,7 @@ class VirtioFeature(IntFlag):
     RING_RESET = 1 << 40
 
 
-#: What the rings of this library offer whatever the device is.
+#: The features that the rings of this library offer for every device.
 RING_FEATURES = (
     VirtioFeature.INDIRECT_DESC
     | VirtioFeature.EVENT_IDX

@@ -1,4 +1,4 @@
-"""Logging of faults that a guest or front-end can cause as often as it likes."""
+"""Rate-limited logging, for faults that a guest or front-end can cause as often as it likes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import time
 
 
 class _Alarm:
-    """One thread that flushes every limiter whose period has ended; it ends when none waits.
+    """One thread that flushes each limiter at the end of its period; it ends when none is due.
 
-    A thread for each limiter would let a guest with many queues make as many threads.
+    With a thread for each limiter, a guest with many queues could make as many threads.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,10 @@ class _Alarm:
         self._running = False
 
     def set(self, limited: RateLimited, when: float) -> None:
-        """Flush `limited` at `when` (time.monotonic). Without a thread the next message does."""
+        """Flush `limited` at `when` (time.monotonic).
+
+        If no thread can start, the next message flushes it.
+        """
         with self._condition:
             self._due[limited] = when
             if self._running:
@@ -60,9 +63,9 @@ os.register_at_fork(after_in_child=_forked)
 
 
 class RateLimited:
-    """Passes the first `burst` messages of each `period` seconds on and counts the rest.
+    """Logs the first `burst` messages of each `period` seconds, and counts the rest.
 
-    How many were left out is said when the period ends, or at `flush`. From any thread.
+    When the period ends, or at `flush`, it logs how many were left out. Any thread may use it.
     """
 
     __slots__ = ("_burst", "_left", "_lock", "_log", "_period", "_suppressed", "_until")
@@ -85,7 +88,7 @@ class RateLimited:
         self._pass_on(logging.ERROR, message, args, exc_info)
 
     def flush(self) -> None:
-        """Say how many messages were left out, if any; the next ones are passed on again."""
+        """Log how many messages were left out, if any; the next messages are logged again."""
         with self._lock:
             left_out, self._suppressed = self._suppressed, 0
             self._until = 0.0

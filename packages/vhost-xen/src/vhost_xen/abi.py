@@ -1,7 +1,7 @@
 """The kernel's interface: request numbers and the bytes of each request.
 
-Structures of ``xen/privcmd.h`` and ``xen/gntdev.h``, native byte order and natural alignment. All
-requests are ``_IOC(_IOC_NONE, type, number, size)``, so a number tells the size of its structure.
+The structures are those of ``xen/privcmd.h`` and ``xen/gntdev.h``, in native byte order and natural
+alignment. A request number is ``_IOC(_IOC_NONE, type, number, size)`` with the structure's size.
 """
 
 import array
@@ -25,7 +25,7 @@ MAP_GRANT_REF: Final = _ioc("G", 0, _MAP.size + _REFERENCE.size)  # one number f
 UNMAP_GRANT_REF: Final = _ioc("G", 1, _UNMAP.size)
 
 XEN_PAGE_SIZE: Final = 4096
-# Large arrays are worked on in steps, between which other threads get their turn.
+# Large arrays are processed in steps of this many entries, so that other threads get their turn.
 _STEP: Final = 1 << 16
 GRANT_ADDRESS_BIT: Final = 1 << 63
 DOMID_FIRST_RESERVED: Final = 0x7FF0
@@ -34,8 +34,8 @@ DOMID_FIRST_RESERVED: Final = 0x7FF0
 class BatchRequest:
     """One MMAPBATCH_V2: map `count` frames of a domain from `first_frame` on, at `address`.
 
-    `argument` is what the ioctl is given. It points into `frames` and `errors`, which this object
-    keeps alive; the kernel writes one errno (0 or negative) for each page to `errors`.
+    `argument` is the ioctl's argument. It points to `frames` and `errors`, which this object keeps
+    alive. The kernel writes one errno (0 or negative) for each page to `errors`.
     """
 
     def __init__(self, domid: int, first_frame: int, count: int, address: int) -> None:
@@ -56,7 +56,7 @@ class BatchRequest:
         )
 
     def failures(self, limit: int) -> tuple[int, list[tuple[int, int]]]:
-        """How many frames failed, and the first `limit` of them with their (positive) errno."""
+        """The number of failed frames, and the first `limit` of them with their positive errno."""
         failed = 0
         first: list[tuple[int, int]] = []
         for start in range(0, len(self.errors), _STEP):
@@ -79,7 +79,7 @@ class MapRequest:
         data = bytearray(_MAP.pack(count, 0, 0))
         pairs = array.array("I", (domid,)) * (2 * count)
         pairs[1::2] = array.array("I", range(first_reference, first_reference + count))
-        # An empty request still carries room for one reference: the request number says so.
+        # An empty request still has room for one reference, which the request number counts.
         data += pairs.tobytes() or bytes(_REFERENCE.size)
         self.argument: ctypes.Array[ctypes.c_char] = ctypes.create_string_buffer(
             bytes(data), len(data)
@@ -87,13 +87,13 @@ class MapRequest:
 
     @property
     def index(self) -> int:
-        """The offset that the kernel wants in mmap; meaningful after the ioctl."""
+        """The offset to give to mmap; the ioctl sets it."""
         index: int = _MAP.unpack_from(self.argument)[2]
         return index
 
 
 class UnmapRequest:
-    """One UNMAP_GRANT_REF: `count` must be that of the MAP_GRANT_REF that gave `index`."""
+    """One UNMAP_GRANT_REF: `index` and `count` must be those of one MAP_GRANT_REF."""
 
     def __init__(self, index: int, count: int) -> None:
         self.argument: ctypes.Array[ctypes.c_char] = ctypes.create_string_buffer(

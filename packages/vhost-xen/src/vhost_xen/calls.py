@@ -1,6 +1,7 @@
 """The few system calls that this package makes, behind one small interface.
 
-Tests give the mapper a recorder in place of `LinuxCalls`; nothing else here touches the system.
+Tests give the mapper a recorder in place of `LinuxCalls`. No other code of the package makes system
+calls.
 """
 
 import ctypes
@@ -33,22 +34,22 @@ if hasattr(os, "register_at_fork"):
 
 
 def generation() -> int:
-    """How many forks are behind this process: no child has its parent's mappings."""
+    """The number of forks behind this process. A forked child lacks its parent's mappings."""
     return _generation
 
 
 def may_release(mapped_in: int) -> bool:
-    """Tell whether what was mapped in generation ``mapped_in`` is this process's to take down.
+    """Tell whether this process may release a mapping of generation ``mapped_in``.
 
-    A forked child does not have the mapping, and shares the open file: a grant that it gave back
-    would be its parent's. When the interpreter ends, a daemon thread may still be in C with the
-    memory, and the kernel takes it down.
+    A forked child does not have the mapping but shares the open file, so it would give back its
+    parent's grants. When the interpreter ends, a daemon thread may still use the memory in C, so
+    the release is left to the kernel.
     """
     return mapped_in == _generation and not sys.is_finalizing()
 
 
 class SystemCalls(Protocol):
-    """What the mapper needs of the system; every method raises OSError when the call fails."""
+    """The system calls of the mapper; every method raises OSError when the call fails."""
 
     @property
     def page_size(self) -> int:
@@ -70,7 +71,7 @@ class SystemCalls(Protocol):
     def mmap(self, address: int, length: int, protection: int, fd: int, offset: int) -> int:
         """Map the file shared, and return where.
 
-        An `address` of 0 leaves the choice to the kernel; at any other what is there is replaced.
+        With `address` 0 the kernel chooses the place; otherwise a mapping there is replaced.
         """
         ...
 
@@ -84,9 +85,9 @@ class SystemCalls(Protocol):
 
 
 class LinuxCalls:
-    """`SystemCalls` of the machine this runs on, by ctypes on the C library.
+    """`SystemCalls` of this machine, by ctypes on the C library.
 
-    The library is loaded so that calls release the GIL: a request to the hypervisor may be long.
+    The calls release the GIL, because a request to the hypervisor may take long.
     """
 
     def __init__(self) -> None:
@@ -130,7 +131,7 @@ class LinuxCalls:
     def mmap(self, address: int, length: int, protection: int, fd: int, offset: int) -> int:
         """Map the file shared, and return where.
 
-        An `address` of 0 leaves the choice to the kernel; at any other what is there is replaced.
+        With `address` 0 the kernel chooses the place; otherwise a mapping there is replaced.
         """
         flags = _MAP_SHARED | _MAP_NORESERVE | (_MAP_FIXED if address else 0)
         place: int | None = self._mmap(address, length, protection, flags, fd, offset)

@@ -1,4 +1,4 @@
-"""Is this a machine on which Xen mappings can work?"""
+"""Checks whether this machine has the device files for Xen mappings."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .errors import XenUnavailable
 def check_devices(folder: str | os.PathLike[str] = "/dev/xen") -> None:
     """Raise XenUnavailable, with one line that says why, when there are no Xen device files.
 
-    For programs that are told by their user to serve Xen guests. `XenMapper` itself does not need
-    it: it works on the open files that a front-end sends.
+    This is for programs whose user asks for Xen guests. `XenMapper` itself needs no device files:
+    it works on the open files that a front-end sends.
     """
     if not sys.platform.startswith("linux"):
         raise XenUnavailable("Xen mappings need Linux")

@@ -1,8 +1,8 @@
-"""What can go wrong, by whose fault, with the facts as attributes.
+"""The errors of this package, by whose fault they are, with the facts as attributes.
 
-Everything derives from `XenError`, which is a `guest_memory.GuestMemoryError`: code that handles
-the errors of guest memory handles these. A wrong region is also an `InvalidRegion` and a refused
-mapping a `MappingFailed`.
+All derive from `XenError`, which is a `guest_memory.GuestMemoryError`: code that handles the errors
+of guest memory handles these, too. The error of a wrong region is also an `InvalidRegion`, that of
+a refused mapping also a `MappingFailed`.
 
 - The front-end's or the guest's fault: `XenRegionError` and the classes below it, `XenMapError` and
   the classes below it.
@@ -21,7 +21,7 @@ from guest_memory import GuestMemoryError, InvalidRegion, MappingFailed, UsageEr
 
 
 class XenError(GuestMemoryError):
-    """Base of everything that this package raises on purpose."""
+    """Base of every error that this package raises on purpose."""
 
 
 class XenUnavailable(XenError):
@@ -68,7 +68,7 @@ class XenAlignmentError(XenRegionError):
     """A region that does not begin at a page.
 
     Attributes:
-        page_size: what its address has to be a multiple of, in bytes.
+        page_size: the address must be a multiple of this, in bytes.
     """
 
     def __init__(self, address: int, length: int, page_size: int) -> None:
@@ -81,7 +81,7 @@ class XenFileError(XenRegionError):
     """A region without a file, with an offset into it, or with a file of another kind.
 
     Attributes:
-        device: the device that the file has to be, such as ``/dev/xen/gntdev``.
+        device: the device that the file must be, such as ``/dev/xen/gntdev``.
     """
 
     def __init__(self, address: int, length: int, device: str, reason: str) -> None:
@@ -96,8 +96,8 @@ class XenMapError(MappingFailed, XenError):
     Attributes:
         errno: the error number, positive.
         call: the step that failed.
-        domid: whose pages.
-        count: how many pages were asked for.
+        domid: the domain that owns the pages.
+        count: the number of pages to map.
     """
 
     def __init__(self, errno: int | None, call: str, domid: int, count: int) -> None:
@@ -113,7 +113,7 @@ class GrantMapError(XenMapError):
     Attributes (besides those of `XenMapError`):
         reference: the first of `count` consecutive references. The kernel does not say which of
             them was wrong.
-        writable: whether they were to be mapped for writing too.
+        writable: whether the mapping was for writing, too.
     """
 
     def __init__(
@@ -138,8 +138,8 @@ class ForeignMapError(XenMapError):
 
     Attributes (besides those of `XenMapError`):
         frame: the first of `count` consecutive frame numbers.
-        failed: how many of them could not be mapped; 0 when the request failed as a whole.
-        failures: the first 64 of those, each as (frame number, errno).
+        failed: the number of frames that failed; 0 when the request failed as a whole.
+        failures: the first 64 failed frames, each as (frame number, errno).
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class XenUsageError(UsageError, XenError):
 
 
 class XenReleaseError(XenError):
-    """The kernel refused to take back what it had mapped: a bug in this package, or in the kernel.
+    """The kernel refused to release a mapping: a bug in this package, or in the kernel.
 
     Attributes:
         errno: the error number.

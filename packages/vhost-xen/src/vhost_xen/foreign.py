@@ -20,13 +20,13 @@ _FAILURES_KEPT: Final = 64
 class ForeignRange:
     """Consecutive frames of one domain, mapped from construction to `release`.
 
-    The kernel answers success also when frames could not be mapped, and touching such a page
-    would be SIGBUS; a range with any failed page is therefore taken down again, and
-    ForeignMapError lists the frames.
+    The kernel may report success although some frames could not be mapped, and an access to such a
+    page gets SIGBUS. So a range with any failed page is unmapped again, and ForeignMapError lists
+    the frames.
 
-    With a `window` they are mapped there, and what takes them down is the window's `cover`. (This
-    driver refuses nothing in mmap itself, so that hardly a hole can come into the window, which
-    another thread's mapping could fall into. It would with grants.)
+    With a `window` the frames are mapped into it, and released by its `cover`. privcmd refuses no
+    mmap, so a hole in the window, into which another thread's mapping could come, is unlikely.
+    Grants would leave such holes: gntdev refuses wrong references in mmap.
     """
 
     __slots__ = ("_calls", "_generation", "_length", "_window", "address")

@@ -16,8 +16,8 @@ MAX_GRANTS: Final = 1 << 20
 class GrantRange:
     """Consecutive grant references, mapped from construction to `release`.
 
-    The references are only looked at by mmap: MAP_GRANT_REF succeeds for wrong ones too, and what
-    it reserved has to be given back whatever follows. `fd` has to stay open until `release`.
+    Only mmap checks the references. MAP_GRANT_REF succeeds for wrong ones, too, and its reservation
+    must be given back in any case. `fd` must stay open until `release`.
     """
 
     __slots__ = ("_calls", "_count", "_fd", "_generation", "_index", "address")
@@ -52,15 +52,15 @@ class GrantRange:
             request = UnmapRequest(self._index, self._count)
             self._calls.ioctl(self._fd, UNMAP_GRANT_REF, request.argument)
         except OSError as error:
-            # The front-end has the same open file and may have given them back before us.
+            # The front-end has the same open file, and may have given the references back already.
             if error.errno != errno.ENOENT:
                 raise XenReleaseError(error.errno, "UNMAP_GRANT_REF") from error
 
     def release(self) -> None:
-        """Unmap the pages, then give the references back, in this order.
+        """Unmap the pages, then give the references back.
 
-        The other way round the kernel would exchange the pages below a mapping that is still
-        there, and a late access would read something else than it asked for.
+        In the other order the kernel would exchange the pages under the mapping, and a late access
+        would read other memory.
         """
         if not may_release(self._generation):
             return

@@ -1,4 +1,4 @@
-"""`XenMapper`: what turns the regions of a front-end on Xen into memory of this process."""
+"""`XenMapper`: maps the regions of a front-end on Xen into this process."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class XenMapper:
     """
 
     xen_mmap: Final = True
-    """For back-ends: with this mapper they offer XEN_MMAP, and refuse postcopy."""
+    """Tells back-ends to offer XEN_MMAP with this mapper, and not to offer postcopy."""
 
     def __init__(self, files: Mapper | None = None, calls: SystemCalls | None = None) -> None:
         self._files = MmapMapper() if files is None else files
@@ -53,29 +53,28 @@ class XenMapper:
         """Map one region (vhost-user: "Memory region description", XEN_MMAP).
 
         Args:
-            region: its `flags` and `domid` are the message's last two fields. NO_ADVANCE_MAP is
-                read in both forms that are in use, 0x100 and 8.
+            region: its `flags` and `domid` are the message's last two fields. NO_ADVANCE_MAP may
+                have either form that is in use, 0x100 or 8.
             fd: borrowed for the call. Grants keep a duplicate until the mapping is closed.
 
         Returns:
-            A mapping with a host address, or without one for NO_ADVANCE_MAP: then `pin` maps the
-            pages of a range, for reading only when the access is only read, and `unpin` takes
-            them down.
+            A mapping with a host address. With NO_ADVANCE_MAP it has none: `pin` maps the pages of
+            a range, read-only for a read access, and `unpin` unmaps them.
 
         Raises:
             XenRegionError: the region breaks a rule, see `XenFlagsError`, `XenDomainError`,
                 `XenAlignmentError` and `XenFileError` below it.
-            GrantMapError, ForeignMapError: pages could not be mapped; none of the region is.
-            XenUnavailable: this kernel's pages are not Xen's.
-            GuestMemoryError: what the mapper for regions without flags raises.
+            GrantMapError, ForeignMapError: pages could not be mapped; no page of the region is.
+            XenUnavailable: this kernel's page size is not Xen's.
+            GuestMemoryError: an error of the mapper for regions without flags.
         """
         return self._map(region, fd, None)
 
     def map_into(self, region: Region, fd: int | None, window: Window) -> Mapping:
-        """Map one region into a window where that is possible, elsewhere where not.
+        """Map one region into a window where that is possible, and elsewhere otherwise.
 
-        FOREIGN regions and those without flags go into the window, grants never do: a guest's
-        wrong grant would tear a hole into it. Otherwise as `map`; also raises
+        FOREIGN regions and those without flags go into the window. Grants never do: a wrong grant
+        of a guest would leave a hole in it. The rest is as in `map`. Also raises
         guest_memory.WindowFull, which leaves nothing mapped.
         """
         return self._map(region, fd, window)
@@ -127,9 +126,9 @@ class XenMapper:
             raise XenMapError(error.errno, "dup", region.domid, page_count(region.size)) from error
 
     def _check_device(self, region: Region, fd: int, device: str) -> None:
-        # A request for no pages does nothing, and only the right driver answers it with EINVAL.
-        # Without this a file of any kind could be mapped far beyond its end, and arrays as
-        # large as the region be filled, before the first refusal.
+        # Only the right driver answers a request for no pages with EINVAL. Without this check a
+        # file of any kind could be mapped far beyond its end, and arrays as large as the region
+        # filled, before the first error.
         if device == PRIVCMD:
             number, argument = MMAPBATCH_V2, BatchRequest(region.domid, 0, 0, 0).argument
         else:
@@ -162,11 +161,11 @@ def _too_large(region: Region, pages: int) -> XenRegionError:
 
 
 class WholeMapping:
-    """A mapping that is there as a whole; pins only compute.
+    """A region that is mapped as a whole, so `pin` only computes an address.
 
     Args:
-        region: what is mapped.
-        address: where it is in this process.
+        region: the region.
+        address: its host address.
         release: unmaps it; called once.
     """
 
@@ -174,16 +173,16 @@ class WholeMapping:
         self._region = region
         self._address: int | None = address
         self._release = release
-        self._lock = Lock()  # lets one close release
+        self._lock = Lock()  # so that only one `close` releases
 
     @property
     def host_address(self) -> int | None:
-        """Where the first byte of the region is in this process; None after `close`."""
+        """Host address of the region's first byte; None after `close`."""
         return self._address
 
     @property
     def size(self) -> int:
-        """Size in bytes: the region's, which may end within its last page."""
+        """The region's size in bytes, which need not be whole pages."""
         return self._region.size
 
     @property
@@ -205,10 +204,10 @@ class WholeMapping:
         return base + address - self._region.guest_address, None
 
     def unpin(self, token: Any) -> None:
-        """Do nothing: all stays mapped until `close`."""
+        """Do nothing: the region stays mapped until `close`."""
 
     def close(self) -> None:
-        """Release the memory. Harmless when repeated."""
+        """Release the memory. Calling it again is harmless."""
         with self._lock:
             if self._address is None:
                 return
@@ -222,7 +221,7 @@ class WholeMapping:
 class GrantsOnDemand:
     """Granted pages of another domain, each mapped only while it is pinned.
 
-    Every pin is a mapping of its own: the hypervisor counts them, and a page that two requests
+    Every pin is a mapping of its own, and the hypervisor counts them. So a page that two requests
     touch stays mapped until both are done.
     """
 
@@ -233,7 +232,7 @@ class GrantsOnDemand:
         # Guards the three fields below.
         self._lock = Lock()
         self._pinned: set[GrantRange] = set()
-        self._mapping = 0  # pins that are being made just now
+        self._mapping = 0  # pins that are being made or released now
         self._closed = False
 
     @property
@@ -243,7 +242,7 @@ class GrantsOnDemand:
 
     @property
     def size(self) -> int:
-        """Size in bytes: the region's."""
+        """The region's size in bytes."""
         return self._region.size
 
     @property
@@ -262,14 +261,15 @@ class GrantsOnDemand:
         Args:
             address: guest address of the first byte, inside the region.
             length: bytes, at least 1; the range ends inside the region.
-            access: 1 read, 2 write, 3 both. Pages are mapped read-only for 1, so that a guest may
-                grant them for reading only.
+            access: 1 read, 2 write, 3 both. With 1 pages are mapped read-only, because the guest
+                may have granted them for reading only.
 
         Returns:
             The host address of the first byte, and the token for `unpin`.
 
         Raises:
             GrantMapError: the pages could not be mapped; none of them is.
+            XenRegionError: the range has too many pages to be mapped at once.
             XenUsageError: the range is not inside the region, or the mapping is closed.
         """
         _check_range(self._region, address, length, access)
@@ -299,7 +299,7 @@ class GrantsOnDemand:
         return pages.address + offset, pages
 
     def unpin(self, token: Any) -> None:
-        """Unmap what the `pin` that returned `token` had mapped."""
+        """Unmap the pages of the `pin` that returned `token`."""
         with self._lock:
             if token not in self._pinned:
                 raise XenUsageError("nothing is pinned by this token")
@@ -318,7 +318,7 @@ class GrantsOnDemand:
             self._calls.close(self._fd)
 
     def close(self) -> None:
-        """Refuse new pins; what is pinned stays so until it is unpinned. Harmless when repeated."""
+        """Refuse new pins; present ones last until `unpin`. Calling it again is harmless."""
         with self._lock:
             if self._closed:
                 return

@@ -1,1 +1,1 @@
-"""What Linux offers and Python does not: system calls with raw addresses, nothing about guests."""
+"""Linux's system calls with raw addresses, which Python lacks. Nothing here knows guests."""

@@ -1,4 +1,4 @@
-"""Atomic operations without C: a futex call changes words with the machine's instructions."""
+"""Atomic operations without C: a futex call changes a word by an atomic instruction."""
 
 import ctypes
 import errno
@@ -22,9 +22,9 @@ def _word_operation(
 ) -> bool:
     """Change an aligned 32-bit word atomically; False when its page is missing.
 
-    FUTEX_WAKE_OP changes the word at its second address with the machine's atomic instruction
-    before it wakes the threads that wait there, which are none. Operands have 12 signed bits, or
-    are a power of two given by its exponent.
+    FUTEX_WAKE_OP changes the word at its second address by an atomic instruction, before it wakes
+    threads that wait there (there are none). An operand has 12 signed bits, or is a power of two
+    given by its exponent.
     """
     while True:
         code = operation << 28 | (operand & 0xFFF) << 12
@@ -50,11 +50,11 @@ def _each_bit(address: int, operation: int, mask: int) -> bool:
 
 
 def atomic_add(address: int, value: int) -> None:
-    """Add to a 32-bit word of this process's own memory: a full barrier, and the GIL is kept.
+    """Add to a 32-bit word of this process's own memory; a full barrier that keeps the GIL.
 
     Args:
-        address: host address of the word, aligned to 4 and mapped, in memory that makes no thread
-            wait: never a guest's.
+        address: host address of the word, aligned to 4 and mapped. The memory must make no thread
+            wait, so it must not be a guest's.
         value: from -2048 to 2047; the sum wraps.
 
     Raises:
@@ -85,7 +85,7 @@ def atomic_or(address: int, mask: int) -> bool:
 def atomic_flip(address: int, mask: int) -> bool:
     """XOR ``mask`` into a 32-bit word, bit by bit, low bits first; False on a fault.
 
-    A reader sees the bits change one after the other, each at once.
+    A reader sees the bits change one after the other.
 
     Args:
         address: host address of the word, aligned to 4.
@@ -100,15 +100,15 @@ def atomic_flip(address: int, mask: int) -> bool:
 def store_halfword(address: int, value: int) -> bool:
     """Store 16 bits so that a reader never sees a torn value of a ring index; False on a fault.
 
-    The kernel's copies of two bytes may be two stores of one. The upper half of a word (``idx`` of
-    a split ring) is moved by additions instead, whose carry drops out of the word: a reader sees
-    the old value, the new one or one between them, all of which are true of a ring whose entries
-    were written before. The lower half cannot be added to without a carry, so its bits are flipped:
-    nothing that counts lives there. No other thread may store there meanwhile.
+    The kernel may copy two bytes by two stores of one byte. So the upper half of a word (``idx`` of
+    a split ring) is changed by additions, whose carry drops out of the word. A reader sees the old
+    value, the new one or one between them; all are true of a ring whose entries were written
+    before. An addition to the lower half would carry into the upper, so there the bits are flipped;
+    a used ring's ``idx`` never lies there. No other thread may store to the word meanwhile.
 
     Args:
         address: host address, aligned to 2.
-        value: what to store, of 16 bits, in the machine's byte order.
+        value: the 16 bits to store, in the machine's byte order.
 
     Raises:
         MappingFailed: the system refuses a call.

@@ -39,7 +39,7 @@ _bytes_address = ctypes.PYFUNCTYPE(ctypes.c_size_t, ctypes.py_object)(
 
 
 class BufferAddress:
-    """The address and the size of a contiguous buffer, which stays put inside the ``with`` block.
+    """Address and size of a contiguous buffer, which cannot move inside the ``with`` block.
 
     Raises:
         BufferError, TypeError: as Python does for objects that are no (writable) buffers.
@@ -62,7 +62,7 @@ class BufferAddress:
 
 
 def new_bytes(length: int) -> tuple[bytes, int]:
-    """A bytes object to be filled by its maker before anybody else sees it, and its address."""
+    """A bytes object and its address; the caller must fill it before any other code sees it."""
     data: bytes = _new_bytes(None, length)
     return data, _bytes_address(data)
 

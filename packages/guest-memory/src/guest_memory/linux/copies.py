@@ -1,4 +1,4 @@
-"""Copies that survive missing pages: the kernel answers EFAULT where a touch would be SIGBUS."""
+"""Copies that survive missing pages: the kernel returns EFAULT where an access gets SIGBUS."""
 
 import ctypes
 import errno
@@ -30,14 +30,14 @@ class _Iovec(ctypes.Structure):
 def try_copy(guest: int, local: int, length: int, to_guest: bool) -> bool:
     """Copy between guest memory and ours with the kernel's help; False when a page is missing.
 
-    A missing page (its file was truncated) is EFAULT for the kernel where it would be SIGBUS for
-    us. The bytes before it have been copied.
+    For a missing page (its file was truncated) the kernel returns EFAULT, where a direct access
+    gets SIGBUS. The bytes before the page have been copied.
 
     Args:
         guest: host address at which the guest's memory is mapped in this process.
         local: host address of our own memory.
         length: bytes.
-        to_guest: copy ours to the guest's, or else the guest's to ours.
+        to_guest: True to copy from ours to the guest's, False for the other way.
 
     Raises:
         MappingFailed: the system refuses the call.
@@ -64,7 +64,7 @@ def try_copy(guest: int, local: int, length: int, to_guest: bool) -> bool:
                 raise MappingFailed(error, "process_vm_writev" if to_guest else "process_vm_readv")
             if not done:
                 return False
-            step = done  # a fault in the middle ends the call early; the next one names it
+            step = done  # a fault in the middle ends the call early; the next call fails with it
         guest += step
         local += step
         length -= step
@@ -72,7 +72,7 @@ def try_copy(guest: int, local: int, length: int, to_guest: bool) -> bool:
 
 
 def _copy_by_pipe(guest: int, local: int, length: int, to_guest: bool) -> bool:
-    """The same through a pipe: read and write answer EFAULT too, and no filter forbids them."""
+    """Copy through a pipe: read and write return EFAULT too, and no filter forbids them."""
     source, target = (local, guest) if to_guest else (guest, local)
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:

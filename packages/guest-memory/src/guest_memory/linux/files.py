@@ -1,7 +1,7 @@
-"""A file at a position, read into and written from several pieces of memory in one call.
+"""Reading and writing a file at a position, with several pieces of memory in one call.
 
-Python's preadv and pwritev are preadv2(2) and pwritev2(2) underneath, which not every C library and
-seccomp filter lets through; then pread(2) and pwrite(2) move the first piece.
+Python's preadv and pwritev call preadv2(2) and pwritev2(2). Some C libraries lack these, and some
+seccomp filters forbid them; then pread(2) and pwrite(2) move the first piece only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _libc: Final[Any] = ctypes.CDLL(None, use_errno=True)
 
 
 def read_at(fd: int, views: Sequence[memoryview], offset: int) -> int:
-    """Fill the views from `offset` (bytes) on; how many bytes were read. Raises OSError."""
+    """Read into the views from `offset` (bytes); returns the bytes read. Raises OSError."""
     try:
         return os.preadv(fd, views, offset)
     except (AttributeError, NotImplementedError):
@@ -29,7 +29,7 @@ def read_at(fd: int, views: Sequence[memoryview], offset: int) -> int:
 
 
 def write_at(fd: int, views: Sequence[memoryview], offset: int) -> int:
-    """Write the views to `offset` (bytes) on; how many bytes were written. Raises OSError."""
+    """Write the views to `offset` (bytes); returns the bytes written. Raises OSError."""
     try:
         return os.pwritev(fd, views, offset)
     except (AttributeError, NotImplementedError):
@@ -41,7 +41,7 @@ def write_at(fd: int, views: Sequence[memoryview], offset: int) -> int:
 
 
 def _move(call: Any, fd: int, view: memoryview, offset: int) -> int:
-    """By address, so that memory that is gone is EFAULT and no signal."""
+    """Move one piece by its address: memory that is gone gives EFAULT, not a signal."""
     call.restype = ctypes.c_ssize_t
     place = ctypes.c_char.from_buffer(view)
     count: int = call(fd, ctypes.byref(place), ctypes.c_size_t(len(view)), ctypes.c_int64(offset))

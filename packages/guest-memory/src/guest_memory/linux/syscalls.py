@@ -1,4 +1,4 @@
-"""The system calls that Python's standard library does not offer, or not with raw addresses."""
+"""System calls that Python's standard library lacks, or has only without raw addresses."""
 
 import ctypes
 import errno
@@ -35,7 +35,7 @@ _held: Any = ctypes.PyDLL(None, use_errno=True)
 
 
 def function(name: str, result: Any, *arguments: Any, library: Any = _libc) -> Any:
-    """A function of the C library; one that is not there raises `MappingFailed` when called."""
+    """A function of the C library; where that lacks it, calling it raises `MappingFailed`."""
     try:
         found = library[name]
     except AttributeError:
@@ -70,7 +70,7 @@ USERFAULTFD = {"x86_64": 323, "s390x": 355, "ppc64le": 364}.get(_MACHINE, 282)
 
 
 generation: int = 0
-"""How often this process is a forked child: what an ancestor mapped is not here, and not ours."""
+"""The number of forks behind this process. A forked child does not have its parent's mappings."""
 
 
 def _forked() -> None:
@@ -82,17 +82,18 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def unmap_at_end(mapped_in: int) -> bool:
-    """Tell whether a finalizer may unmap what was mapped in generation ``mapped_in``.
+    """Tell whether a finalizer may unmap memory that was mapped in generation ``mapped_in``.
 
     A forked child does not have the mapping, and may have another one at the same place. When the
-    interpreter ends, a daemon thread may still be in C with the memory; the kernel unmaps it.
+    interpreter ends, a daemon thread may still use the memory in C, so unmapping is left to the
+    kernel.
     """
     return mapped_in == generation and not sys.is_finalizing()
 
 
 def map_memory(address: int, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
     """Call mmap; return the address or raise `MappingFailed`."""
-    if length >> 63:  # would be cut to what fits a C type
+    if length >> 63:  # a larger length would be cut to the C type
         raise MappingFailed(errno.ENOMEM)
     result: int = _mmap(address, length, prot, flags, fd, offset)
     if result == _FAILED:
@@ -101,7 +102,7 @@ def map_memory(address: int, length: int, prot: int, flags: int, fd: int, offset
 
 
 def reserve_hole(address: int, length: int) -> bool:
-    """Reserve a range that may be a hole; False when something is mapped in it."""
+    """Reserve a range if nothing is mapped in it; False otherwise."""
     flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
     try:
         got = map_memory(address, length, PROT_NONE, flags, -1, 0)
@@ -123,21 +124,20 @@ def unmap_memory(address: int, length: int) -> None:
 def keep_private(address: int, length: int) -> None:
     """Leave a range out of core dumps and of forked children.
 
-    A guest's memory in a core dump is a leak of the guest's secrets; in a child it would be a
-    second, uncounted user of the mapping. Both are advice: a kernel without them is no
-    error.
+    A core dump with a guest's memory would leak the guest's secrets, and a child would be a second,
+    uncounted user of the mapping. Both calls are advice: their failure is no error.
     """
     _madvise(address, length, _MADV_DONTDUMP)
     _madvise(address, length, _MADV_DONTFORK)
 
 
 def no_huge_pages(address: int, length: int) -> None:
-    """Keep the kernel from filling a range with large pages behind a postcopy migration's back."""
+    """Keep the kernel from filling missing pages of a range with large pages during postcopy."""
     _madvise(address, length, _MADV_NOHUGEPAGE)
 
 
 def duplicate_mapping(address: int, length: int, target: int) -> int:
-    """Map a shared mapping's pages a second time, at ``target`` (0: anywhere); return where."""
+    """Map a shared mapping's pages again at ``target`` (0: anywhere); return the address."""
     # With an old size of 0 mremap leaves the first mapping where it is.
     flags = _MREMAP_MAYMOVE | (_MREMAP_FIXED if target else 0)
     result: int = _mremap(address, 0, length, flags, target)
@@ -146,7 +146,7 @@ def duplicate_mapping(address: int, length: int, target: int) -> int:
     return result
 
 
-_Statfs = ctypes.c_uint64 * 32  # larger than struct statfs, which begins with the two words wanted
+_Statfs = ctypes.c_uint64 * 32  # larger than struct statfs, whose first two words are used
 
 
 def file_system(fd: int) -> tuple[int, int]:

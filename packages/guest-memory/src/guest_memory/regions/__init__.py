@@ -1,5 +1,5 @@
-"""Regions: what a front-end describes, and the memory of this process behind it.
+"""Regions: a front-end's descriptions of memory, and their mappings in this process.
 
-Mapping and unmapping live here, and who holds which addresses. What a snapshot of several regions
-means, and access to it, do not.
+Mapping and unmapping belong here, and so does the ownership of address ranges. The meaning of a
+snapshot of several regions, and access to it, belong to `snapshot`.
 """

@@ -1,4 +1,4 @@
-"""Assembly: regions become entries, mapped into the flat window where that is possible."""
+"""Assembly: maps regions, into the flat window where that is possible, and makes entries."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -12,7 +12,7 @@ from .mmap_mapper import MmapMapper
 from .region import Region
 from .window import Window, WindowFull
 
-# The usual one first: asking a protocol is slow, and from Python 3.12 on imports `inspect`.
+# The usual one first: isinstance with a protocol is slow, and imports `inspect` from Python 3.12.
 _WINDOW_MAPPERS = (MmapMapper, WindowMapper)
 
 
@@ -21,7 +21,7 @@ def map_all(
 ) -> tuple[list[Entry], Window | None]:
     """Map regions with their files; return entries sorted by guest address, and their window.
 
-    Whatever is raised, nothing stays mapped.
+    After an error nothing stays mapped.
     """
     window = None
     if pairs and isinstance(mapper, _WINDOW_MAPPERS):
@@ -31,7 +31,7 @@ def map_all(
         for region, fd in pairs:
             try:
                 entry = _map_one(mapper, region, fd, window)
-            except WindowFull:  # pages so large that even ample room cannot be aligned to them
+            except WindowFull:  # its pages are so large that even ample room has no aligned place
                 entry = _map_one(mapper, region, fd, None)
             entries.append(entry)
     except BaseException:
@@ -54,18 +54,17 @@ def map_another(
     """Map one more region.
 
     Args:
-        entries: those there are.
-        region: what to add.
+        entries: the present entries.
+        region: the region to add.
         fd: its file; borrowed.
-        mapper: how to map it.
-        window: where the entries lie.
-        fixed: nothing may move into a larger window.
+        mapper: maps it.
+        window: the window of the present entries.
+        fixed: entries must not move into a larger window.
 
     Returns:
-        The entries there were, of which some may have been mapped anew, the added one, and the
-        window they lie in.
+        The present entries (some may have been mapped anew), the added one, and their window.
 
-    Whatever is raised, nothing more is mapped.
+    After an error nothing more is mapped than before.
     """
     fresh: list[Entry] = []
     try:
@@ -120,7 +119,7 @@ def check_overlaps(regions: Sequence[Region]) -> None:
 
 
 def _room(region: Region) -> int:
-    """What a region may take of a window at most: itself, and alignment before and behind."""
+    """The most bytes that a region takes of a window: its own, and alignment on both sides."""
     return region.size + (1 << 22)
 
 
@@ -138,9 +137,9 @@ def _bigger(window: Window | None, room: int) -> Window | None:
 def _move_over(
     entries: list[Entry], window: Window | None, bigger: Window, fresh: list[Entry]
 ) -> list[Entry]:
-    """Map what can be mapped twice into a larger window; present snapshots keep the old one.
+    """Map entries a second time, in a larger window; present snapshots keep the old one.
 
-    What cannot be had twice stays where it is, outside of the new window.
+    An entry that cannot be mapped twice stays where it is, outside of the new window.
     """
     result = []
     for entry in entries:

@@ -50,12 +50,12 @@ class Entry:
     user_end: int
     host: int  # 0 when mapped on demand
     page_size: int
-    access: int  # of a part: what it was pinned for
+    access: int  # of a part: the access that it was pinned for
     read_only: bool
     bounded: bool
     sealed: bool
     direct: bool  # may be touched other than through the kernel
-    fast: bool  # direct, bounded, and there: nothing more to ask
+    fast: bool  # direct, bounded and mapped: needs no further check
     poison: ctypes.c_uint32
     record: bytes
 
@@ -71,7 +71,7 @@ class Entry:
         host: int | None = None,
         access: int = READ | WRITE,
     ) -> None:
-        self._finish = [finish]  # first of all: from here on the entry owns the memory
+        self._finish = [finish]  # set first: from here on the entry owns the memory
         self.region = region
         self.mapping = mapping
         self.parent = parent
@@ -113,7 +113,7 @@ class Entry:
 
     @classmethod
     def of(cls, region: Region, mapping: Mapping) -> "Entry":
-        """Take over a mapping, which is closed when that fails."""
+        """Take over a mapping; on failure the mapping is closed."""
         try:
             host = mapping.host_address
             if host is not None and not (host > 0 and fits(host, region.size)):
@@ -162,17 +162,17 @@ class Entry:
         self.release()
 
     def export(self, host: int, length: int, snapshot: object) -> memoryview:
-        """A view that keeps the memory mapped as long as it exists, or a slice of it."""
+        """A view that keeps the memory mapped as long as the view or a slice of it exists."""
         if self._array is None:
             self._array = ctypes.c_ubyte * (self.end - self.guest)
         exporter = self._array.from_address(self.host)
-        # Where a guard watches snapshots, the view has to keep the snapshot too.
+        # Unsealed memory needs a guard, which watches snapshots: the view must keep its snapshot.
         exporter.owner = self if self.sealed else (self, snapshot)
         offset = host - self.host
         return memoryview(exporter).cast("B")[offset : offset + length]
 
     def borrow(self, host: int, length: int) -> memoryview:
-        """A view for use while the entry is held anyway; cheaper than `export`."""
+        """A view to use while the caller holds the entry; cheaper than `export`."""
         view = self._view
         if view is None:
             exporter = (ctypes.c_ubyte * (self.end - self.guest)).from_address(self.host)

@@ -1,9 +1,9 @@
-"""How memory gets into this process: the seam between the region table and the mapping code.
+"""Mappers: the interface between the region table and the code that maps memory.
 
-A `Mapper` turns a region and the file descriptor that came with it into a `Mapping`. Two kinds
-exist. A mapping with a host address is there as a whole (files, Xen foreign mappings). A mapping
-without one is reached page by page: `Mapping.pin` makes a range accessible for a while,
-`Mapping.unpin` ends that (Xen grants on demand).
+A `Mapper` turns a region and the file descriptor that came with it into a `Mapping`. There are two
+kinds. A mapping with a host address is mapped as a whole (files, Xen foreign mappings). A mapping
+without one is mapped on demand (Xen grants): `Mapping.pin` makes a range accessible, and
+`Mapping.unpin` ends that.
 """
 
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -15,17 +15,16 @@ if TYPE_CHECKING:
 
 
 class Mapping(Protocol):
-    """Memory of one region, for as long as it is used.
+    """The mapped memory of one region.
 
-    `GuestMemory` calls `close` once, when the last snapshot and the last view that use the mapping
-    are gone, or at once when the table that it was made for comes to nothing. Methods may be called
-    from several threads at a time.
+    `GuestMemory` calls `close` once: when the last snapshot and the last view that use the mapping
+    are gone, or at once when making its table fails. Several threads may call methods at a time.
 
-    These attributes are optional; without them the default holds:
+    These attributes are optional, with defaults:
 
     ``poison_address`` (int)
-        Host address of an aligned 32-bit word that a SIGBUS handler sets when it survived a fault
-        in this mapping. Default: `GuestMemory` provides a word.
+        Host address of an aligned 32-bit word that a SIGBUS handler sets after a fault in this
+        mapping. Default: `GuestMemory` provides a word.
     ``sealed`` (bool, default True)
         Accesses cannot fault: the peer cannot take pages away.
     ``guarded`` (bool, default False)
@@ -33,20 +32,20 @@ class Mapping(Protocol):
     ``read_only`` (bool, default False)
         The memory must not be written.
     ``bounded`` (bool, default False)
-        A first access to a page takes a short time that no other process controls.
+        A first access to a page takes a short time, and no other process can delay it.
     """
 
     @property
     def host_address(self) -> int | None:
-        """Where the first byte of the region is in this process, None when mapped on demand."""
+        """Host address of the region's first byte; None when mapped on demand."""
 
     @property
     def size(self) -> int:
-        """Size in bytes: the region's."""
+        """The region's size in bytes."""
 
     @property
     def page_size(self) -> int:
-        """Size in bytes of the pages that the memory is made of (hugetlb: the large ones)."""
+        """Size in bytes of the memory's pages (of hugetlb: the large pages)."""
 
     @property
     def poisoned(self) -> bool:
@@ -69,10 +68,10 @@ class Mapping(Protocol):
         """
 
     def unpin(self, token: Any) -> None:
-        """End what the `pin` that returned ``token`` began. Called once for each token."""
+        """End the pin that ``token`` came from. Called once for each token."""
 
     def close(self) -> None:
-        """Release the memory. Harmless when repeated."""
+        """Release the memory. Calling it again is harmless."""
 
 
 class Mapper(Protocol):
@@ -82,9 +81,9 @@ class Mapper(Protocol):
         """Map one region, which has passed `Region.check`.
 
         Args:
-            region: what to map.
-            fd: the file descriptor that came with it, borrowed for the duration of the call: the
-                mapper never closes or keeps it.
+            region: the region to map.
+            fd: the file descriptor that came with it. It is borrowed for the call: the mapper must
+                not close or keep it.
 
         Raises:
             GuestMemoryError: nothing is left mapped.
@@ -93,7 +92,7 @@ class Mapper(Protocol):
 
 @runtime_checkable
 class WindowMapper(Mapper, Protocol):
-    """A mapper that can put its mappings where `GuestMemory` wants them: into the flat window."""
+    """A mapper that can put its mappings into `GuestMemory`'s flat window."""
 
     def map_into(self, region: Region, fd: int | None, window: "Window") -> Mapping:
         """Map one region inside of ``window``, or elsewhere when that is not possible.
@@ -106,10 +105,10 @@ class WindowMapper(Mapper, Protocol):
 
 @runtime_checkable
 class WindowMapping(Mapping, Protocol):
-    """A mapping that can be had a second time, in another window, when the first is too small."""
+    """A mapping that can be mapped again in another window, when the first is too small."""
 
     def duplicate(self, window: "Window") -> Mapping:
-        """Map the same memory into ``window`` too; the two share their fate (poison word).
+        """Map the same memory into ``window`` too; both mappings share one poison word.
 
         Raises:
             GuestMemoryError: nothing is left mapped.

@@ -1,4 +1,4 @@
-"""Mapping files: what every front-end but Xen's passes."""
+"""Mapping the files that every front-end but Xen's passes."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ _HUGE = 1 << 21
 
 
 class _Placement:
-    """A mapped range of this process, unmapped or covered exactly once."""
+    """A mapped range of this process, which is unmapped or covered exactly once."""
 
     __slots__ = ("_generation", "_may_unmap", "_open", "_window", "base", "length")
 
@@ -51,7 +51,7 @@ class MmapMapping:
         sealed: the file can never shrink under the mapping.
         guarded: the mapper was told that a SIGBUS guard watches.
         read_only: the mapping must not be written.
-        bounded: the file lives in memory (tmpfs, hugetlbfs), so that a first access is short.
+        bounded: the file is in memory (tmpfs, hugetlbfs), so a first access is short.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class MmapMapping:
         return self._poison.value != 0
 
     def pin(self, address: int, length: int, access: int) -> tuple[int, Any]:
-        """See `Mapping.pin`; the whole region is there already."""
+        """See `Mapping.pin`; the whole region is mapped already."""
         offset = address - self._region.guest_address
         if offset < 0 or length < 0 or length > self.size - offset:
             raise OutOfBounds(address, length)
@@ -98,11 +98,11 @@ class MmapMapping:
             raise UsageError("not a token of this mapping")
 
     def close(self) -> None:
-        """Unmap the region; what was its place in a window reads as zeroes from now on."""
+        """Unmap the region; in a window, its place reads as zeroes from now on."""
         self._placement.close()
 
     def duplicate(self, window: Window) -> "MmapMapping":
-        """See `WindowMapping.duplicate`. Hugetlb mappings cannot be had twice: `MappingFailed`."""
+        """See `WindowMapping.duplicate`. Raises `MappingFailed` for a hugetlb mapping."""
         base, length = self._placement.base, self._placement.length
         alignment = _alignment(self.page_size, length)
         target = window.duplicate(base, length, alignment)
@@ -133,10 +133,10 @@ class MmapMapper:
     """Maps files with mmap: shared, without reserving swap, never in core dumps or forked children.
 
     Args:
-        guarded: a SIGBUS guard is installed, and every snapshot is put under its watch before it is
-            used. This is the switch for zero-copy access to files that their owner can shrink:
-            without it such regions stay outside of the flat window, views of them raise
-            `Unguarded`, and copies go through the kernel, which reports what is missing.
+        guarded: a SIGBUS guard is installed, and watches every snapshot before it is used. This
+            allows zero-copy access to files that their owner can shrink. Without it such regions
+            stay outside of the flat window, views of them raise `Unguarded`, and copies go through
+            the kernel, which reports missing pages.
         require_seal: refuse files that are not sealed against shrinking (F_SEAL_SHRINK).
         read_only: map for reading only.
     """
@@ -160,8 +160,8 @@ class MmapMapper:
     def map_into(self, region: Region, fd: int | None, window: Window) -> MmapMapping:
         """Map one region into a window. See `WindowMapper.map_into`.
 
-        Regions that must not be touched directly are mapped elsewhere, so that the window holds
-        nothing but memory that may be: those that may vanish unguarded, and read-only ones.
+        The window holds only memory that may be touched directly. Regions that may vanish without a
+        guard, and read-only ones, are mapped elsewhere.
 
         Raises:
             WindowFull, InvalidRegion, MappingFailed.
@@ -173,13 +173,13 @@ class MmapMapper:
         address, size, offset = region.guest_address, region.size, region.mmap_offset
         if fd is None:
             raise InvalidRegion(address, size, "it came without a file descriptor")
-        # Asked before the size: a file that is sealed between the two may have been cut meanwhile.
+        # Ask for the seal before the size: the file could be cut and then sealed between the two.
         sealed = seals.cannot_shrink(fd)
         try:
             status = os.fstat(fd)
         except OSError as error:
             raise MappingFailed(error.errno or 0, "fstat") from None
-        # Only regular files (and memfds) have a size that means something here.
+        # Only of regular files (and memfds) the size limits a mapping.
         if stat.S_ISREG(status.st_mode) and offset + size > status.st_size:
             raise InvalidRegion(
                 address, size, f"offset {offset:#x} and size exceed the file's {status.st_size:#x}"

@@ -1,4 +1,4 @@
-"""Pins: parts of on-demand regions that are mapped for as long as a snapshot lives."""
+"""Pins: parts of on-demand regions that are mapped as long as a snapshot lives."""
 
 from collections.abc import Iterable
 from operator import attrgetter
@@ -15,8 +15,8 @@ def pinned_rows(
 
     Args:
         regions: entries of whole regions, sorted by guest address.
-        present: rows of the snapshot to go on from; what it has pinned stays pinned.
-        asked: (entry of the region, guest-physical address, length, access) of what to pin.
+        present: rows of the present snapshot; its pins are kept.
+        asked: the parts to pin, as (entry of the region, guest-physical address, length, access).
 
     Raises:
         GuestMemoryError: the mapper could not map a part; nothing more is pinned than before.
@@ -35,7 +35,7 @@ def pinned_rows(
 
 
 def _wanted(asked: Iterable[tuple[Entry, int, int, int]], kept: list[Entry]) -> list[_Range]:
-    """Round to pages. What was kept for less access than wanted now is pinned anew, for both."""
+    """Round to pages. A kept part that lacks a wanted access is pinned anew with both accesses."""
     wanted: list[_Range] = []
     for entry, guest, size, access in asked:
         if entry.host:
@@ -52,7 +52,7 @@ def _wanted(asked: Iterable[tuple[Entry, int, int, int]], kept: list[Entry]) -> 
 
 
 def _merged(wanted: list[_Range]) -> list[_Range]:
-    """Make one of ranges that overlap, and of neighbours with the same access."""
+    """Join ranges that overlap, and neighbours with the same access."""
     merged: list[_Range] = []
     for entry, start, end, access in sorted(wanted, key=lambda item: item[1:]):
         if merged and merged[-1][0] is entry and start <= merged[-1][2]:
@@ -65,7 +65,7 @@ def _merged(wanted: list[_Range]) -> list[_Range]:
 
 
 def _missing(merged: list[_Range], kept: list[Entry]) -> list[_Range]:
-    """Leave out what is pinned already."""
+    """Leave out parts that are pinned already."""
     missing: list[_Range] = []
     for entry, start, end, access in merged:
         for old in kept:

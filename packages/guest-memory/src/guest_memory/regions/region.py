@@ -6,7 +6,7 @@ from ..addresses import ADDRESS_SPACE, GuestAddress, UserAddress, fits
 from ..errors import InvalidRegion
 
 MAX_MEM_SLOTS = 509
-"""How many regions a table may hold (as many as KVM's user memory slots allowed at first)."""
+"""The most regions of a table (the number of user memory slots that KVM first had)."""
 
 
 class Region(NamedTuple):
@@ -15,7 +15,7 @@ class Region(NamedTuple):
     Attributes:
         guest_address: guest-physical address of the first byte.
         size: size in bytes; not zero.
-        user_address: the front-end's own virtual address of the first byte.
+        user_address: the front-end's virtual address of the first byte.
         mmap_offset: where the region begins in its file, in bytes.
         flags: Xen mmap flags; 0 without Xen.
         domid: Xen domain; 0 without Xen.

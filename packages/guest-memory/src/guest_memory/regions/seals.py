@@ -1,4 +1,4 @@
-"""File seals: what no process can do to a memfd any more (fcntl(2), "File Sealing")."""
+"""File seals: operations on a memfd that no process can do any more (fcntl(2), "File Sealing")."""
 
 import fcntl
 

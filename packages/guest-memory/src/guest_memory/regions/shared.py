@@ -1,4 +1,4 @@
-"""Plain shared memory: in-flight records, dirty bitmaps, and memory for a driver without a VMM."""
+"""Plain shared memory: in-flight records, dirty logs, and memory for a driver without a VMM."""
 
 import ctypes
 import os
@@ -12,7 +12,7 @@ from . import seals
 
 
 class _Range:
-    """A mapped range that is unmapped with its last user."""
+    """A mapped range, which is unmapped when its last user goes."""
 
     def __init__(self, base: int, length: int) -> None:
         self.base = base
@@ -20,7 +20,7 @@ class _Range:
         self.poison = ctypes.c_uint32()
         self.before_unmapping: list[Callable[[], object]] = []
         self._generation = syscalls.generation
-        # Kept here, as modules may be empty already when the interpreter ends.
+        # Kept here: the modules may be empty already when the interpreter ends.
         self._unmap = syscalls.unmap_memory
         self._may_unmap = syscalls.unmap_at_end
         syscalls.keep_private(base, length)
@@ -47,8 +47,8 @@ class SharedMapping:
         size: its size in bytes.
         page_size: page size of the file, in bytes.
         sealed: the file can never shrink under the mapping.
-        direct: the memory may be touched directly, as it is sealed or guarded. Otherwise its owner
-            can turn any touch into a SIGBUS, and only the kernel's copies report what is missing.
+        direct: the memory is sealed or guarded, so it may be touched directly. Otherwise its owner
+            can turn any access into a SIGBUS, and only copies by the kernel report missing pages.
 
     Raises:
         InvalidRegion: empty, or beyond the end of the file.
@@ -58,7 +58,7 @@ class SharedMapping:
     def __init__(self, fd: int, size: int, offset: int = 0, *, guarded: bool = False) -> None:
         if size <= 0 or offset < 0 or offset + size > 1 << 62:
             raise InvalidRegion(offset, size, "size and offset are not those of a file")
-        # Asked before the size: a file that is sealed between the two may have been cut meanwhile.
+        # Ask for the seal before the size: the file could be cut and then sealed between the two.
         sealed = seals.cannot_shrink(fd)
         try:
             status = os.fstat(fd)
@@ -111,7 +111,7 @@ class SharedMapping:
 
     @property
     def pages(self) -> tuple[int, int]:
-        """Host address and length in bytes of the whole pages that hold it, for a SIGBUS guard.
+        """Host address and length in bytes of its pages, for a SIGBUS guard.
 
         Raises:
             UsageError: the mapping is closed.
@@ -141,9 +141,9 @@ class SharedMapping:
             owner.poison.value = 1
 
     def before_unmapping(self, callback: Callable[[], object]) -> None:
-        """Have ``callback`` called right before the memory is unmapped, be it by a last view.
+        """Have ``callback`` called right before the memory is unmapped, by `close` or a last view.
 
-        A guard stops watching then; the callback must not refer to this object.
+        It lets a guard stop watching. The callback must not refer to this object.
 
         Raises:
             UsageError: the mapping is closed.
@@ -156,7 +156,7 @@ class SharedMapping:
         return self._range is None
 
     def close(self) -> None:
-        """Give the memory up: it is unmapped now, or with the last view. Harmless when repeated."""
+        """Unmap the memory now, or with the last view. Calling it again is harmless."""
         self._range = None
 
     def __enter__(self) -> "SharedMapping":

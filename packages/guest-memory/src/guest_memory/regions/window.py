@@ -1,9 +1,9 @@
 """The flat window: one range of this process in which all regions of a guest are mapped.
 
 A device that gets offsets into one `memoryview` needs no look-up for each buffer. So a large range
-is reserved (no access, no memory, no swap space), and regions are mapped into it. What is released
-is covered with anonymous pages, never given back: nothing else of this process can ever land there,
-and a stale view reads zeroes.
+is reserved (without access, memory or swap space), and regions are mapped into it. The place of a
+released region is covered with anonymous pages and never given back to the system. So no other
+mapping of this process can come there, and a stale view reads zeroes.
 """
 
 import ctypes
@@ -17,13 +17,13 @@ from ..addresses import align_up
 from ..errors import GuestMemoryError, MappingFailed
 from ..linux import syscalls
 
-# Address space costs nothing, but there are only 47 bits of it (some aarch64 kernels: 39). 64 GiB
-# leave room for 2,000 connections and for most guests' hotplug.
+# Address space is free, but has only 47 bits (on some aarch64 kernels 39). 64 GiB leave room for
+# 2,000 connections, and for the hotplug of most guests.
 _USUAL_SIZE = 1 << 36
 _HUGE = 1 << 21
 
-# What a place is when it comes back: to be taken again, still mapped by what was put there (it goes
-# with the window), or perhaps another mapping's by now.
+# States of a place that comes back: free to be taken again; still mapped (it goes with the window);
+# or lost, as another mapping may be there by now.
 _FREE, _KEPT, _LOST = range(3)
 
 
@@ -32,12 +32,12 @@ class WindowFull(GuestMemoryError):
 
 
 class _Reservation:
-    """The range itself: the one owner of its addresses.
+    """The range itself, and the owner of its addresses.
 
-    Places are taken and come back one by one, in any order and from any thread; also from
-    finalizers, which the garbage collector runs in any order and in the middle of anything. The
-    range is unmapped once nothing refers to it and every place is back, never before: a place that
-    is still out is covered later, and must not be another mapping's by then.
+    Places are taken and come back one by one, in any order and from any thread. They also come back
+    from finalizers, which the garbage collector may run at any point. The range is unmapped only
+    when nothing refers to it and every place is back: a place that is still out will be covered
+    later, and no other mapping must be there by then.
     """
 
     def __init__(self, size: int) -> None:
@@ -51,14 +51,14 @@ class _Reservation:
         )
         self.size = size
         self.generation = syscalls.generation
-        # Still there when the modules are being torn down.
+        # Kept here: the modules may be empty already when the interpreter ends.
         self._may_unmap = syscalls.unmap_at_end
         self._unmap = syscalls.unmap_memory
         self._lock = threading.Lock()  # guards the three fields below
         self._gaps = [(self.base, self.base + size)]
         self._out = 0
-        self._lost: list[tuple[int, int]] = []  # not ours any more: see `restore`
-        #: Places (start, end, state) that came back and are not entered yet.
+        self._lost: list[tuple[int, int]] = []  # may belong to other mappings: see `restore`
+        #: Places (start, end, state) that came back and still have to be entered.
         self._returned: deque[tuple[int, int, int]] = deque()
         self._referred = True
         self._mapped = [True]
@@ -71,7 +71,7 @@ class _Reservation:
 
     @property
     def held(self) -> bool:
-        """Whether places in it may be mapped over."""
+        """Whether the range is still ours, so that places in it may be mapped over."""
         return bool(self._mapped) and self._may_unmap(self.generation)
 
     @property
@@ -83,7 +83,7 @@ class _Reservation:
 
     def take(self, length: int, alignment: int, remainder: int) -> int:
         if self.generation != syscalls.generation or not self._referred:
-            raise WindowFull  # a forked child does not have the range, nor is there one at the end
+            raise WindowFull  # a forked child does not have the range, nor has a dropped window
         self._settle()
         try:
             with self._lock:
@@ -103,7 +103,8 @@ class _Reservation:
         self._settle()
 
     def _settle(self) -> None:
-        """Enter what came back. The thread with the lock does it: a finalizer must not wait."""
+        """Enter places that came back. The lock's holder does it for all, as finalizers cannot
+        wait."""
         while self._returned and self._lock.acquire(False):
             try:
                 while self._returned:
@@ -140,13 +141,13 @@ class _Reservation:
 
 
 class Window:
-    """A reserved range and which parts of it are taken. Safe to use from several threads.
+    """A reserved range, and the parts of it that are taken. Safe to use from several threads.
 
     Attributes:
         base: host address of the first byte.
         size: size in bytes.
         view: a writable memoryview of format ``"B"`` over all of it. Only bytes of mapped regions
-            may be touched: the rest is not accessible, and an access ends the process.
+            may be touched: an access to any other byte ends the process.
     """
 
     def __init__(self, size: int) -> None:
@@ -159,7 +160,7 @@ class Window:
 
     @classmethod
     def reserve(cls, needed: int) -> "Window | None":
-        """Reserve a window with room for ``needed`` bytes, and ample room to grow if it can be had.
+        """Reserve a window with room for ``needed`` bytes, and more to grow where possible.
 
         Returns None when the address space has no such gap.
         """
@@ -177,7 +178,7 @@ class Window:
 
     @property
     def taken(self) -> int:
-        """How many bytes are in use or lie in gaps before the last one."""
+        """The bytes that are in use, or lie in gaps before the last place."""
         return self._reservation.taken
 
     def contains(self, address: int, length: int) -> bool:
@@ -187,8 +188,8 @@ class Window:
     def take(self, length: int, alignment: int, remainder: int = 0) -> int:
         """Take ``length`` bytes at an address that leaves ``remainder`` modulo ``alignment``.
 
-        Each place that is taken comes back once, by `give_back`, `restore` or `cover`; until then
-        the window stays reserved.
+        The caller must return each place once, by `give_back`, `restore` or `cover`. Until then the
+        window stays reserved.
 
         Raises:
             WindowFull: no gap is large enough.
@@ -209,7 +210,7 @@ class Window:
         return self._fill(length, alignment, offset % alignment, attempt)
 
     def duplicate(self, address: int, length: int, alignment: int) -> int:
-        """Take a place and map there what is mapped shared at ``address``, outside of the window.
+        """Take a place, and map there again the shared memory at ``address`` (not in this window).
 
         Raises:
             WindowFull, MappingFailed: nothing is mapped.
@@ -223,8 +224,8 @@ class Window:
     def _fill(
         self, length: int, alignment: int, remainder: int, attempt: Callable[[int], int]
     ) -> int:
-        # A refused MAP_FIXED may have removed what was there, which leaves a hole that another
-        # thread's mapping can fall into. So the kernel is asked first to map the same anywhere.
+        # A refused MAP_FIXED may still have unmapped the place, and another thread's mapping could
+        # then come into the hole. So first try to map the same anywhere.
         syscalls.unmap_memory(attempt(0), length)
         address = self.take(length, alignment, remainder)
         try:
@@ -235,19 +236,18 @@ class Window:
         return address
 
     def give_back(self, address: int, length: int) -> None:
-        """Return a place to which nothing was mapped, or what was is not used any more.
+        """Return a place with no mapping, or with one that is not used any more.
 
-        Such a mapping lasts until the place is taken again or the window goes. `cover` replaces it
+        Such a mapping stays until the place is taken again or the window goes; `cover` replaces it
         at once.
         """
         self._reservation.put_back(address, length, _FREE)
 
     def restore(self, address: int, length: int) -> None:
-        """Return a place to which the kernel has refused to map something.
+        """Return a place where the kernel has refused a mapping.
 
-        What was refused with MAP_FIXED may have left a hole, and another mapping of this process
-        may have come into it. A place that cannot be told from such is never used again, nor
-        unmapped.
+        A refused MAP_FIXED may have left a hole, and another mapping of this process may have come
+        into it. Where that is possible, the place is never used again and never unmapped.
         """
         reservation = self._reservation
         if reservation.held:
@@ -255,17 +255,17 @@ class Window:
             reservation.put_back(address, length, _FREE if held else _LOST)
 
     def cover(self, address: int, length: int) -> None:
-        """Replace what is mapped at a place by anonymous zero pages, and return the place.
+        """Replace the mapping at a place by anonymous zero pages, and return the place.
 
         Raises:
-            MappingFailed: the system refused. What is mapped there stays until the window goes.
+            MappingFailed: the system refused; the old mapping stays until the window goes.
         """
         reservation = self._reservation
         if not reservation.held:
             return
-        # Writable, so that a stale view cannot end the process. A system that does not overcommit
-        # may refuse so much writable memory; read-only pages still keep other mappings out of
-        # the range. It is asked first, as a refused MAP_FIXED may leave a hole.
+        # Writable pages, so that a write by a stale view cannot end the process. A system without
+        # overcommit may refuse so many; read-only pages still keep other mappings out. Try it
+        # elsewhere first, as a refused MAP_FIXED may leave a hole.
         prot = syscalls.PROT_READ | syscalls.PROT_WRITE
         try:
             syscalls.unmap_memory(_zero_pages(0, length, prot), length)

@@ -1,4 +1,4 @@
-"""Snapshots: an immutable table of regions, how to find things in it, and how to reach them.
+"""Snapshots: an immutable table of regions, address look-ups in it, and access to the memory.
 
-Nothing is mapped or unmapped here, and nothing here changes once it is made.
+Nothing here maps or unmaps memory, and a snapshot never changes.
 """

@@ -34,7 +34,7 @@ _IOV_MAX = 1024
 
 
 class Reachable(Translation):
-    """A snapshot's memory, to be read and written."""
+    """Adds access to a snapshot's memory."""
 
     __slots__ = ()
 
@@ -67,7 +67,7 @@ class Reachable(Translation):
         return result
 
     def read_into(self, address: BusAddress, buffer: "Buffer") -> int:
-        """Copy a range of guest memory into a writable buffer, which says how long it is.
+        """Copy guest memory into a writable buffer, as many bytes as the buffer has.
 
         Returns:
             The number of bytes.
@@ -159,10 +159,10 @@ class Reachable(Translation):
                 for _, guest, length in spans:
                     log.mark(GuestAddress(guest), length)
             except UsageError:
-                if log.enabled:  # otherwise it has been closed meanwhile, and logging is over
+                if log.enabled:  # otherwise the log was closed meanwhile, and logging is over
                     raise
 
-    # Atomic words: aligned integers that the driver changes or reads at the same time.
+    # Atomic words: aligned integers that the driver may read or write at the same time.
 
     def _word(self, address: int, size: int, access: int) -> tuple[Entry, int]:
         if size not in _WORDS:
@@ -192,11 +192,11 @@ class Reachable(Translation):
                 raise Poisoned(address, size)
             return value
         first, second = _WORDS[size](), _WORDS[size]()
-        # The kernel may copy a word in pieces. Two equal copies are one value that was there,
-        # unless a driver goes once around all values in between.
+        # The kernel may copy a word in pieces. Two equal copies are a value that the word had,
+        # unless the driver has gone through all values in between.
         span = [(entry, guest, size)]
         self._copy(span, ctypes.addressof(first), READ)
-        for _ in range(_TRIES):  # a guest that changes it all the time gets what it asks for
+        for _ in range(_TRIES):  # if the guest keeps changing it, the value may be torn
             self._copy(span, ctypes.addressof(second), READ)
             if first.value == second.value:
                 break
@@ -208,8 +208,8 @@ class Reachable(Translation):
         """Write an aligned little-endian word of 1, 2, 4 or 8 bytes, and mark the dirty log.
 
         The store is atomic where memory may be touched directly (sealed or guarded files).
-        Elsewhere the kernel stores, and promises that for single bytes only; the index of a split
-        ring is safe all the same, see ``store_halfword``.
+        Elsewhere the kernel stores, which is atomic for single bytes only. The index of a split
+        ring is safe all the same: see ``store_halfword``.
 
         Args:
             address: in the driver's address space.
@@ -254,12 +254,12 @@ class Reachable(Translation):
 
         Args:
             address: in the driver's address space.
-            fd: where to read.
+            fd: the file to read.
             length: bytes.
             offset: position in the file in bytes; None reads at the file's own position.
 
         Returns:
-            How many bytes were read, which may be fewer than asked for, 0 at the end of the file.
+            The number of bytes read: may be fewer than `length`, and is 0 at the end of the file.
 
         Raises:
             OutOfBounds, IotlbMiss, AccessDenied: nothing was read.
@@ -317,7 +317,7 @@ class Reachable(Translation):
         return done
 
     def _find_hole(self, spans: Sequence[Span]) -> None:
-        """Poison the mappings whose memory is gone; all of them when it cannot be told."""
+        """Poison the mappings whose memory is gone, or all of them when none can be found."""
         byte = ctypes.c_uint8()
         local = ctypes.addressof(byte)
         found = False
@@ -334,14 +334,15 @@ class Reachable(Translation):
     # Views, without copies.
 
     def view(self, address: BusAddress, length: int, access: int = Access.READ_WRITE) -> memoryview:
-        """Return a zero-copy view of a range, which keeps the memory mapped as long as it exists.
+        """Return a zero-copy view of a range; the view keeps the memory mapped.
 
-        A view of memory that needs a guard keeps the whole snapshot, so that it stays watched.
+        A view of memory that needs a guard keeps the whole snapshot, so that the guard goes on
+        watching.
 
         Args:
             address: in the driver's address space.
             length: bytes.
-            access: with 1 (read) the view is read-only.
+            access: 1 (read) gives a read-only view.
 
         Raises:
             Unguarded: the memory may vanish and no guard is installed; use `read` and `write`.
@@ -353,7 +354,7 @@ class Reachable(Translation):
     def views(
         self, address: BusAddress, length: int, access: int = Access.READ_WRITE
     ) -> list[memoryview]:
-        """The same as `view` for ranges of any number of pieces; an empty range has none."""
+        """As `view`, for a range of any number of pieces; an empty range has none."""
         if length <= 0:
             if length:
                 raise UsageError("a length cannot be negative")
@@ -374,7 +375,7 @@ class Reachable(Translation):
 
 
 def _first(spans: Sequence[Span], count: int) -> list[Span]:
-    """The spans that the first ``count`` bytes lie in."""
+    """The spans of the first ``count`` bytes."""
     result: list[Span] = []
     for entry, guest, length in spans:
         if count <= 0:

@@ -1,4 +1,4 @@
-"""Where the present snapshot of a connection's memory lives."""
+"""The holder of a connection's present memory snapshot."""
 
 import threading
 
@@ -8,8 +8,8 @@ from .memory import GuestMemory
 class MemoryHolder:
     """Holds the current snapshot; replacing it is one atomic step.
 
-    A reader takes `current` once and works with that snapshot to the end: it stays valid, and its
-    memory mapped, whatever happens to the holder meanwhile.
+    A reader takes `current` once and works with that snapshot to the end. The snapshot stays valid,
+    and its memory mapped, even if another one replaces it in the holder.
     """
 
     def __init__(self, memory: GuestMemory | None = None) -> None:
@@ -25,7 +25,7 @@ class MemoryHolder:
         """Put another snapshot in place.
 
         Returns:
-            The one that was there. Its memory is released with the last reference to it.
+            The old snapshot. Its memory is released with the last reference to it.
         """
         with self._lock:
             old, self._memory = self._memory, memory

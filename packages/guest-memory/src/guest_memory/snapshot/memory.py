@@ -1,16 +1,16 @@
-"""Guest memory: an immutable table of regions, how to find things in it, and how to reach them.
+"""Guest memory: an immutable table of regions, address look-ups in it, and access to the memory.
 
 A `GuestMemory` never changes. Adding or removing a region, or taking over an IOTLB, makes another
-snapshot that shares the mappings; a mapping goes when the last snapshot or view that uses it is
-gone. So the holder of a snapshot needs no lock, and no memory disappears under a request in flight.
+snapshot that shares the mappings. A mapping is unmapped when the last snapshot or view that uses it
+is gone. So the holder of a snapshot needs no lock, and no memory disappears under a request in
+flight.
 
 The address space of `read`, `write`, `load`, `store`, `pieces`, `translate` and `view` is the one
 that the driver uses in descriptors: guest-physical addresses, or I/O virtual ones in a snapshot
 made by `with_iotlb`.
 
-This file makes snapshots out of others. What can be done with one is in its base classes, a file
-each: the table and its properties (``snapshot``), finding addresses (``translation``), and reaching
-what is there (``access``).
+This file makes snapshots out of others. The base classes, one file each, do the rest: the table and
+its properties (``snapshot``), address look-ups (``translation``), and access (``access``).
 """
 
 import os
@@ -58,7 +58,7 @@ class GuestMemory(Reachable):
         Args:
             regions: each region with the file descriptor that came with it; borrowed, the caller
                 closes its descriptors afterwards.
-            mapper: how to map; the default is ``MmapMapper()``. Later `add` calls use it too.
+            mapper: maps the regions; the default is ``MmapMapper()``. Later `add` calls use it too.
 
         Raises:
             TooManyRegions: more than `MAX_MEM_SLOTS`.
@@ -66,7 +66,7 @@ class GuestMemory(Reachable):
             Overlap: two regions share guest or user addresses.
             MappingFailed: the system refused.
 
-        Whatever is raised, nothing stays mapped.
+        After an error nothing stays mapped.
         """
         pairs = list(regions)
         if len(pairs) > MAX_MEM_SLOTS:
@@ -93,7 +93,7 @@ class GuestMemory(Reachable):
             guest_address: guest-physical address of the first byte.
             user_address: user address of the first byte; the default is 2**46 away from the guest
                 address, so that one is never taken for the other.
-            mapper: how to map; the default is ``MmapMapper()``.
+            mapper: maps the region; the default is ``MmapMapper()``.
 
         Returns:
             The snapshot, and the file descriptor, which the caller owns.
@@ -121,9 +121,9 @@ class GuestMemory(Reachable):
         the window has to grow.
 
         Args:
-            region: what to add.
+            region: the region to add.
             fd: its file; borrowed.
-            mapper: how to map it; the default is the one that the table was made with.
+            mapper: maps it; the default is the one that the table was made with.
 
         Raises:
             As `map`; this snapshot is unchanged, and nothing more is mapped.
@@ -143,7 +143,7 @@ class GuestMemory(Reachable):
             fd,
             state.mapper if mapper is None else mapper,
             state.window,
-            # A postcopy front-end has been told the addresses: nothing may move then.
+            # A postcopy front-end has been told the addresses, so no mapping may move.
             fixed=state.postcopy,
         )
         return self._make(
@@ -158,7 +158,7 @@ class GuestMemory(Reachable):
                 the other fields are ignored, as the specification says.
 
         Raises:
-            NoSuchRegion: there is none.
+            NoSuchRegion: the table has no such region.
         """
         base = self._base or self
         place = bisect_left(base._starts, region.guest_address)
@@ -170,8 +170,8 @@ class GuestMemory(Reachable):
     def with_iotlb(self, iotlb: Iotlb | None) -> "GuestMemory":
         """Return a snapshot that translates I/O virtual addresses by the IOTLB's present entries.
 
-        With None the snapshot takes guest-physical addresses again; one that does is returned
-        itself.
+        With None the snapshot takes guest-physical addresses again; a snapshot that already does
+        is returned itself.
         """
         if iotlb is None and self._state.iotlb is None:
             return self
@@ -179,37 +179,37 @@ class GuestMemory(Reachable):
         return self._derive(self._state._replace(iotlb=frozen))
 
     def with_log(self, log: DirtyLog | None) -> "GuestMemory":
-        """Return a snapshot whose `write`, `store` and `copy_from_fd` mark what they wrote.
+        """Return a snapshot whose `write`, `store` and `copy_from_fd` mark the pages they write.
 
-        They do so while ``log.enabled`` is true. Writes through views and by other engines are
-        theirs to mark. A snapshot that has this log already is returned itself.
+        They do so while ``log.enabled`` is true. Code that writes through views, and engines, must
+        mark their own writes. A snapshot that has this log already is returned itself.
         """
         if log is self._state.log:
             return self
         return self._derive(self._state._replace(log=log))
 
     def with_postcopy(self, active: bool) -> "GuestMemory":
-        """Return a snapshot that knows whether pages may still be on their way (postcopy).
+        """Return a snapshot that knows whether pages may still be missing (postcopy).
 
-        While they may, copies release the GIL and `bounded` is False, so that a page which is
-        waited for stops one thread and not the process.
+        While they may, copies release the GIL and `bounded` is False, so that waiting for a page
+        stops one thread and not the process.
         """
         return self._derive(self._state._replace(postcopy=active))
 
     def with_pins(self, ranges: Iterable[tuple[GuestAddress, int, int]]) -> "GuestMemory":
         """Return a snapshot in which parts of on-demand regions are mapped, as long as it lives.
 
-        This is how an engine gets at memory that is mapped on demand: it says which range it needs
-        (`NotMapped`), and goes on with the snapshot in which the range is there. What this snapshot
-        has pinned stays pinned in the new one. `add` and `remove` make snapshots without pins.
+        An engine uses memory that is mapped on demand in this way: it names the range that it needs
+        (`NotMapped`), and goes on with a snapshot that has the range. Pins of this snapshot are
+        kept in the new one. `add` and `remove` make snapshots without pins.
 
         Args:
-            ranges: (guest-physical address, length, access); rounded to pages here. Parts that are
+            ranges: (guest-physical address, length, access), rounded to pages here. Parts that are
                 mapped anyway are skipped, and parts pinned for another access are pinned anew.
 
         Raises:
-            OutOfBounds: a range that is not in guest memory.
-            GuestMemoryError: the mapper could not map one; nothing more is pinned than before.
+            OutOfBounds: a range is not in guest memory.
+            GuestMemoryError: the mapper could not map a part; no more is pinned than before.
         """
         base = self._base or self
         asked: list[tuple[Entry, int, int, int]] = []

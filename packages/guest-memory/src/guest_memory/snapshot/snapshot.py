@@ -1,4 +1,4 @@
-"""Snapshots: rows that never change, what is known of them, and the C table over them."""
+"""Snapshots: rows that never change, their properties, and the C table over them."""
 
 import ctypes
 from array import array
@@ -15,7 +15,7 @@ from ..regions.window import Window
 
 
 class State(NamedTuple):
-    """What snapshots inherit from each other besides regions."""
+    """The fields that a snapshot takes from the one it was made of, besides regions."""
 
     mapper: Mapper
     window: Window | None
@@ -25,9 +25,9 @@ class State(NamedTuple):
 
 
 class Snapshot:
-    """The rows of a table, sorted by both kinds of addresses, and what there is to say of them.
+    """The rows of a table, sorted by both kinds of addresses, and their properties.
 
-    Where rows have been split (`with_pins`), ``_base`` is the snapshot with whole regions.
+    Where rows were split (`with_pins`), ``_base`` is the snapshot with whole regions.
     """
 
     __slots__ = (
@@ -97,7 +97,7 @@ class Snapshot:
         return memory
 
     def _enter(self, state: State) -> None:
-        """Build the C table over what is there."""
+        """Set the state, and build the C table over the rows."""
         self._state = state
         self._postcopy = state.postcopy
         self._physical_addresses = state.iotlb is None
@@ -132,15 +132,15 @@ class Snapshot:
 
     @property
     def host_addresses(self) -> tuple[int | None, ...]:
-        """Where the regions are in this process, in their order; None for those mapped on demand.
+        """The regions' host addresses, in their order; None for a region mapped on demand.
 
-        A postcopy front-end is told these (the answer to SET_MEM_TABLE in postcopy).
+        In postcopy the answer to SET_MEM_TABLE has these addresses.
         """
         return tuple(entry.host or None for entry in (self._base or self)._entries)
 
     @property
     def ranges(self) -> tuple[tuple[int, int, int], ...]:
-        """(host address, length, page size) of what is mapped, widened to whole pages."""
+        """(host address, length, page size) of the mapped regions, widened to whole pages."""
         return tuple(pages for pages, _ in self._mapped())
 
     def _mapped(self) -> list[tuple[tuple[int, int, int], Entry]]:
@@ -166,7 +166,7 @@ class Snapshot:
 
     @property
     def pins(self) -> int:
-        """How many requests a C engine has taken and not yet completed with this snapshot.
+        """The number of requests that a C engine has taken with this snapshot and not completed.
 
         The engine's owner keeps a reference to the snapshot while this is not zero.
         """
@@ -177,7 +177,7 @@ class Snapshot:
         """The flat window, writable, format ``"B"``; None when no region lies in it.
 
         The byte at host address ``h`` is at index ``h - window_base``. Only bytes of mapped regions
-        may be touched. It does not keep regions mapped: those that are released read as zeroes.
+        may be touched. The view does not keep regions mapped: released ones read as zeroes.
         """
         return self._view
 
@@ -195,7 +195,7 @@ class Snapshot:
 
     @property
     def bounded(self) -> bool:
-        """True when no access can wait for another process: memory files only, and no postcopy."""
+        """True when no access can wait for another process: only memory files, and no postcopy."""
         return not self._postcopy and all(entry.bounded for entry in self._entries)
 
     @property

@@ -1,4 +1,4 @@
-"""Translation: where ranges of the driver's and the front-end's addresses are in this process."""
+"""Translation of the driver's and the front-end's addresses into addresses of this process."""
 
 from bisect import bisect_right
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Segment(NamedTuple):
     """A piece of guest memory that is contiguous in both address spaces.
 
     Attributes:
-        host: host address of the first byte; 0 when it is mapped on demand.
+        host: host address of the first byte; 0 when the memory is mapped on demand.
         guest: guest-physical address of the first byte.
         length: bytes.
     """
@@ -38,7 +38,7 @@ class Translation(Snapshot):
     def _index(self, address: int) -> int:
         """Index of the entry that holds a guest-physical address, or -1."""
         starts = self._starts
-        hint = self._hint  # any value that was valid once is: the table does not change
+        hint = self._hint  # always valid, as the table does not change
         if hint < len(starts) and starts[hint] <= address < self._entries[hint].end:
             return hint
         index = bisect_right(starts, address) - 1
@@ -48,7 +48,7 @@ class Translation(Snapshot):
         return -1
 
     def _find(self, address: int, length: int) -> Entry | None:
-        """The short way: the entry that holds a range, if it is one and the range is not empty."""
+        """The short way: the one entry that holds a whole range; None also for an empty range."""
         if self._physical_addresses and length > 0:
             starts, entries = self._starts, self._entries
             index = self._hint
@@ -116,7 +116,7 @@ class Translation(Snapshot):
             index += 1
 
     def _spans(self, address: int, length: int, access: int) -> list[Span]:
-        """Split a range of the driver's addresses, which is not empty."""
+        """Split a range of the driver's addresses that is not empty."""
         iotlb = self._state.iotlb
         if iotlb is None:
             return self._physical(address, length, access, address, length)
@@ -149,7 +149,7 @@ class Translation(Snapshot):
 
         Raises:
             OutOfBounds: a part of the range is no guest memory.
-            IotlbMiss, AccessDenied: what the IOTLB has to say.
+            IotlbMiss, AccessDenied: the IOTLB lacks an entry, or the access is not allowed.
         """
         if length <= 0:
             if length:
@@ -225,7 +225,7 @@ class Translation(Snapshot):
 
 
 def _refusal(entry: Entry, address: int, length: int, access: int) -> AccessError:
-    """Why a range must not be written: pages pinned for reading only can be pinned again."""
+    """The error for a write: pages pinned only for reading can be pinned again, others cannot."""
     if entry.access & WRITE:
         return AccessDenied(address, length, access)
     return NotMapped(address, length, access)

@@ -1,7 +1,7 @@
-"""Finding devices and back-ends that cannot work, where they are given to us.
+"""Checks that refuse a device or back-end that cannot work, when it is given to us.
 
-Otherwise their mistakes show late, on another thread or as the driver's trouble: a queue that
-nobody serves, a feature that is negotiated and not there, an answer that is never sent.
+Otherwise its mistakes show late, on another thread or in the guest: a queue that no worker serves,
+a feature that is negotiated but not implemented, an answer that is never sent.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MAX_QUEUES: Final = 256
 #: Descriptors in a split or packed ring (virtio 1.3, 2.7 and 2.8).
 MAX_QUEUE_SIZE: Final = 32768
 
-#: Virtio 1.3, section 6: bits 24 to 49 are not the device types'.
+#: Bits 24 to 49 are reserved, not for device types (virtio 1.3, section 6).
 _TRANSPORT: Final = (1 << 50) - (1 << 24)
-#: Of those, what the rings do, and what changes nothing for them.
+#: Those of them that the rings implement, or that change nothing for the rings.
 _KNOWN: Final = int(
     RING_FEATURES
     | VirtioFeature.IN_ORDER
@@ -36,7 +36,7 @@ _KNOWN: Final = int(
 _INTERFACE: Final = tuple(
     name for name, value in vars(VhostUserBackend).items() if callable(value) and name[0] != "_"
 )
-#: What `VhostUserBackendBase` has no default for.
+#: The methods for which `VhostUserBackendBase` has no default.
 _LEFT_TO_DO: Final = ("num_queues", "handle_event")
 
 
@@ -64,7 +64,7 @@ def check_device(device: object) -> None:
 
 
 def check_backend(backend: object) -> None:
-    """The same for any back-end."""
+    """Raise `BackendUsageError`, which names the method, for a back-end that cannot work."""
     kind = backend if isinstance(backend, type) else type(backend)
     name = kind.__name__
     if isinstance(backend, type):
@@ -184,7 +184,7 @@ def _check_handlers(name: str, device: VirtioDevice) -> None:
 
 
 def _undecorated(function: object) -> object:
-    """What a decorator has wrapped, as `functools.wraps` records it."""
+    """The function that a decorator has wrapped, as `functools.wraps` records it."""
     while (wrapped := getattr(function, "__wrapped__", None)) is not None:
         function = wrapped
     return function

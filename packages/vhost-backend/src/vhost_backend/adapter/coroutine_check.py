@@ -1,4 +1,4 @@
-"""Telling coroutine functions from others without `inspect`, which costs a process a megabyte."""
+"""Recognises coroutine functions without `inspect`, whose import costs a megabyte of memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _CO_COROUTINE = 0x80
 
 
 def is_coroutine_function(function: object) -> bool:
-    """What `inspect.iscoroutinefunction` says, which is asked only about unusual callables."""
+    """As `inspect.iscoroutinefunction`, which is imported only for unusual callables."""
     target = function.__func__ if isinstance(function, MethodType) else function
-    if type(target) is FunctionType and not target.__dict__:  # no mark that would say otherwise
+    if type(target) is FunctionType and not target.__dict__:  # no mark on it as a coroutine
         return bool(target.__code__.co_flags & _CO_COROUTINE)
     from inspect import iscoroutinefunction
 

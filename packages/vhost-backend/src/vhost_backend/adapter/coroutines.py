@@ -1,7 +1,8 @@
 """A worker whose thread runs an event loop, for devices with `async def handle`.
 
-The worker's epoll descriptor is itself readable when one of its descriptors is, so the loop watches
-just that and lets the worker have its round; between rounds coroutines run.
+The worker's epoll descriptor is readable when one of the descriptors in it is. So the loop watches
+that one descriptor and runs a round of the worker when it is readable. Coroutines run between
+rounds.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class AsyncVringEpollHandler(VringEpollHandler):
     _ended: asyncio.Event
     _timer: asyncio.TimerHandle | None = None
     _failure: BaseException | None = None
-    #: Until when to look at the rings before the loop may sleep, and since when it may have slept.
+    #: Busy polling: when to stop looking at the rings, and since when the loop may have slept.
     _look_end: float | None = None
     _idle_since: float | None = None
 
@@ -56,7 +57,7 @@ class AsyncVringEpollHandler(VringEpollHandler):
         try:
             timeout = self._round(0)
         except BaseException as error:
-            # Nothing else would be told: a loop goes on when one of its callbacks has raised.
+            # The loop itself only logs an error of a callback and goes on.
             self._lost(error)
             return
         if self._stopping:
@@ -68,7 +69,7 @@ class AsyncVringEpollHandler(VringEpollHandler):
             self._look_on()
 
     def _look_on(self) -> None:
-        """Look at the rings for a while, in turns with what else the loop has to do."""
+        """Look at the rings for a while, in turns with the loop's other work."""
         now = time.monotonic()
         if self._idle_since is not None:
             self._slept(now - self._idle_since)
@@ -86,12 +87,12 @@ class AsyncVringEpollHandler(VringEpollHandler):
         self._timer = self._loop.call_later(0, self._turn)
 
     def run_in(self, host: asyncio.Task[object] | None) -> None:
-        """The worker lives as long as this task: a loop that ends cancels it with the others."""
+        """Note the task that the worker lives in: a loop that ends cancels it with all others."""
         if isinstance(self._backend, AsyncDeviceBackend):
             self._backend.hosts[self._loop] = host
 
     def _lost(self, error: BaseException) -> None:
-        """The worker cannot go on."""
+        """Note the error that ends the worker."""
         self._failure = error
         self._ended.set()
 
@@ -115,9 +116,9 @@ class _Served:
         #: Whether the ring's requests in flight are recorded for a successor.
         self.recorded = False
         self.tasks: dict[asyncio.Task[None], Request] = {}
-        #: Completions are staged, to be published once the loop gets to it.
+        #: Completions are staged; a callback of the loop will publish them.
         self.staged = False
-        #: While the ring is being stopped: who waits, and the requests that were called back.
+        #: While the ring is being stopped: the waits for that, and the requests called back.
         self.endings: list[_Ending] = []
         self.recalled: list[Request] = []
 
@@ -126,18 +127,20 @@ class AsyncDeviceBackend(DeviceBackend):
     """A device whose `handle` is a coroutine function, each request a task of the worker's loop."""
 
     worker_type: type[VringEpollHandler] = AsyncVringEpollHandler
-    # Requests overtake each other: one that is done would have to wait for those before it.
+    # Without IN_ORDER: requests overtake each other, and a completed one would have to wait for
+    # those before it.
     ring_features: int = RING_FEATURES
 
     def __init__(self, device: VirtioDevice) -> None:
         super().__init__(device)
         self._served: dict[int, _Served] = {}
-        #: By loop: the task that its worker lives in, None when there is none.
+        #: For each loop the task that its worker lives in, or None.
         self.hosts: dict[asyncio.AbstractEventLoop, asyncio.Task[object] | None] = {}
 
     def queues_per_thread(self) -> Sequence[int]:
-        """One worker for all queues, unless the device chooses: what its coroutines share of
-        asyncio (a Queue, an Event) belongs to one loop.
+        """One worker for all queues, unless the device chooses.
+
+        asyncio's objects that coroutines share (a Queue, an Event) belong to one loop.
         """
         if provided(self.device, VirtioDevice.queues_per_thread) is None:
             return [(1 << self.device.num_queues) - 1]
@@ -146,7 +149,7 @@ class AsyncDeviceBackend(DeviceBackend):
     def handle_event(
         self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
     ) -> bool:
-        """Start a task for each request that waits; pass other events on."""
+        """Start a task for each available request; pass other events on to the device."""
         if device_event >= len(vrings):
             self.device.handle_event(device_event, event_set)
             return False
@@ -174,9 +177,9 @@ class AsyncDeviceBackend(DeviceBackend):
                     state.signal_used_queue()
                     continue
                 request = make(batch, chain.record, position)
-                _ = request.chain  # it outlives the batch
+                _ = request.chain  # made now: the task needs it after the batch is gone
                 request._waits, request._recalled = waits, False
-                # Still with the lock: who stops the ring next finds a task for all that was taken.
+                # With the lock: the thread that stops the ring finds a task for every request.
                 task = loop.create_task(self._serve_one(served, view, request))
                 served.tasks[task] = request
                 task.add_done_callback(partial(self._task_ended, served))
@@ -187,9 +190,9 @@ class AsyncDeviceBackend(DeviceBackend):
     ) -> Callable[[], bool]:
         """Call back the requests of a queue that only wait; nothing new is taken meanwhile.
 
-        Returns what tells whether the coroutines of the queue have ended, those that wait for
-        nothing by themselves. `wake` is called when that has come true. With `keep` a request that
-        cannot be given back stays in the in-flight region, for whoever goes on with that.
+        Other requests run to their end. Returns a function that tells whether all coroutines of the
+        queue have ended; `wake` is called when they have. With `keep` a request that cannot be
+        given back stays in the in-flight region, for the back-end that uses the region next.
         """
         served = self._served.get(queue)
         ending = _Ending(wake, keep)
@@ -198,14 +201,14 @@ class AsyncDeviceBackend(DeviceBackend):
         else:
             try:
                 served.loop.call_soon_threadsafe(self._end, served, ending)
-            except RuntimeError:  # the loop is closed, and its coroutines have ended with it
+            except RuntimeError:  # the loop is closed, so its coroutines have ended
                 ending.ended = True
         return lambda: ending.ended
 
     def _end(self, served: _Served, ending: _Ending) -> None:
         served.endings.append(ending)
         for task, request in served.tasks.items():
-            # One that is about to wait finds this when it does.
+            # A request that is about to wait sees the mark when it does.
             already, request._recalled = request._recalled, True
             if request._waits and not already:
                 task.cancel()
@@ -218,7 +221,7 @@ class AsyncDeviceBackend(DeviceBackend):
         self._settle(served)
 
     def _settle(self, served: _Served) -> None:
-        """Once all coroutines of a ring that is being stopped have ended: return what waited."""
+        """Return the requests called back, once all coroutines of a stopping ring have ended."""
         if not served.endings or served.tasks or served.staged:
             return
         endings, served.endings = served.endings, []
@@ -243,7 +246,7 @@ class AsyncDeviceBackend(DeviceBackend):
         if queue is None or state.generation != generation or not requests:
             return [Recall.GIVEN_BACK] * len(requests)
         if state.leaving and not keep:
-            # Nothing is shown to the driver any more: its successor's ring begins before these.
+            # The driver sees no completion any more: the next back-end starts before these.
             fates = [Recall.GIVEN_BACK] * len(requests)
         else:
             fresh = [request.chain for request in requests if not request.begun]
@@ -278,7 +281,7 @@ class AsyncDeviceBackend(DeviceBackend):
         self._complete(served, request.chain, written, status)
 
     def _loop_ends(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Whether a loop cancels whatever is left in it: then requests stay for a successor."""
+        """Whether the loop is cancelling its tasks; their requests then stay for a successor."""
         host = self.hosts.get(loop)
         return host is None or host.done() or host.cancelling() > 0
 
@@ -288,7 +291,7 @@ class AsyncDeviceBackend(DeviceBackend):
                 return
             state.queue.complete(chain, written, status)
         if not served.staged:
-            # What completes in this turn of the loop is published, and signalled, together.
+            # Completions of one turn of the loop are published and signalled together.
             served.staged = True
             served.loop.call_soon(self._publish, served)
 

@@ -1,8 +1,8 @@
 """`DeviceBackend`: runs a `VirtioDevice` behind the `VhostUserBackend` interface.
 
-Here is the whole life of a batch: take it under the ring's lock, have the device work on it with no
-lock held, complete it and take the next in one engine call, until the ring is empty; then ask for
-kicks, look once more, and sleep.
+Here is the whole life of a batch. A worker takes it under the ring's lock and has the device work
+on it without the lock. One engine call then completes it and takes the next, until the ring is
+empty. Before it sleeps, the worker asks for kicks and looks once more.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class DeviceBackend(VhostUserBackendBase):
     def __init__(self, device: VirtioDevice) -> None:
         check_device(device)
         self.device = device
-        #: What has the methods that are passed on.
+        #: The objects whose methods are passed on.
         self.parts: tuple[object, ...] = (device,)
         if SAVED_STATE.of(device) is not None:
             self.parts = device, StateTransfers(device)
@@ -73,7 +73,7 @@ class DeviceBackend(VhostUserBackendBase):
         self._queues: dict[int, QueueInfo] = {}
         #: Handlers in C by queue, where the device has them.
         self._handlers: dict[int, CHandler | None] = {}
-        #: In an event loop of the caller's: what ends that when a handler raises to end it.
+        #: In a caller's event loop: ends it when a handler raises KeyboardInterrupt or SystemExit.
         self.on_exit: Callable[[BaseException], None] | None = None
 
     def num_queues(self) -> int:
@@ -85,11 +85,11 @@ class DeviceBackend(VhostUserBackendBase):
         return self.device.queue_size
 
     def features(self) -> int:
-        """The device's own bits and what the rings offer for every device."""
+        """The device's own bits, and those that the rings offer for every device."""
         return self.device.features | self.ring_features
 
     def protocol_features(self) -> ProtocolFeatures:
-        """What the device asks for: CONFIG where it has a `config`."""
+        """The features that the device asks for, and CONFIG where it has a `config`."""
         return asked_features(self.device)
 
     def set_backend_req_fd(self, channel: BackendChannel) -> None:
@@ -111,8 +111,8 @@ class DeviceBackend(VhostUserBackendBase):
         with vring.get_mut() as state:
             if not state.running:
                 return False
-            # A ring that is stopped, broken or moved meanwhile gets a new generation: then nobody
-            # waits for the batch in hand any more.
+            # A ring that is stopped, broken or moved meanwhile gets a new generation. The batch in
+            # hand is then dropped.
             generation = state.generation
             view = self.view(state)
             queue = state.queue
@@ -147,7 +147,7 @@ class DeviceBackend(VhostUserBackendBase):
         return True
 
     def _cycle(self, state: VringState, view: QueueInfo, limit: int) -> Batch | None:
-        """`VringState.cycle`, also when the device has left a batch that cannot be completed."""
+        """`VringState.cycle`; first fails the requests that the device has completed wrongly."""
         try:
             return state.cycle(limit)
         except UsageError as error:
@@ -155,12 +155,12 @@ class DeviceBackend(VhostUserBackendBase):
                 raise
             batch = state.queue.refused_batch()
             self._put_right(view, batch, error)
-            # Also where it was taken in C, so that the driver is signalled for it.
+            # A batch that was taken in C must be completed here, too, to signal the driver.
             state.finish(len(batch))
         return state.cycle(limit)
 
     def _put_right(self, queue: QueueInfo, batch: Batch, refused: UsageError) -> None:
-        """Fail the requests of a batch that `done` says impossible things of."""
+        """Fail the requests of a batch for which `done` holds impossible values."""
         flags, found = int(self.device.status_byte), False
         for position, record in enumerate(RECORD.iter_unpack(batch.records)):
             head, room = record[RecordField.HEAD], record[RecordField.WRITABLE_LENGTH]
@@ -190,21 +190,21 @@ class DeviceBackend(VhostUserBackendBase):
             )
 
     def serve_batch(self, queue: QueueInfo, batch: Batch) -> None:
-        """Have the device work on what is left for it of a batch; no lock is held."""
+        """Have the device work on the rest of a batch (`batch.left`), with no lock held."""
         try:
             self.device.handle_batch(queue, batch)
         except BaseException as error:
             self.fail_batch(queue, batch, error)
 
     def fail_batch(self, queue: QueueInfo, batch: Batch, error: BaseException) -> None:
-        """The device has failed in `handle_batch`; nobody knows how far it came.
+        """Fail every request that was left to the device, whose `handle_batch` raised `error`.
 
-        Requests that may not have been served must not look as if they were.
+        It is unknown how many it has served, and an unserved request must not look served.
         """
         self._fail(batch, fail_request(self.device, queue, error))
 
     def _fail(self, batch: Batch, status: int) -> None:
-        """Every request that is left ends with `status`, where it has a status byte."""
+        """End every request that is left with `status`, where it has a status byte."""
         flags = int(self.device.status_byte)
         for position in batch.left:
             head, _, kind, _ = DONE.unpack_from(batch.done, position * DONE.size)
@@ -226,7 +226,7 @@ class DeviceBackend(VhostUserBackendBase):
         return self._handlers[index]
 
     def drop_handler(self, index: int) -> None:
-        """Its worker has ended."""
+        """Forget the handler of a queue whose worker has ended."""
         self._handlers.pop(index, None)
 
     def view(self, state: VringState) -> QueueInfo:

@@ -1,4 +1,4 @@
-"""Methods that an adapter has from what it adapts, one way for all of them."""
+"""The one way in which an adapter takes over methods of the objects that it adapts."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any, Protocol, TypeVar
 
 
 class Adapter(Protocol):
-    """Has methods from its parts."""
+    """An object that takes over methods of its parts."""
 
     @property
     def parts(self) -> Sequence[object]:
-        """Those that may have a method, in the order in which they are asked."""
+        """The objects to look for a method in, in this order."""
 
 
 A = TypeVar("A", bound=type[Adapter])
 
 
 class _PassedOn:
-    """The method `name` of the first part that has it, or else `owner`'s base's method `own`.
+    """The method `name` of the first part that has it, or else `own` of `owner`'s base class.
 
-    It gives the part's own bound method, so `device.hooks.provided` sees through it.
+    The result is the part's own bound method, so `device.hooks.provided` sees the part's method.
     """
 
     def __init__(self, owner: type, own: str, name: str) -> None:

@@ -1,10 +1,12 @@
 """A worker that serves one queue from C.
 
 Most workers have one queue (`VirtioDevice.queues_per_thread`). Such a worker claims its ring
-(`RingLease`) and calls C, which looks, sleeps, takes, completes and signals. Python works on the
-batch, and on none of it where the device has a handler in C. All that does not fit goes the long
-way, `VringEpollHandler`'s round with `DeviceBackend.handle_event`: messages or descriptors beside
-the ring, another engine, an error of the ring.
+(`RingLease`) and calls C, which waits for chains, takes and completes them, and signals the driver.
+The device works on each batch in Python, or in its handler in C.
+
+The *long way* is `VringEpollHandler`'s round with `DeviceBackend.handle_event`. The worker takes it
+when C cannot serve the ring: another engine, other descriptors to watch, notifications by messages,
+or an error of the ring.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ log: logging.Logger = logging.getLogger("vhost_backend")
 
 
 class BatchBackend(Protocol):
-    """What this worker asks of its back-end, which is a `DeviceBackend`."""
+    """The methods of `DeviceBackend` that this worker calls."""
 
     device: VirtioDevice
 
@@ -68,7 +70,7 @@ class QueueWorker(VringEpollHandler):
             self._lease.wake = self._wake.wake
 
     def stop(self, timeout: float | None = None) -> bool:
-        """End the thread, and with it its hold on handlers in C and their descriptors."""
+        """End the thread, and drop the handlers in C with their descriptors."""
         ended = super().stop(timeout)
         if ended:
             self._server = None
@@ -78,7 +80,7 @@ class QueueWorker(VringEpollHandler):
         return ended
 
     def wake(self) -> None:
-        """Have the thread look around, also out of a busy queue."""
+        """Have the thread look at everything it watches, even while its queue is busy."""
         server = self._server
         if server is not None:
             server.interrupt()
@@ -86,11 +88,10 @@ class QueueWorker(VringEpollHandler):
 
     def _round(self, timeout: float | None) -> float | None:
         if self._lease is not None and self._serve(self._lease):
-            # Before looking: a `wake` from here on is noticed in the next round.
+            # Clear it before the round: a `wake` that comes later reaches the next round.
             if self._server is not None:
                 self._server.clear_interrupt()
-            # C has taken what epoll told: a kick, for which the next look may be the long way's, or
-            # the first edge of a listener.
+            # C may have consumed an edge that the long way needs: a kick, or a listener's first.
             self._again.add(0)
             if self._listeners:
                 self._show_again()
@@ -98,7 +99,7 @@ class QueueWorker(VringEpollHandler):
         return super()._round(timeout)
 
     def _show_again(self) -> None:
-        """Have epoll tell once more which listeners are ready."""
+        """Have epoll report once more each listener that is ready."""
         closed = []
         with self._lock:
             for fd, listener in list(self._listeners.items()):
@@ -111,11 +112,11 @@ class QueueWorker(VringEpollHandler):
             log.error("%s: descriptor %d was closed before it was unregistered", self._name, fd)
 
     def _serve(self, lease: RingLease) -> bool:
-        """Serve the queue from C until there is something else to do; False when it cannot be."""
+        """Serve the queue from C until other work comes; False when C cannot serve it."""
         kick_fd = self._kick_of.get(0, -1)
         if kick_fd not in self._edges or self._listeners or self._stopping:
             if self._server is not None:
-                self._server = None  # and with it the ring and its memory
+                self._server = None  # this also drops the ring and its memory
                 _settle()
             return False
         state = lease.claim()
@@ -123,11 +124,11 @@ class QueueWorker(VringEpollHandler):
             server = self._server = self._adopt(state)
             if server is None:
                 return False
-            # A `wake` before there was a server could not interrupt it: look once more.
+            # A `wake` that came before the server was made could not interrupt it: check again.
             if lease.begin(server) and not self._listeners and not self._stopping:
                 self._turns(lease, state, server, kick_fd)
         except Exception:
-            # The queue may be in any state: the long way finds out, and has it from now on.
+            # The queue's state is unknown: from now on the long way serves it, and reports faults.
             log.exception("%s: queue %d cannot be served from C", state.name, state.index)
             self._refused = state.generation
         finally:
@@ -136,7 +137,7 @@ class QueueWorker(VringEpollHandler):
         return True
 
     def _adopt(self, state: VringState) -> Server | None:
-        """The server for the ring's present queue, or None when it has to go the long way."""
+        """The server for the ring's present queue, or None when the ring must go the long way."""
         queue = state.queue
         if queue is None or not state.direct or state.generation == self._refused:
             return None
@@ -156,11 +157,11 @@ class QueueWorker(VringEpollHandler):
         turn, serve, begin = server.turn, server.serve, server.begin
         release, reclaim = lease.release, lease.reclaim
         if server.handled:
-            # With a handler in C a batch comes to Python only now and then.
+            # With a handler in C batches come to Python rarely: each call may as well be `serve`.
             turn = serve
         count = serve()
         while not lease.wanted:
-            # Where it is negative, the same call made the long way says what that is.
+            # Negative: the long way repeats the call and reports the error.
             if count <= 0:
                 return
             begin(count)
@@ -176,10 +177,10 @@ class QueueWorker(VringEpollHandler):
                 return
             if batch.built:
                 server.leave()
-            # A driver that waits for each request has to be signalled, which only `serve` does.
-            # Otherwise the next batch may be there already: no need to let go of the GIL.
+            # A driver that waits for each request needs a signal, which only `serve` sends.
+            # Otherwise the next batch may be there already, and `turn` need not release the GIL.
             count = serve() if count == 1 else turn() or serve()
-        # A visitor waits, or came while a handler in C worked and may still be here.
+        # A visitor waits, or came while a handler in C worked and may still hold the ring.
         lease.give_way()
         if count > 0 and state.generation == generation:
             begin(count)
@@ -192,20 +193,20 @@ class QueueWorker(VringEpollHandler):
             self._finish(state, generation, count)
 
     def _finish(self, state: VringState, generation: int, count: int) -> None:
-        """Complete the batch the long way, unless a visitor has stopped or moved the ring."""
+        """Complete the batch through the vring, unless a visitor has stopped or moved the ring."""
         if state.generation == generation:
             try:
                 state.finish(count)
             except UsageError:
-                # The batch stays the queue's: the long way sees what is wrong with it.
+                # The batch stays with the queue: the long way finds what is wrong with it.
                 log.debug("queue %d: a batch cannot be completed as it is", state.index)
 
 
 def _settle() -> None:
-    """Free unreferenced objects, without the GIL too.
+    """Free unreferenced objects on a free-threaded Python.
 
-    There an object stays when its last reference goes on another thread than the one that made it,
-    until that thread runs again; and the threads here sleep. A collection does it in their stead.
+    There an object whose last reference another thread drops stays until its own thread runs again.
+    Threads here sleep for long, so a collection frees the object instead.
     """
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         gc.collect()

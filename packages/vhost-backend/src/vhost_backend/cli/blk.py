@@ -10,7 +10,7 @@ from ..errors import VhostBackendError
 from .engine import chosen_engine
 
 if TYPE_CHECKING:
-    # Imported by who parses, and forgotten before the daemon starts.
+    # Only parsing needs it: `main` drops it again before the daemon starts.
     import argparse
 
     from guest_memory import Mapper
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Serve a file or block device as a virtio disk, in the foreground, until SIGTERM."
 EPILOG = """\
-attach it to QEMU (guest memory has to be shared):
+attach it to QEMU (guest memory must be shared):
   qemu-system-x86_64 -m 1G \\
     -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
     -chardev socket,id=disk,path=PATH,reconnect=1 \\
     -device vhost-user-blk-pci,chardev=disk,num-queues=N
 
-With reconnect=1 (newer QEMU: reconnect-ms=1000) the guest goes on when this program has been
-started anew. One disk serves one guest at a time, and its image belongs to nobody else meanwhile.
+With reconnect=1 (newer QEMU: reconnect-ms=1000) the guest goes on after this program was started
+anew. One disk serves one guest at a time; no other program may use its image meanwhile.
 
-SIGUSR1 prints what each queue has done; VIRTQUEUE_ENGINE=c|python chooses the ring engine.
+SIGUSR1 prints the counters of each queue; VIRTQUEUE_ENGINE=c|python chooses the ring engine.
 """
 
 MAX_QUEUES = 64
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_image,
         metavar="IMG",
         required=True,
-        help="block device, or image: its bytes are the disk's (raw)",
+        help="block device or raw image",
     )
     parser.add_argument("--read-only", action="store_true", help="refuse every change")
     parser.add_argument(
@@ -59,22 +59,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--direct",
         action="store_true",
-        help="pass by the page cache (O_DIRECT), with an io_uring where the kernel permits one",
+        help="bypass the page cache (O_DIRECT), with an io_uring where the kernel permits one",
     )
     parser.add_argument(
         "--locking",
         choices=("auto", "on", "off"),
         default="auto",
-        help="lock the image while a guest uses it, with flock and as QEMU does: auto (default) "
-        "where the file system can, on, or off",
+        help="lock the image while a guest uses it, with flock and as QEMU does: auto (default, "
+        "where the file system has locks), on (fail where it has none) or off",
     )
     parser.add_argument(
         "--busy-poll",
         type=_microseconds,
         default=0.0,
         metavar="US",
-        help="look at the rings for up to US microseconds before sleeping (default 0); costs a "
-        "processor for each queue while there is work, and saves wake-ups",
+        help="look at the rings for up to US microseconds before sleeping (default 0); this saves "
+        "wake-ups, but keeps a processor busy for each queue that has work",
     )
     parser.add_argument(
         "--cpus",
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="offer postcopy migration instead of memory slots; the protocol forbids both",
     )
     parser.add_argument(
-        "--xen", action="store_true", help="map memory as a Xen front-end asks; needs [xen]"
+        "--xen", action="store_true", help="map memory for a Xen front-end; needs [xen]"
     )
     parser.add_argument(
         "--metrics",
@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: SimpleNamespace) -> int:
     """Serve until a signal."""
-    # Not before: --help needs none of it.
+    # Imported only now: --help needs none of it.
     from ..daemon.serve import serve
     from ..devices import BlockDevice
     from ..fds.listener import Listener
@@ -112,7 +112,7 @@ def run(options: SimpleNamespace) -> int:
 
     engine = chosen_engine()
     mapper = _xen_mapper(options.no_mem_slots) if options.xen else None
-    # The image first: nobody should find a socket behind which there is no disk.
+    # The image before the socket: a front-end must not find a socket without a disk.
     device = BlockDevice(
         options.blk_file,
         read_only=options.read_only,

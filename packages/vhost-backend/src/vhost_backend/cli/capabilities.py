@@ -1,6 +1,6 @@
-"""What `--print-capabilities` prints, by command (vhost-user, "Backend program conventions").
+"""The output of `--print-capabilities` for each command ("Backend program conventions").
 
-Management programs ask each time they start, so this needs no other module.
+Management programs ask for it each time they start, so this module imports no other.
 """
 
 CAPABILITIES = {

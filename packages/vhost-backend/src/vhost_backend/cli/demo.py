@@ -1,8 +1,8 @@
-"""`vhost-backend demo`: the whole thing at once, without a virtual machine.
+"""`vhost-backend demo`: device, daemon and driver at once, without a virtual machine.
 
-A disk image is made and served by the real daemon in a process of its own over a real Unix socket;
-the embedded driver attaches to it, writes, reads back and checks every block, one request at a time
-and many at a time.
+The demo makes a disk image. The real daemon serves it over a Unix socket, in a process of its own.
+The embedded driver attaches to it, and writes, reads back and checks every block: first one request
+at a time, then many at a time.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 DESCRIPTION = (
-    "Make a disk image, serve it by the daemon in a process of its own, attach the embedded\n"
-    "driver, write, read back and verify, and print how to give the same image to QEMU."
+    "Make a disk image and serve it by the daemon in a process of its own. Attach the embedded\n"
+    "driver, write, read back and verify. Then print how to give the same image to QEMU."
 )
 EPILOG = "The image stays where it was made, so that the printed commands work."
 
@@ -61,12 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image",
         type=Path,
         metavar="IMG",
-        help="where to make the image; what is there is overwritten unless it is in use",
+        help="where to make the image; an existing file is overwritten unless it is in use",
     )
     parser.add_argument(
         "--qemu",
         action="store_true",
-        help="boot a guest under QEMU and test the disk there instead (from a clone's folder)",
+        help="instead boot a guest under QEMU and test the disk there (from a clone's folder)",
     )
 
 
@@ -100,7 +100,7 @@ def run(options: SimpleNamespace) -> int:
 
 
 def _make_image(image: Path, size: int) -> None:
-    """An image of zeroes, which may replace what an earlier demo left, and nobody's in use."""
+    """Make an image of zeroes; it replaces a regular file that no other program uses."""
     try:
         fd = os.open(image, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
         try:
@@ -122,7 +122,7 @@ def _make_image(image: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def _output() -> Iterator[None]:
-    """What is printed here may meet a full disk."""
+    """Turn an error of printing, such as a full disk, into a `VhostBackendError`."""
     try:
         yield
     except BrokenPipeError:
@@ -133,13 +133,13 @@ def _output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tidy_end() -> Iterator[None]:
-    """When this process is told to end, the daemon and its folder go as well, as for Ctrl-C."""
+    """Turn SIGTERM and SIGHUP into `SystemExit`, so that the daemon ends as for Ctrl-C."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
     numbers = (signal.SIGTERM, signal.SIGHUP)
-    # What is ignored stays so: that is how nohup works.
+    # An ignored signal stays ignored: that is how nohup works.
     heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, end) for number in heard}
     try:
@@ -154,7 +154,7 @@ def _tidy_end() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _daemon(image: Path) -> Iterator[socket.socket]:
-    """A connection to a daemon that serves the image, and ends with it whatever becomes of us."""
+    """A connection to a daemon that serves the image; the daemon ends with the context."""
     command = [sys.executable, "-m", "vhost_backend", "blk"]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
@@ -173,7 +173,7 @@ def _daemon(image: Path) -> Iterator[socket.socket]:
                 what = "" if ended is None else f"the daemon ended with status {ended}: "
                 raise VhostBackendError(f"{what}{error}") from None
             ours.close()
-            # However long its last flush takes: it says itself what it waits for.
+            # Without a limit: its last flush may take long, and it logs what it waits for.
             if process.wait() != 0:
                 raise VhostBackendError(f"the daemon ended with status {process.returncode}")
         finally:
@@ -186,7 +186,7 @@ def _daemon(image: Path) -> Iterator[socket.socket]:
 
 
 def _content(index: int) -> bytes:
-    """What block `index` has to hold: different in every block."""
+    """The content for block `index`, different in every block."""
     return random.Random(SEED + index).randbytes(BLOCK)
 
 
@@ -210,7 +210,7 @@ def _exercise(connection: socket.socket, blocks: int) -> list[Result]:
             raise VhostBackendError(f"the disk has {driver.capacity} bytes, not {blocks * BLOCK}")
         contents = [_content(index) for index in range(blocks)]
         for depth in DEPTHS:
-            # Each round writes other content, so that a read cannot pass on what the last one left.
+            # Each round writes other content, so that no read can pass with the last round's.
             results += _round(progress, driver, depth, contents[depth:] + contents[:depth])
     return results
 
@@ -284,7 +284,7 @@ def _phase(
 
 
 def _check_image(image: Path, blocks: int) -> None:
-    """The file itself has to hold what the last round wrote."""
+    """Check that the image file holds the blocks that the last round wrote."""
     expected = hashlib.sha256()
     for block in range(blocks):
         expected.update(_content((block + DEPTHS[-1]) % blocks))
@@ -294,7 +294,7 @@ def _check_image(image: Path, blocks: int) -> None:
         raise VhostBackendError(f"{image} does not hold what was written")
 
 
-# -- what it prints -------------------------------------------------------------------------------
+# -- the output -----------------------------------------------------------------------------------
 
 
 def _report(results: list[Result], engine: str) -> None:
@@ -356,7 +356,7 @@ def _guest_tests() -> int:
 
 
 def _some_ran(results: str) -> bool:
-    """Whether pytest's report knows of a test that was not skipped."""
+    """Whether pytest's report has a test that was not skipped."""
     from xml.etree import ElementTree
 
     suites = ElementTree.parse(results).iter("testsuite")

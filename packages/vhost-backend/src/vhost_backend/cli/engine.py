@@ -1,4 +1,4 @@
-"""Which ring engine a command will use, asked before it makes anything."""
+"""The ring engine of a command, chosen before the command makes anything."""
 
 from __future__ import annotations
 

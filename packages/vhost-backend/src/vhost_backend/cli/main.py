@@ -1,4 +1,4 @@
-"""Arguments, log lines, and errors as one line."""
+"""Parses the arguments, sets up the log, and prints an error as one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from types import SimpleNamespace
     from typing import TextIO
 
-# What a command needs is imported when it is the one that was given.
+# A command's module is imported only when that command is given.
 _COMMANDS = {
     "blk": "serve a file or block device as a virtio disk",
     "demo": "make a disk, serve it, use it and check it, without a virtual machine",
@@ -32,12 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             raise
         if not status:
-            # Here what cannot be written is an error as any; at the interpreter's end it is not.
+            # Flush now: here a failed write is an ordinary error, at the interpreter's end not.
             sys.stdout.flush()
         return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # who read our output has enough
+    except BrokenPipeError:  # the reader of our output has closed it
         _give_up_output(sys.stdout)
         return 128 + 13
     except OSError as error:
@@ -47,20 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"{what}{hint}")
         return 1
     finally:
-        # Log lines that nobody could take would turn the exit status into 120.
+        # Log lines that cannot be written would make the exit status 120.
         _give_up_output(sys.stderr)
 
 
 def _open_standard_streams() -> None:
-    """Those that are closed become /dev/null: or the image would get a number that is written to.
+    """Open closed standard streams as /dev/null, and escape characters that stdout cannot encode.
 
-    What the terminal's character set lacks is written as an escape.
+    Otherwise the image could get descriptor 1 or 2, and log lines would be written into it.
     """
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
             os.set_inheritable(fd, True)
     if sys.stdout is None:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
@@ -72,7 +72,7 @@ def _open_standard_streams() -> None:
 
 
 def say(text: str) -> None:
-    """Print a line on stderr. Where that cannot be written (a full disk) nothing depends on it."""
+    """Print a line on stderr; a failure to write it (a full disk) is ignored."""
     try:  # noqa: SIM105
         print(f"vhost-backend: {text}", file=sys.stderr, flush=True)
     except OSError:
@@ -80,7 +80,7 @@ def say(text: str) -> None:
 
 
 def _give_up_output(stream: TextIO) -> None:
-    """If it cannot be written, keep the interpreter from trying when it ends."""
+    """If `stream` cannot be written, keep the interpreter from trying again when it ends."""
     try:
         stream.flush()
         return
@@ -99,7 +99,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 0
     import gc
 
-    # What parses is of no use later: 0.8 MiB, which the modules of the daemon take over.
+    # Drop the modules that only parsing needs: the daemon's modules reuse their 0.8 MiB.
     parsing = {"argparse", "gettext", "locale"} - sys.modules.keys()
     options = _parse(arguments)
     for name in parsing:
@@ -135,7 +135,7 @@ def _parse(arguments: Sequence[str]) -> SimpleNamespace:
 
     from .._version import __version__
 
-    # Only --help cares how wide the terminal is, and asking imports two compression libraries.
+    # Only --help needs the terminal's width, and asking for it imports two compression libraries.
     width = None if {"-h", "--help"} & set(arguments) else 80
     formatter = partial(argparse.RawDescriptionHelpFormatter, width=width)
     parser = argparse.ArgumentParser(
@@ -172,7 +172,7 @@ def _parse(arguments: Sequence[str]) -> SimpleNamespace:
 
 
 def _meant(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
-    """A guess at which option was meant."""
+    """A guess at the option that was meant."""
     from difflib import get_close_matches
 
     known = [option for action in parser._actions for option in action.option_strings]

@@ -1,4 +1,4 @@
-"""What the sections of the control plane share."""
+"""The state that the sections of the control plane share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .unshared import UnsharedMemory
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
-#: Descriptors of the largest ring there can be (virtio 2.6). What a device advises is no limit.
+#: Descriptors of the largest possible ring (virtio 2.6). The device's `queue_size` is no limit.
 MAX_RING_SIZE: Final = 32768
 
 
@@ -32,16 +32,17 @@ class Section(Protocol):
         """Handler by message class; each takes the message and its descriptors."""
 
     def offers(self) -> vp.ProtocolFeatures:
-        """Protocol features to offer because of this section."""
+        """The protocol features that this section implements."""
 
     def disconnect(self) -> None:
-        """The front-end is gone: forget what concerned it. Rings are stopped already."""
+        """Forget the front-end that has gone. Rings are stopped already."""
 
 
 class Context:
     """The device on the present connection.
 
-    Only the connection's thread uses it; what workers share is in the vrings, behind their locks.
+    Only the connection's thread uses it. State that workers share is in the vrings, behind their
+    locks.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Context:
         self.memory = memory
         self.mapper = mapper
         self.guard = guard
-        #: Wakes the connection's thread when it waits for a `Wait` to be ready.
+        #: Wakes the connection's thread, which may wait for a `Wait` to be ready.
         self.wake = wake
         self.features: VirtioFeature = VirtioFeature(0)
         self.protocol_features: vp.ProtocolFeatures = vp.ProtocolFeatures(0)
@@ -84,7 +85,7 @@ class Context:
         return self.vrings[index]
 
     def device_started(self) -> None:
-        """A ring is about to start. Raises `DeviceRefused` when the device cannot run now."""
+        """Called before a ring starts. Raises `DeviceRefused` when the device cannot run now."""
         if not self._started:
             started = provided(self.backend, VhostUserBackendBase.device_started)
             if started is not None:
@@ -92,9 +93,9 @@ class Context:
             self._started = True
 
     def device_stopped(self) -> None:
-        """No ring is started any more: the device is suspended ("Suspended device state").
+        """Called when no ring is started any more ("Suspended device state").
 
-        A device that fails is stopped all the same: nobody can be asked to do better.
+        A device whose hook raises counts as stopped all the same; the error is logged.
         """
         if self._started:
             self._started = False
@@ -107,7 +108,7 @@ class Context:
 
     @property
     def device_name(self) -> str:
-        """What to call the device in the log."""
+        """The device's name in the log."""
         name = provided(self.backend, VhostUserBackendBase.device_name)
         return type(self.backend).__name__ if name is None else name()
 
@@ -116,7 +117,7 @@ class Context:
         return self._places[index]
 
     def scan(self, index: int) -> None:
-        """Have the ring looked at without a kick; one that is not started has nothing to show."""
+        """Have the worker look at a started ring without a kick."""
         with self.vrings[index].get_ref() as state:
             if not state.started:
                 return
@@ -124,17 +125,16 @@ class Context:
         worker.scan(position)
 
     def unwatch(self, index: int) -> None:
-        """Let kicks of that ring find nobody."""
+        """Stop watching the ring's kick descriptor."""
         worker, position = self._places[index]
         worker.unwatch(position)
 
     def use_memory(self, memory: GuestMemory, entry: tuple[int, int] | None = None) -> None:
-        """Make it the current snapshot, in one swap; queues resolve their rings anew.
+        """Make `memory` the current snapshot, in one swap; queues resolve their rings anew.
 
-        What is not a matter of regions, the IOTLB and the dirty log, is put on here. `entry` (IOVA
-        and size) says that nothing else has changed than that part of the IOTLB. Then a ring that
-        waits for another entry goes on waiting: were it to ask again at each change, every answer
-        would bring forth more questions.
+        The IOTLB and the dirty log are added to it here. `entry` (IOVA and size) says that only
+        that part of the IOTLB has changed. A ring that waits for another entry then goes on
+        waiting: if it asked again at each change, every answer would cause more questions.
         """
         if entry is None and log.isEnabledFor(logging.DEBUG):
             for region in memory.regions:

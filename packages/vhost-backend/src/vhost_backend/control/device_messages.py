@@ -1,6 +1,6 @@
-"""What concerns the device itself: configuration space, status, reset, and its type's messages.
+"""Messages for the device itself: configuration space, status, reset, and its type's messages.
 
-The back-end's hooks decide what is offered: see `device.hooks`.
+The back-end's hooks decide which features are offered: see `device.hooks`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Device:
         }
 
     def offers(self) -> vp.ProtocolFeatures:
-        """Reset and status for every device; the rest by its hooks."""
+        """RESET_DEVICE and STATUS for every device; others where it has the hooks."""
         backend = self._context.backend
         asked = backend.protocol_features()
         features = vp.ProtocolFeatures.RESET_DEVICE | vp.ProtocolFeatures.STATUS
@@ -66,13 +66,13 @@ class Device:
         return features
 
     def disconnect(self) -> None:
-        """The driver is gone; the device keeps its own state."""
+        """Forget the driver's status; the device keeps its own state."""
         self._status = 0
 
     def _get_config(self, message: vp.GetConfig, fds: Descriptors) -> Outcome:
         data = self._context.backend.get_config(message.offset, message.size)
         if len(data) != message.size:
-            if data:  # none is a back-end's way to say that there is no configuration space
+            if data:  # a back-end without a configuration space returns no data
                 self._faults.error(
                     "%s.get_config returned %d bytes of %d at %d",
                     self._context.device_name,
@@ -80,7 +80,7 @@ class Device:
                     message.size,
                     message.offset,
                 )
-            data = b""  # an answer without data is the protocol's "cannot"
+            data = b""  # in the protocol, an answer without data means failure
         return Answer(vp.ConfigReply(message.offset, message.flags, data))
 
     def _set_config(self, message: vp.SetConfig, fds: Descriptors) -> Outcome:
@@ -104,7 +104,10 @@ class Device:
     # -- by device type -------------------------------------------------------------------------
 
     def _has(self, group: HookGroup[H]) -> H:
-        """The back-end with those hooks. A front-end may ask though nothing was offered."""
+        """The back-end, which must have those hooks.
+
+        Raises `DeviceRefused` where it lacks them: a front-end may ask although it was not offered.
+        """
         device = group.of(self._context.backend)
         if device is None:
             raise DeviceRefused(f"{self._context.device_name} has no {' and '.join(group.hooks)}")

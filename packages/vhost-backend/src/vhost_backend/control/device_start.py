@@ -1,4 +1,4 @@
-"""Starting a device that may be busy for a moment: the daemon asks again, and all else goes on."""
+"""Starting a device that may be busy: the daemon asks it again, and does not block meanwhile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ASK_AGAIN: Final = 0.02
 
 
 def once_started(context: Context, go: Callable[[], None]) -> Outcome:
-    """`go` once the device runs. Raises `DeviceRefused` when it cannot."""
+    """Call `go` once the device runs. Raises `DeviceRefused` when it cannot run."""
     try:
         context.device_started()
     except DeviceBusy as busy:
@@ -33,7 +33,7 @@ class _Attempt:
         self._refusal: DeviceRefused | None = None
 
     def ready(self) -> bool:
-        """Ask the device again; True when it runs, or will not."""
+        """Ask the device again; True when it runs, or has refused for good."""
         try:
             self._context.device_started()
         except DeviceBusy as error:

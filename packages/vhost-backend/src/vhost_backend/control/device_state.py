@@ -1,8 +1,8 @@
 """Moving the device's own state ("Migrating back-end state").
 
-The front-end passes a channel, the back-end saves its state into it or loads it from there on a
-thread of its own, and CHECK_DEVICE_STATE tells, once the channel's other end is closed, whether all
-went well.
+The front-end passes a channel. The back-end saves its state into the channel, or loads it from
+there, on a thread of its own. CHECK_DEVICE_STATE then asks whether the transfer succeeded, once the
+channel's other end is closed.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class DeviceState:
         return STATE_TRANSFER.offers(backend, backend.protocol_features())
 
     def disconnect(self) -> None:
-        """State that this front-end still sends must not reach the device under the next one.
+        """Abandon a transfer: this front-end's state must not reach the device under the next one.
 
-        A back-end that lacks the method does its own transfers.
+        A back-end without the method handles its own transfers.
         """
         abandon = provided(self._context.backend, VhostUserBackendBase.abandon_device_state)
         if abandon is not None:

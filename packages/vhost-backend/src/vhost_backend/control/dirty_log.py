@@ -1,8 +1,8 @@
-"""Logging what the device writes, for live migration ("Migration").
+"""Logging the device's writes to guest memory, for live migration ("Migration").
 
-Buffers are logged while LOG_ALL is negotiated, a used ring while its address was set with
-VHOST_VRING_F_LOG; both may change at any time and touch no index. The rings mark the log; here it
-comes and goes.
+Buffers are logged while LOG_ALL is negotiated, and a used ring after its addresses were set with
+VHOST_VRING_F_LOG. Both may change at any time, and neither touches an index. The rings mark pages
+in the log; this section only sets and drops it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .outcome import Descriptors, Outcome
 
 
 class Logging:
-    """SET_LOG_BASE, SET_LOG_FD, and LOG_ALL being switched."""
+    """SET_LOG_BASE, SET_LOG_FD, and switching LOG_ALL."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -32,25 +32,25 @@ class Logging:
         }
 
     def offers(self) -> vp.ProtocolFeatures:
-        """LOG_SHMFD: the log is memory that comes with a descriptor."""
+        """LOG_SHMFD: the front-end shares the log by a descriptor."""
         return vp.ProtocolFeatures.LOG_SHMFD
 
     def disconnect(self) -> None:
-        """Rings have let go of the log and its descriptor already."""
+        """Close the log and its descriptor; the rings have let go of both already."""
         self._replace_fd(-1)
         log, self._context.log = self._context.log, None
         if log is not None:
             log.close()
 
     def features_changed(self) -> None:
-        """LOG_ALL may have been switched."""
+        """Switch the log on or off with LOG_ALL."""
         log, wanted = self._context.log, bool(self._context.features & VirtioFeature.LOG_ALL)
         if log is None or log.enabled == wanted:
             return
         log.enabled = wanted
         for vring in self._context.vrings:
             with vring.get_mut():
-                # Who serves it from C looks anew: there is another descriptor to signal.
+                # Entering makes a worker in C look anew: there may be a log descriptor to signal.
                 pass
 
     def _set_base(self, message: vp.SetLogBase, fds: Descriptors) -> Outcome:
@@ -86,7 +86,7 @@ class Logging:
         return None
 
     def _replace_fd(self, fd: int) -> None:
-        """One descriptor for all rings, which borrow it."""
+        """Replace the descriptor; there is one for all rings, and they borrow it."""
         before, self._fd = self._fd, fd
         for vring in self._context.vrings:
             with vring.get_mut() as state:

@@ -1,4 +1,7 @@
-"""Memory that remembers requests in flight while the back-end is away ("Inflight I/O tracking")."""
+"""Memory that keeps the records of requests in flight when a back-end dies or is replaced.
+
+"Inflight I/O tracking" in the specification.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +49,12 @@ class Inflight:
 
     def _get_fd(self, message: vp.GetInflightFd, fds: Descriptors) -> Outcome:
         self._check("GET_INFLIGHT_FD", message)
-        # A guest may make its rings larger than the front-end says here, or the device advises:
-        # SeaBIOS under QEMU 10 asks for 256 descriptors where QEMU announces 128.
+        # A guest may make larger rings than the front-end announces here or the device advises:
+        # SeaBIOS under QEMU 10 uses 256 descriptors where QEMU announces 128.
         advised = self._context.backend.max_queue_size()
         each = max(self._sizes(max(advised, message.queue_size, _USUAL_SIZE)))
         size = message.num_queues * each
-        # It begins as zeroes, which every queue takes for "never used".
+        # The memory is zeroes, which a queue reads as "never used".
         fd = allocate_memfd(size, "vhost-inflight")
         try:
             self._use("GET_INFLIGHT_FD", SharedMapping(fd, size), each, message.num_queues)
@@ -65,7 +68,7 @@ class Inflight:
         self._check("SET_INFLIGHT_FD", message)
         each = min(self._sizes(message.queue_size))
         if message.mmap_size % (64 * message.num_queues) == 0:
-            # Queues share the region evenly, ours (see above) and those of other back-ends.
+            # Queues share a region evenly, be it ours (see `_get_fd`) or another back-end's.
             each = max(each, message.mmap_size // message.num_queues)
         if message.mmap_offset % 8:
             raise Refused("SET_INFLIGHT_FD", f"offset {message.mmap_offset} is not aligned to 8")
@@ -94,13 +97,13 @@ class Inflight:
             raise Refused(request, f"no queue has {message.queue_size} descriptors")
 
     def _sizes(self, queue_size: int) -> list[int]:
-        """Bytes of a queue's part; either format's before SET_FEATURES, as QEMU before 5.1 asks."""
+        """Bytes of a queue's part; both formats' before SET_FEATURES (QEMU before 5.1 asks so)."""
         features = self._context.features
         known = [bool(features & VirtioFeature.RING_PACKED)] if features else [False, True]
         return [inflight_size(queue_size, packed) for packed in known]
 
     def _use(self, request: str, mapping: SharedMapping, each: int, queues: int) -> None:
-        # Ours is sealed; but it was the front-end's meanwhile, or another back-end's.
+        # Watch every region: one that comes back may be another file than we made.
         self._context.guard.watch_mapping(mapping)
         vrings = self._context.vrings[:queues]
         for index, vring in enumerate(vrings):

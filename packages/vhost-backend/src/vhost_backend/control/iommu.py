@@ -1,9 +1,9 @@
 """Addresses behind an IOMMU ("IOMMU support").
 
-With ACCESS_PLATFORM the driver's addresses are IOVAs. The front-end tells what they mean in IOTLB
-messages; a ring that needs an entry which is not there asks for it over the back-end's own channel
-and is looked at again when the entry comes. An invalidation is acknowledged only when no request
-in flight rests on what it takes away.
+With ACCESS_PLATFORM the driver's addresses are IOVAs, and the front-end sends their translations in
+IOTLB messages. A ring that lacks an entry asks for it over the back-end's own channel, and goes on
+when the entry comes. An invalidation is acknowledged only when no request in flight uses the memory
+that it takes away.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Iommu:
                 state.events.on_miss = self._miss
 
     def offers(self) -> vp.ProtocolFeatures:
-        """The channel on which entries are asked for."""
+        """The channel on which the back-end asks for entries."""
         return vp.ProtocolFeatures.BACKEND_REQ | vp.ProtocolFeatures.BACKEND_SEND_FD
 
     def disconnect(self) -> None:
-        """Forget all entries; hang up."""
+        """Forget all entries, and close the channel."""
         timers, self._timers = self._timers, {}
         for timer in timers.values():
             timer.cancel()
@@ -62,7 +62,7 @@ class Iommu:
             channel.close()
 
     def features_changed(self) -> None:
-        """ACCESS_PLATFORM may have been switched."""
+        """Make or drop the IOTLB where ACCESS_PLATFORM was switched."""
         context = self._context
         wanted = bool(context.features & VirtioFeature.ACCESS_PLATFORM)
         if wanted != (context.iotlb is not None):
@@ -111,9 +111,9 @@ class Iommu:
         return Wait(self._settled, lambda: self._acknowledge(resume), every)
 
     def _deny(self, update: vp.IotlbMsg) -> None:
-        """End the wait of rings for an access that the entry which came does not permit.
+        """Break rings that wait for an access which the new entry does not permit.
 
-        They would only ask again, and be answered the same, as long as the driver likes.
+        They would only ask again and get the same answer.
         """
         for vring in self._context.vrings:
             with vring.get_mut() as state:
@@ -151,7 +151,7 @@ class Iommu:
         return True
 
     def _miss(self, index: int, need: Wanted) -> bool:
-        """Ask for the entry that ring `index` waits for; False when that cannot be.
+        """Ask for the entry that ring `index` waits for; False when that is impossible.
 
         Called on a worker, with the ring's lock.
         """
@@ -174,8 +174,8 @@ class Iommu:
             before.cancel()
         try:
             timer.start()
-        except RuntimeError as error:  # there can be no more threads: it waits as long as it takes
-            self._faults.error("nobody watches how long an IOTLB entry takes: %s", error)
+        except RuntimeError as error:  # no more threads: the ring waits without a limit
+            self._faults.error("the wait for an IOTLB entry has no time limit: %s", error)
         return True
 
     def _expire(self, index: int, need: Wanted) -> None:

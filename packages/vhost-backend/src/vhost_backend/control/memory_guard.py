@@ -1,9 +1,9 @@
 """Surviving a front-end that truncates the memory it shared.
 
-The C engine's library holds a handler for the bus error that touching such a page causes. It is
-installed when a daemon is made, never by an import. With it, memory may be touched directly
-whatever file it comes from; without it, only files that are sealed against shrinking are
-(guest_memory copies everything else through the kernel, which reports what is gone).
+Touching such a page causes a bus error. The C engine's library has a handler for it, which is
+installed when a daemon is made, never by an import. With the handler, all memory is accessed
+directly. Without it, only files that are sealed against shrinking are; guest_memory copies other
+memory through the kernel, which reports missing pages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from virtqueue import SigbusGuard
 
 
 class MemoryGuard:
-    """Watches all that the front-end shares, for as long as it is mapped."""
+    """Watches the memory that the front-end shares, as long as it is mapped."""
 
     def __init__(self) -> None:
         self.active: bool = SigbusGuard.available()
@@ -26,14 +26,14 @@ class MemoryGuard:
             SigbusGuard.install()
 
     def mapper(self, mapper: Mapper | None) -> Mapper:
-        """The mapper to use where none was asked for."""
+        """`mapper`, or the default one when that is None."""
         return mapper if mapper is not None else MmapMapper(guarded=self.active)
 
     def watch(self, memory: GuestMemory) -> None:
-        """Watch `memory` until nobody refers to it any more."""
+        """Watch `memory` until its last reference goes."""
         if self.active:
             SigbusGuard.watch(memory)
-            # Weak references go before anything else of an object does: its table is still there.
+            # A finalizer runs before the object's own fields go, so the table is still there.
             weakref.finalize(memory, _unwatch, memory.table_address).atexit = False
 
     def watch_mapping(self, mapping: SharedMapping) -> None:

@@ -1,7 +1,8 @@
 """The memory table ("Multiple memory regions description", CONFIGURE_MEM_SLOTS) and postcopy.
 
-In postcopy the memory table is answered with where each region lies in this process, and pages that
-have not arrived yet are waited for through a userfaultfd that the front-end serves.
+In postcopy the answer to a memory table gives the address of each region in this process. A thread
+that touches a page which has not arrived waits for it through a userfaultfd; the front-end serves
+that descriptor.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ log: logging.Logger = logging.getLogger("vhost_backend")
 
 
 class XenMapper(Protocol):
-    """A mapper that says whether it makes Xen's mappings."""
+    """A mapper that tells whether it makes Xen's mappings."""
 
     xen_mmap: bool
 
@@ -41,10 +42,10 @@ _XEN_MAPPER: Final = HookGroup[XenMapper](XenMapper)
 
 
 class MemoryTable:
-    """Regions come, go, and arrive late.
+    """Adds and removes memory regions, and serves postcopy.
 
     `slots` offers CONFIGURE_MEM_SLOTS. The specification forbids postcopy together with it, so
-    PAGEFAULT is offered instead when it is False.
+    PAGEFAULT is offered only when `slots` is False.
     """
 
     def __init__(self, context: Context, *, slots: bool) -> None:
@@ -52,7 +53,7 @@ class MemoryTable:
         self._slots = slots
         self._userfault: Userfault | None = None
         self._listening = False
-        #: A table that was answered with our addresses and waits for the front-end to take them.
+        #: A table that waits for the front-end to acknowledge our addresses (postcopy).
         self._pending: GuestMemory | None = None
         self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
             vp.GetMaxMemSlots: self._get_max_mem_slots,
@@ -70,13 +71,12 @@ class MemoryTable:
     def offers(self) -> vp.ProtocolFeatures:
         """Memory slots, or postcopy; Xen mappings with a mapper that makes them.
 
-        PAGEFAULT takes a userfaultfd, which not every process may have: then the front-end should
-        refuse postcopy before it begins. It can only wait for pages of ordinary mappings.
+        PAGEFAULT needs a userfaultfd, which not every process is allowed; without the bit the
+        front-end can refuse postcopy before it begins. It works for ordinary mappings only.
 
-        GPA_ADDRESSES takes nothing: with it user addresses are guest addresses, regions repeat
-        theirs, and what is looked up by user address is found as ever. Front-ends that take the
-        bit for another (rust-vmm's vhost had SHMEM there) and send user addresses all the same are
-        therefore served, too.
+        GPA_ADDRESSES needs no code. With it user addresses are guest addresses, and each region
+        names both, so look-ups by user address work as before. Front-ends that use the bit for
+        another feature (rust-vmm's vhost had SHMEM there) and send user addresses work, too.
         """
         features = vp.ProtocolFeatures.GPA_ADDRESSES
         xen = _XEN_MAPPER.of(self._context.mapper)
@@ -89,7 +89,7 @@ class MemoryTable:
         return features
 
     def disconnect(self) -> None:
-        """Unmap; nobody waits for pages any more. The device is told, as it may keep the memory."""
+        """Unmap all memory, end postcopy, and tell the device, as it may keep the memory."""
         self._context.unshared.disconnect()
         self._end_postcopy()
         empty = GuestMemory()
@@ -184,10 +184,10 @@ class MemoryTable:
 
 
 def _userfault_works(name: str) -> bool:
-    """Whether this process can have pages of shared memory waited for.
+    """Whether this process may use userfaultfd on shared memory.
 
-    A capability, a sysctl, a seccomp filter or the kernel's configuration may stand against it; so
-    it is tried, with a page of our own.
+    A missing capability, a sysctl, a seccomp filter or the kernel's configuration may forbid it, so
+    this tries it on a page of its own.
     """
     try:
         memory, fd = GuestMemory.allocate(mmap.PAGESIZE, guest_address=0)

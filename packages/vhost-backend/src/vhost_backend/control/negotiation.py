@@ -18,10 +18,11 @@ _ALWAYS = int(VirtioFeature.PROTOCOL_FEATURES | VirtioFeature.LOG_ALL)
 
 
 class Negotiation:
-    """Which features both sides use.
+    """The features that both sides use.
 
-    `offered` collects what all sections stand for; `stop_rings` finishes what is in flight, stops
-    the rings and then calls its argument; `features_changed` tells the sections of SET_FEATURES.
+    `offered` collects the protocol features of all sections. `stop_rings` finishes requests in
+    flight, stops the rings and then calls its argument. `features_changed` tells the sections of
+    SET_FEATURES.
     """
 
     def __init__(
@@ -35,9 +36,9 @@ class Negotiation:
         self._offered = offered
         self._stop_rings = stop_rings
         self._features_changed = features_changed
-        #: What GET_PROTOCOL_FEATURES was answered with on this connection.
+        #: The answer to GET_PROTOCOL_FEATURES on this connection.
         self._answered: vp.ProtocolFeatures | None = None
-        #: RESET_OWNER came, and nothing yet that sets the device up anew.
+        #: RESET_OWNER came, and no SET_FEATURES since.
         self._disowned = False
         self.handlers: dict[type[vp.Message], Callable[..., Outcome]] = {
             vp.GetFeatures: self._get_features,
@@ -50,11 +51,11 @@ class Negotiation:
         }
 
     def offers(self) -> vp.ProtocolFeatures:
-        """Many queues, and answers to everything."""
+        """MQ and REPLY_ACK: many queues, and acknowledgements of any message."""
         return vp.ProtocolFeatures.MQ | vp.ProtocolFeatures.REPLY_ACK
 
     def disconnect(self) -> None:
-        """Nothing is negotiated any more."""
+        """Forget the features, and log which rules the front-end broke."""
         session = self._context.session
         if session is not None:
             for (request, rule), count in session.tolerated.items():
@@ -75,7 +76,7 @@ class Negotiation:
         return Answer(vp.FeaturesReply(self._features))
 
     def _set_features(self, message: vp.SetFeatures, fds: Descriptors) -> Outcome:
-        # In plain integers: what ~ does to a flag type differs between Python versions.
+        # In plain integers: the result of ~ on a flag type differs between Python versions.
         unknown = message.features & ~int(self._features)
         if unknown:
             raise Refused("SET_FEATURES", f"bits {unknown:#x} were not offered")
@@ -96,7 +97,7 @@ class Negotiation:
             with vring.get_mut() as state:
                 state.settings.features = features
                 if not features & VirtioFeature.PROTOCOL_FEATURES:
-                    # "Ring states": a front-end that cannot enable rings has them all enabled.
+                    # "Ring states": without PROTOCOL_FEATURES rings start enabled.
                     state.set_enabled(True)
             context.scan(index)
         self._features_changed()
@@ -132,7 +133,7 @@ class Negotiation:
 
 
 def _bits(features: int) -> str:
-    """For a person: names where they are ours to know, numbers for the device type's own."""
+    """The bits for a log line: names, or numbers for the device type's own bits."""
     names = {int(feature): feature.name for feature in VirtioFeature}
     bits = [bit for bit in range(64) if features >> bit & 1]
     return " ".join(names.get(1 << bit) or str(bit) for bit in bits) or "none"

@@ -1,4 +1,4 @@
-"""What handling a message comes to."""
+"""The outcome of handling a message."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -9,7 +9,10 @@ Descriptors = list[vp.OwnedFd]
 
 
 class Answer(NamedTuple):
-    """A reply of the request's own kind. `fds` are lent; with `close` they are closed once sent."""
+    """A reply of the request's own kind.
+
+    The sender only borrows `fds`; with `close` it closes them once they are sent.
+    """
 
     message: vp.Reply
     fds: tuple[int, ...] = ()
@@ -17,21 +20,22 @@ class Answer(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Not done yet: once `ready()`, however long that takes, `finish()` completes it.
+    """A message that is not done yet: `finish()` completes it once `ready()` is true.
 
-    The connection waits with an eye on hang-ups, where `finish` is not called; workers and other
-    connections go on. The thread that makes `ready` true calls the context's `wake`. `rings` are
-    those whose requests it waits for. `what` names the message that waits, for the log: the control
-    plane puts the message's name in front of what a section says ("vring 0").
+    The wait has no limit; workers and other connections go on meanwhile. When the front-end hangs
+    up, the wait ends and `finish` is not called. The thread that makes `ready` true calls the
+    context's `wake`. `rings` are the rings whose requests the message waits for. `what` names the
+    wait in the log: a section says "vring 0", and the control plane puts the message's name before
+    it.
     """
 
     ready: Callable[[], bool]
     finish: Callable[[], Answer | None]
     rings: Sequence[int]
     what: str = ""
-    #: Seconds between two looks at what comes true without a `wake`.
+    #: Seconds between two calls of `ready`, where no thread calls `wake`; None where one does.
     every: float | None = None
 
 
 Outcome = Answer | Wait | None
-"""None: done; acknowledge the request if it asks for that."""
+"""None means done: the request is acknowledged if it asks for that."""

@@ -1,4 +1,4 @@
-"""The control plane put together."""
+"""`ControlPlane`: all sections together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log: logging.Logger = logging.getLogger("vhost_backend")
 
 T = TypeVar("T")
 
-#: Requests of a ring that a log line names.
+#: The most requests of one ring that a log line names.
 NAMED: Final = 4
 
 
@@ -41,10 +41,10 @@ class ControlPlane:
         vrings: all of the device's.
         workers: the threads that serve them.
         memory: holds the current snapshot.
-        mapper: how regions are mapped; None for mmap.
+        mapper: maps regions; None for mmap.
         memory_slots: offer CONFIGURE_MEM_SLOTS; postcopy is offered instead when False.
-        wake: called from any thread when something that a `Wait` waits for may have happened.
-        name: names the device in log lines.
+        wake: called from any thread when a `Wait` may have become ready.
+        name: the device's name in log lines.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ControlPlane:
         self._rings = Rings(context)
         self._logging = Logging(context)
         self._iommu = Iommu(context, self._rings.recall)
-        # In the order in which a connection's remains are cleared away: rings before memory.
+        # `disconnect` goes in this order: rings before memory.
         self._sections: tuple[Section, ...] = (
             self._rings,
             Inflight(context),
@@ -80,11 +80,11 @@ class ControlPlane:
             self._handlers.update(section.handlers)
 
     def connect(self, session: vp.Session) -> None:
-        """A front-end has connected; `session` is what its connection knows."""
+        """Begin with a new front-end; `session` is its connection's protocol state."""
         self._context.session = session
 
     def offered(self) -> vp.ProtocolFeatures:
-        """Protocol features: what the sections stand for."""
+        """The protocol features that the sections implement."""
         features = 0
         for section in self._sections:
             features |= int(section.offers())
@@ -96,15 +96,19 @@ class ControlPlane:
 
     @property
     def memory_due(self) -> float | None:
-        """Seconds until `look_at_memory` is due, if no message comes before; None: it is not."""
+        """Seconds until `look_at_memory` is due if no message comes before; None when it is not.
+
+        While messages come, the front-end may be about to set up the next ring.
+        """
         return self._context.unshared.left
 
     def look_at_memory(self) -> None:
-        """Say so where guest memory turns out not to be shared."""
+        """Log a warning if guest memory seems not to be shared."""
         self._context.unshared.look()
 
     def handle(self, message: vp.Message, fds: Descriptors) -> Outcome:
-        """Apply one message; descriptors that are kept are detached or taken out of `fds`.
+        """Apply one message; handlers detach the descriptors that they keep, or take them out of
+        `fds`.
 
         Raises `Refused`, and then has changed nothing that matters.
         """
@@ -131,11 +135,11 @@ class ControlPlane:
         return self._rings.remains
 
     def settle(self) -> None:
-        """To be called after `wake`: start the rings that waited for what `remains`."""
+        """Start rings that waited for requests which have ended. Call it after each `wake`."""
         self._rings.settle()
 
     def working(self, rings: Sequence[int]) -> list[str]:
-        """What the device works on, a phrase for each ring, for a log."""
+        """The requests that the device works on: a phrase for each ring, for the log."""
         describe = provided(self._context.backend, VhostUserBackendBase.describe_request)
         phrases = []
         for index in rings:
@@ -151,14 +155,14 @@ class ControlPlane:
         return phrases
 
     def end_requests(self) -> Callable[[], bool]:
-        """Take no new chains; tells whether the device has ended what it works on."""
+        """Take no new chains; returns a function that tells whether all requests have ended."""
         return self._rings.end()
 
     def disconnect(self) -> None:
-        """The front-end is gone: nothing of it stays, except the device's own state.
+        """Forget the front-end that has gone; only the device's own state stays.
 
-        A section that fails is logged and keeps no other from clearing away. What is no ordinary
-        exception is raised in the end.
+        When a section fails, the error is logged and the other sections still disconnect. An error
+        that is no `Exception` (KeyboardInterrupt, SystemExit) is raised at the end.
         """
         passes: BaseException | None = None
         for section in self._sections:
@@ -176,7 +180,7 @@ class ControlPlane:
 
 
 def _refusing(request: str, call: Callable[[], T]) -> T:
-    """`call`, where a device's refusal becomes that of the message `request`."""
+    """Call `call`, and turn a device's refusal into one of the message `request`."""
     try:
         return call()
     except DeviceRefused as error:

@@ -1,4 +1,4 @@
-"""Rings: size, place, position, descriptors, started, enabled ("Ring states")."""
+"""Rings: size, addresses, position, descriptors, started, enabled ("Ring states")."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _PACKED_BEGIN: Final = _WRAP << 16 | _WRAP
 
 
 class Rings:
-    """Everything that names a vring."""
+    """The messages that name a vring."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        #: By ring: whether the device has ended what it works on for a front-end that has gone.
+        #: For each ring with requests of a front-end that has gone: tells whether they have ended.
         self._remains: dict[int, Callable[[], bool]] = {}
         #: Rings whose position the front-end has set, or that have run.
         self._placed: set[int] = set()
@@ -60,15 +60,15 @@ class Rings:
         )
 
     def end(self) -> Callable[[], bool]:
-        """Take no new chains; tells whether the device has ended what it works on."""
+        """Take no new chains; returns a function that tells whether all requests have ended."""
         ready = [self._end(index) for index in range(len(self._context.vrings))]
         return lambda: all(each() for each in ready)
 
     def disconnect(self) -> None:
-        """Rings as new, descriptors closed.
+        """Make the rings as new, and close their descriptors.
 
-        What the device still works on keeps its memory and the device's medium until it ends; see
-        `settle`.
+        Requests that the device still works on keep their memory mapped, and the device is not
+        stopped until they end; see `settle`.
         """
         context = self._context
         self._placed.clear()
@@ -87,7 +87,7 @@ class Rings:
         return tuple(self._remains)
 
     def settle(self) -> None:
-        """Once nothing of the last front-end is left: start the rings that waited for that."""
+        """Once all requests of the last front-end have ended, start the rings that waited."""
         context = self._context
         if not self._remains:
             return
@@ -114,11 +114,12 @@ class Rings:
             context.scan(index)
 
     def reset(self, then: Callable[[], None]) -> Outcome:
-        """Rings stopped and disabled ("RESET_DEVICE"), and `then`; what was negotiated stays.
+        """Stop and disable all rings ("RESET_DEVICE"), and call `then`.
 
-        So does where each ring stood: QEMU 7.2 resets the status whenever its guest pauses, asks
-        for the base after, and lets the guest go on there, perhaps elsewhere. What is in flight is
-        therefore finished first; its requests are counted in the base and would be lost.
+        The negotiated features and each ring's base stay. QEMU 7.2 resets the status whenever its
+        guest pauses, asks for the base afterwards, and continues the guest from there, perhaps on
+        another host. The base counts requests in flight, so they are finished first; otherwise they
+        would be lost.
         """
         return self._when_ended(lambda: self._reset(then))
 
@@ -133,9 +134,10 @@ class Rings:
         then()
 
     def recall(self) -> Callable[[], None]:
-        """Have the device let go of memory that requests only wait with; what is returned goes on.
+        """Call back requests that only wait, so that they let go of memory.
 
-        Those requests are taken again, with the present snapshot of memory.
+        The returned function lets the rings go on; they take those requests again, with the present
+        snapshot of memory.
         """
         context = self._context
         recalled = []
@@ -156,21 +158,21 @@ class Rings:
         return resume
 
     def _end(self, index: int) -> Callable[[], bool]:
-        """`_quiesce`, and from here on a late kick finds nobody."""
+        """`_quiesce`, and stop watching the kick descriptor: a late kick has no effect."""
         self._context.unwatch(index)
         return self._quiesce(index)
 
     def _quiesce(self, index: int, *, keep: bool = True) -> Callable[[], bool]:
-        """Take no new chains; tells whether the device has ended what it works on.
+        """Take no new chains; returns a function that tells whether all requests have ended.
 
-        The hook `suspend_queue` calls back what only waits, for devices that have such requests.
-        With `keep` what cannot be given back stays in the in-flight region.
+        The hook `suspend_queue` calls back requests that only wait, where a device has them. With
+        `keep` a request that cannot be given back stays in the in-flight region.
         """
         context = self._context
         with context.vrings[index].get_mut() as state:
             state.begin_drain(context.wake)
         if index in self._remains:
-            return lambda: True  # nothing of the present front-end was taken
+            return lambda: True  # its ring waits, and has taken nothing
         return self._ended(index, keep=keep)
 
     def _ended(self, index: int, *, keep: bool = True) -> Callable[[], bool]:
@@ -192,7 +194,7 @@ class Rings:
         return False
 
     def stop(self, then: Callable[[], None]) -> Outcome:
-        """Rings stopped, as by GET_VRING_BASE for each, and `then`."""
+        """Stop all rings, as by GET_VRING_BASE for each, and call `then`."""
         return self._when_ended(lambda: self._stop_all(then))
 
     def _stop_all(self, then: Callable[[], None]) -> None:
@@ -204,7 +206,7 @@ class Rings:
         then()
 
     def _when_ended(self, finish: Callable[[], None]) -> Outcome:
-        """No new chains; `finish` once the device has ended what it works on."""
+        """Take no new chains, and call `finish` once all requests have ended."""
         ended = self.end()
         if ended():
             finish()
@@ -243,7 +245,7 @@ class Rings:
                     config.check()
                 except UsageError as error:
                     raise Refused("SET_VRING_ADDR", str(error)) from None
-                # what is in flight completes where it was taken
+                # Requests in flight complete in the old place first: see the `Wait` below.
             else:
                 state.settings.addresses = addresses
                 state.set_log(state.settings.log, log_used)
@@ -259,7 +261,7 @@ class Rings:
         return None
 
     def _move(self, index: int, addresses: tuple[int, int, int], log_used: int | None) -> None:
-        """A started ring goes on at the same index in a new place."""
+        """Continue a started ring at the same index in a new place."""
         context = self._context
         with context.vrings[index].get_mut() as state:
             state.stop()
@@ -284,10 +286,11 @@ class Rings:
         return None
 
     def _whole_base(self, vring: Vring, base: int) -> int:
-        """DPDK's virtio-user gives the driver's half alone, of a ring that is drained.
+        """Complete a packed base of which the front-end gave only the driver's half.
 
-        A used half of 0 can also be meant: the device stands at 0 with a wrap counter of 0, and
-        what it has not used is in the in-flight region.
+        DPDK's virtio-user gives only that half, of a drained ring. But a used half of 0 is meant
+        where there is an in-flight region and the driver's wrap counter is 0: the device then
+        stands at 0 with a wrap counter of 0, and its requests are in the region.
         """
         with vring.get_ref() as state:
             recorded = state.settings.inflight is not None
@@ -329,8 +332,8 @@ class Rings:
             context.scan(message.index)
             return
         try:
-            # The worker looks at the ring at once, or when it is enabled: what was made available
-            # before the kick descriptor came is not announced again.
+            # The worker looks at the ring at once, or when it is enabled: the driver does not kick
+            # again for chains that it made available before the descriptor came.
             worker.watch(position, kick_fd, scan=enabled)
         except OSError as error:
             raise Refused("SET_VRING_KICK", f"cannot wait on the descriptor: {error}") from error
@@ -378,9 +381,8 @@ class Rings:
         )
         if state.deferred:
             return
-        # A back-end before us may have died between showing the driver what it completed and
-        # signalling it. The driver may wait for that and for nothing else; one time too many is
-        # harmless.
+        # An earlier back-end may have died between publishing a completion and signalling it, and
+        # the driver may wait for just that signal. One signal too many is harmless.
         if state.has_news:
             state.signal_call()
 
@@ -390,7 +392,7 @@ class Rings:
         return bool(packed) and state.index not in self._placed
 
     def _make_queue(self, state: VringState) -> None:
-        """The ring runs from here on, or as soon as nothing of the last front-end does."""
+        """Start the ring now, or once all requests of the last front-end have ended."""
         if self._remains:
             state.started = state.deferred = True
             log.warning(
@@ -405,7 +407,7 @@ class Rings:
     def _start_late(self, state: VringState) -> bool:
         """Start a ring that has waited; False where a later SET_FEATURES allows no such ring.
 
-        SET_VRING_KICK was acknowledged meanwhile, so the error descriptor tells the front-end.
+        SET_VRING_KICK is acknowledged already, so a failure is told by the error descriptor.
         """
         try:
             self._make_queue(state)
@@ -421,8 +423,8 @@ class Rings:
         return True
 
     def _get_base(self, message: vp.GetVringBase, fds: Descriptors) -> Outcome:
-        # Before there was a message of its own for it, bit 20 alone meant not to drain: what that
-        # asks for, a stop here does in any case.
+        # Older front-ends ask to skip the drain by this message with GET_VRING_BASE_INFLIGHT (bit
+        # 20) alone. Both messages get the same stop here, so the bit changes nothing.
         return self._drain("GET_VRING_BASE", message.index)
 
     def _get_base_skip_drain(self, message: vp.GetVringBaseSkipDrain, fds: Descriptors) -> Outcome:
@@ -438,7 +440,7 @@ class Rings:
         )
 
     def _stop(self, index: int) -> Answer:
-        """Stop a ring now. What is in flight stays in the in-flight region, if there is one."""
+        """Stop a ring now; requests in flight stay in the in-flight region, if there is one."""
         vring = self._context.vrings[index]
         self._context.unwatch(index)
         with vring.get_mut() as state:
@@ -469,7 +471,7 @@ class Rings:
         with self._context.vring("SET_VRING_CALL", message.index).get_mut() as state:
             state.set_call(fds[0].detach() if fds else -1)
             if state.started and state.call_fd >= 0 and state.has_news:
-                # What completed while there was no descriptor, or the old one, is announced here.
+                # Signal completions that came while there was no descriptor, or the old one.
                 state.signal_call()
         return None
 

@@ -1,8 +1,8 @@
 """Noticing guest memory that is not shared.
 
-A front-end hands over the file of its guest's memory also when it has mapped the file privately
-(QEMU without `share=on`): the guest then writes to pages of its own, and no request ever shows. No
-message tells; rings that are blank a while after they were started do.
+A front-end may hand over the file of its guest's memory although it has mapped that file privately
+(QEMU without `share=on`). The guest then writes to private pages, and its requests never appear
+here. No message tells this; the sign is that rings are still blank some seconds after their start.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ADVICE = (
 
 
 class UnsharedMemory:
-    """The doubt about one connection's memory, and the look that settles it."""
+    """Looks once at a connection's rings, some seconds after the first one has started."""
 
     def __init__(self, name: str, vrings: Sequence[Vring], memory: MemoryHolder) -> None:
         self._name = name
@@ -40,20 +40,17 @@ class UnsharedMemory:
         self._looked = False
 
     def ring_started(self) -> None:
-        """The first ring of the connection begins the wait. Called with the ring's lock held."""
+        """Begin the wait at the connection's first ring. Called with the ring's lock held."""
         if not self._looked and self._due is None:
             self._due = time.monotonic() + DELAY
 
     @property
     def left(self) -> float | None:
-        """Seconds until the look; None when there is no doubt.
-
-        A front-end that still sends messages may be about to set up the next ring.
-        """
+        """Seconds until the look; None when none is due."""
         return None if self._due is None else max(0.0, self._due - time.monotonic())
 
     def look(self) -> None:
-        """Look if it is time."""
+        """Look at the rings if it is time, and log a warning if all are blank."""
         if self._due is None or time.monotonic() < self._due:
             return
         self._due = None
@@ -62,17 +59,17 @@ class UnsharedMemory:
             log.warning("%s: no request has come, and its rings are blank: %s", self._name, ADVICE)
 
     def postcopy(self) -> None:
-        """No look: it could have to wait for the page."""
+        """Cancel the look: in postcopy, reading a ring could wait for its page."""
         self._due = None
         self._looked = True
 
     def disconnect(self) -> None:
-        """The front-end is gone."""
+        """Be ready for the next front-end."""
         self._due = None
         self._looked = False
 
     def is_likely(self) -> bool:
-        """Whether there are rings that run, and not one that a driver has written to."""
+        """Whether rings run, and a driver has written to none of them."""
         memory = self._memory.current
         blank = []
         for vring in self._vrings:
@@ -85,13 +82,13 @@ class UnsharedMemory:
 def _is_blank(state: VringState, memory: GuestMemory) -> bool:
     settings = state.settings
     if settings.addresses is None or settings.features & VirtioFeature.ACCESS_PLATFORM:
-        return False  # behind an IOMMU the addresses are others
+        return False  # these addresses are IOVAs
     descriptors, driver, _ = settings.addresses
     try:
         return not any(
             any(memory.read(memory.user_to_guest(UserAddress(address)), length))
-            # An index is what a driver writes first: behind the flags, or in the first descriptor.
+            # A driver first writes the available index (behind the flags) or a descriptor.
             for address, length in ((descriptors, 16 * settings.size), (driver, 4))
         )
     except GuestMemoryError:
-        return False  # which the ring's own look says better
+        return False  # the ring itself reports that, and more exactly

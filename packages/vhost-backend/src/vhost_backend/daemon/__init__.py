@@ -1,4 +1,5 @@
 """Programs that serve: the daemon on threads, the one in a loop, and what reports of them.
 
-Here are connections, waiting and the end of a process. What a message does belongs to `control`.
+Connections, waiting and the end of a process belong here. The effect of a message belongs to
+`control`.
 """

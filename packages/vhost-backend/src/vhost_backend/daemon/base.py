@@ -1,4 +1,4 @@
-"""What every kind of daemon is made of: vrings, workers, the control plane."""
+"""The parts of every kind of daemon: vrings, workers, the control plane."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from .waiting import Remains, WaitLog
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
-#: Connections that were gone before they were accepted (accept(2)).
+#: Errors of connections that were gone before `accept` took them (accept(2)).
 _PASSING: Final = frozenset(
     (errno.ECONNABORTED, errno.EAGAIN, errno.EINTR, errno.EPROTO, errno.EPERM)
 )
 
 
 class DaemonBase:
-    """A backend, its vrings and workers, and the state machine that a connection drives.
+    """A back-end, its vrings and workers, and the control plane that a connection drives.
 
-    The parameters are `VhostUserDaemon`'s; `worker_type` is the kind of workers, `wake` what they
-    call when something that the connection waits for may have happened.
+    The parameters are `VhostUserDaemon`'s. `worker_type` is the class of the workers. They call
+    `wake` when the connection's wait may be over.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class DaemonBase:
                 state.events.on_truncated = self._hang_up
 
     def get_epoll_handlers(self) -> list[VringEpollHandler]:
-        """The workers, by thread number: where a device registers descriptors of its own."""
+        """The workers, by thread number. A device registers descriptors of its own there."""
         return list(self._workers)
 
     def _start_workers(self) -> None:
@@ -117,7 +117,7 @@ class DaemonBase:
                 connection.shutdown(how)
 
     def _worker_failed(self, error: BaseException) -> None:
-        """A worker has ended though nobody has asked it to: the daemon ends, and says so."""
+        """End the daemon, because a worker has ended by `error`."""
         raise NotImplementedError
 
     def _left(self) -> Sequence[int]:
@@ -125,13 +125,13 @@ class DaemonBase:
         return self._control.remains
 
     def _begin(self, session: vp.Session, line: Line) -> Conversation:
-        """A front-end has connected."""
+        """Begin the conversation with a front-end that has connected."""
         self._control.connect(session)
         log.info("%s: a front-end has connected", self.name)
         return Conversation(self._control, line, self._remains, self._wait_log, self._refused)
 
     def _end(self, conversation: Conversation, close: Callable[[], None]) -> None:
-        """The conversation is over: nothing of the front-end stays, and `close` hangs up."""
+        """End the conversation: forget the front-end, and hang up by `close`."""
         self._connection = None
         conversation.close()
         try:
@@ -141,9 +141,9 @@ class DaemonBase:
             log.info("%s: the front-end has gone", self.name)
 
     def _report(self, error: BaseException) -> BaseException | None:
-        """Log what has ended a connection, and return it unless that was a hang-up."""
+        """Log the error that ended a connection, and return it unless it was a hang-up."""
         if is_shortage(error):
-            # Neither the front-end nor the device can help it.
+            # Neither the front-end's fault nor the device's.
             log.error("%s: closing the connection: this machine is short: %s", self.name, error)
         elif isinstance(error, vp.RemoteProtocolError | Refused):
             log.warning("%s: closing the connection: %s", self.name, error)
@@ -151,7 +151,7 @@ class DaemonBase:
             log.info("%s: the connection was lost: %s", self.name, error)
             return None
         else:
-            # A mistake of ours, or of the back-end's: loud, but the next front-end is served.
+            # Our mistake, or the back-end's: log it loudly, but serve the next front-end.
             log.error("%s: closing the connection", self.name, exc_info=error)
         return error
 
@@ -167,9 +167,9 @@ class DaemonBase:
         log.log(level, "%s: %s", self.name, error)
 
     def _not_accepted(self, error: OSError, pause: Pause) -> float:
-        """No connection came of an `accept`: seconds to wait before the next attempt.
+        """After an `accept` that failed: the seconds to wait before the next one.
 
-        A front-end waits in the socket's queue meanwhile. Raises what waiting does not help.
+        Front-ends wait in the socket's queue meanwhile. Raises an error that no waiting can mend.
         """
         if error.errno in _PASSING:
             return 0.0
@@ -183,7 +183,7 @@ class DaemonBase:
 
 
 class Pause:
-    """Seconds between attempts, as an iterator: more and more, up to the longest."""
+    """Iterates over the seconds between attempts, which double up to the longest."""
 
     def __init__(self, first: float = 0.05, longest: float = 1.0) -> None:
         self._next = first
@@ -198,14 +198,14 @@ class Pause:
 
 
 def say_another_waits(name: str) -> None:
-    """Of a front-end that has connected while another one is served."""
+    """Log that a front-end has connected while another one is served."""
     log.warning(
         "%s: another front-end has connected, and waits until the present one has gone", name
     )
 
 
 def _is_hang_up(error: BaseException) -> bool:
-    """Whether this is the socket's word for a peer that has gone, or of our own hanging up."""
+    """Whether the socket's error means that the peer has gone, or that we hung up."""
     return isinstance(error, ConnectionError) or (
         isinstance(error, OSError) and error.errno in (errno.ENOTCONN, errno.ESHUTDOWN)
     )
@@ -223,7 +223,7 @@ def _make_workers(
         raise BackendUsageError(f"busy_poll is 0 to 1 s, not {busy_poll}")
     missing = set(cpus) - os.sched_getaffinity(0)
     if missing:
-        raise BackendUsageError(f"this process may not run on processors {sorted(missing)}")
+        raise BackendUsageError(f"this process is not allowed on processors {sorted(missing)}")
     workers = []
     for thread_id, mask in enumerate(backend.queues_per_thread()):
         owned = [vring for index, vring in enumerate(vrings) if mask >> index & 1]

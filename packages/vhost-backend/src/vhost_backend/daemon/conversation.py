@@ -1,8 +1,8 @@
-"""What a daemon says to one front-end: messages in, answers out, waits for the device between.
+"""The conversation of a daemon with one front-end: messages, answers, and waits for the device.
 
-Written once for both kinds of daemon. Each place where the conversation waits is an `await` of its
-`Line`: in an event loop the task sleeps there; the line of a daemon with threads blocks and has
-nothing left to await, so that `run` finishes the coroutine in one go.
+It is written once for both kinds of daemon. Wherever the conversation waits, it awaits a method of
+its `Line`. In an event loop the task sleeps there. In a daemon with threads the method blocks and
+never suspends, so `run` finishes the coroutine in one step.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .waiting import ReadAhead, Remains, WaitLog
 
 T = TypeVar("T")
 
-#: Seconds that a front-end may leave answers unread once its socket holds no more of them. Without
-#: a limit it could keep the daemon from ending.
+#: Seconds that a front-end may leave answers unread once its socket is full. Without this limit it
+#: could keep the daemon from ending.
 ANSWER_PATIENCE = 10.0
 
 
 class Seen(enum.Enum):
-    """What a look at the connection found."""
+    """The result of a look at the connection."""
 
     NOTHING = enum.auto()
     MESSAGE = enum.auto()
@@ -35,7 +35,7 @@ class Seen(enum.Enum):
 
 
 class Line(Protocol):
-    """One connection, and how its conversation waits."""
+    """One connection, and the ways in which its conversation waits."""
 
     @property
     def closed(self) -> bool:
@@ -46,9 +46,11 @@ class Line(Protocol):
         """Whether the daemon was told to end."""
 
     async def look(self, seconds: float | None, *, reading: bool) -> Seen:
-        """Sleep until there is progress, `seconds` are over, or the front-end stirs.
+        """Sleep until the device makes progress, `seconds` are over, or the front-end does
+        something.
 
-        A message counts with `reading` only. A hang-up counts for more than messages before it.
+        A message ends the sleep only with `reading`. A hang-up is reported even when unread
+        messages come before it.
         """
 
     async def receive(self) -> vp.Received | None:
@@ -63,18 +65,18 @@ class Line(Protocol):
         """Answer with a reply of the request's own kind."""
 
     async def acknowledge(self, received: vp.Received, ok: bool) -> bool:
-        """Answer with an Ack where one is due; whether it was."""
+        """Answer with an Ack where one is due; returns whether it was due."""
 
 
 class Conversation:
     """The messages of one front-end, in their order, until it hangs up or the daemon ends.
 
     Args:
-        control: what applies messages.
+        control: applies the messages.
         line: the connection.
-        remains: what is still to end of the front-end before.
-        wait_log: makes the log of a wait from what waits, and for the requests of which rings.
-        refused: told of a refusal that the front-end was answered.
+        remains: the requests of the last front-end that have not ended.
+        wait_log: makes the log of a wait, from the name of the wait and the rings it waits for.
+        refused: called with a refusal that the front-end got as its answer.
     """
 
     def __init__(
@@ -100,9 +102,9 @@ class Conversation:
                 return
 
     async def finish_requests(self, failed: Callable[[], bool]) -> None:
-        """The daemon ends before the front-end: show that how its requests end.
+        """When the daemon ends before the front-end, wait until the front-end's requests end.
 
-        Once `failed()`, a worker has ended by itself, and nothing works on its requests.
+        The wait stops once `failed()`: a worker has failed, and its requests will not end.
         """
         ended = self._control.end_requests()
         report = self._wait_log("the end of the daemon", self._control.rings)
@@ -116,7 +118,7 @@ class Conversation:
         self._ahead.close()
 
     async def _next(self) -> vp.Received | None:
-        """The next message. Meanwhile the last front-end's remains and memory are looked at."""
+        """The next message. Meanwhile look at the last front-end's requests, and at memory."""
         while True:
             due = [self._remains.look(), self._control.memory_due]
             seconds = min((left for left in due if left is not None), default=None)
@@ -153,16 +155,16 @@ class Conversation:
             return True
 
     async def _refuse(self, received: vp.Received, error: Refused) -> bool:
-        """Answer that the message was refused; raises `error` where no answer can say so."""
+        """Answer that the message was refused; raises `error` where it has no such answer."""
         if not await self._line.acknowledge(received, False):
-            raise error  # then only hanging up can
+            raise error  # then only a hang-up can refuse it
         self._refused(error)
         return True
 
     async def _wait_for(self, wait: Wait) -> bool:
-        """Wait until the device has ended what a message waits for. Workers go on meanwhile.
+        """Wait until the device has ended the requests that a message waits for.
 
-        False when the front-end hangs up, or the daemon is told to end, before.
+        False when the front-end hangs up first, or the daemon is told to end.
         """
         report = self._wait_log(wait.what, lambda: wait.rings)
         while not wait.ready():
@@ -190,7 +192,7 @@ class Conversation:
 
 @contextlib.contextmanager
 def answering(connection: vp.BackendConnection | vp.AsyncBackendConnection) -> Iterator[None]:
-    """Bound the time of an answer. What arrives may take as long as it likes."""
+    """Limit the time that sending an answer may take; receiving has no limit."""
     connection.timeout = ANSWER_PATIENCE
     try:
         yield
@@ -199,7 +201,7 @@ def answering(connection: vp.BackendConnection | vp.AsyncBackendConnection) -> I
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Finish a coroutine whose awaits block instead of waiting for an event loop."""
+    """Finish a coroutine whose awaits block and never suspend."""
     try:
         coroutine.send(None)
     except StopIteration as end:
@@ -209,7 +211,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def _close_lent(answer: Answer) -> None:
-    """Close the descriptors that went with an answer, if that was ours to do."""
+    """Close the descriptors of an answer that was sent, if they are ours to close."""
     if answer.close:
         for fd in answer.fds:
             os.close(fd)

@@ -1,4 +1,4 @@
-"""File descriptors: how many serving takes, and the limit that has to allow for them."""
+"""The number of file descriptors that serving needs, and the limit that must allow them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..backend import VhostUserBackend
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
-#: A ring's kick, call and error descriptor, and one that is new before the old one is closed.
+#: A ring's kick, call and error descriptor, and a new one that comes before the old one is closed.
 _PER_QUEUE: Final = 4
-#: A worker's epoll and wake-up, and what its event loop or its handler in C has (io_uring, files).
+#: A worker's epoll and wake-up, and those of its event loop or its handler in C (io_uring, files).
 _PER_WORKER: Final = 8
-#: A daemon's listener, connection, channel, log and wake-ups, and a message's descriptors while it
-#: is handled. Regions keep none.
+#: A daemon's listener, connection, channel, log and wake-ups, and the descriptors of the message
+#: that it handles. Memory regions keep none.
 _PER_DAEMON: Final = 32
-#: For whatever the program does beside.
+#: For the rest of the program.
 _SPARE: Final = 64
 
 
 def needed(backends: Iterable[VhostUserBackend]) -> int:
-    """How many descriptors this process may have open at a time with a daemon for each of these."""
+    """The most descriptors that this process may have open with a daemon for each back-end."""
     count = len(os.listdir("/proc/self/fd")) + _SPARE
     for backend in backends:
         count += _PER_DAEMON + _PER_QUEUE * backend.num_queues()
@@ -33,9 +33,9 @@ def needed(backends: Iterable[VhostUserBackend]) -> int:
 
 
 def raise_limit(backends: Iterable[VhostUserBackend]) -> None:
-    """Raise the soft limit to what their daemons may need, and say so when that is not allowed.
+    """Raise the soft limit to the need of their daemons, or log that this is not allowed.
 
-    Before they are made: their workers have descriptors from then on.
+    Call it before the daemons are made: from then on their workers have descriptors.
     """
     try:
         count = needed(backends)

@@ -1,9 +1,9 @@
 """A daemon without threads: control plane and device in the caller's event loop.
 
-The connection is a task, queues are served when the loop finds their kick descriptors readable, and
-`async def handle` runs as tasks of the same loop. A plain `handle` or `handle_batch` keeps the loop
-while it works. Two things still happen on threads of their own, because they wait for a peer: the
-transfer of a device's state in a migration, and the clock of an IOTLB miss.
+The connection is a task. The loop serves a queue when its kick descriptor is readable, and runs
+each call of an `async def handle` as a task. A plain `handle` or `handle_batch` blocks the loop
+while it works. Two things still have threads of their own, because they wait for a peer: the
+transfer of a device's state in a migration, and the timer of an IOTLB miss.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import vhost_protocol as vp
 from guest_memory import Mapper, MemoryHolder
-from vhost_protocol import AsyncBackendConnection  # by name: imported before anybody connects
+from vhost_protocol import AsyncBackendConnection  # by name: imported before a front-end connects
 from virtqueue import EngineName
 
 from ..adapter.checks import check_backend, check_device
@@ -37,12 +37,12 @@ from .metrics import served_metrics
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
-#: Where nothing more is read, a connection is looked at this often (seconds) for a hang-up.
+#: Seconds between looks for a hang-up, while no more messages are read from a connection.
 HANG_UP_INTERVAL = 0.05
 
 
 class LoopWorker(AsyncVringEpollHandler):
-    """A worker that is part of the running event loop instead of a thread."""
+    """A worker that runs in the running event loop, and has no thread."""
 
     _started = False
 
@@ -76,12 +76,11 @@ class LoopWorker(AsyncVringEpollHandler):
 class AsyncDaemon(DaemonBase):
     """`VhostUserDaemon` in the running event loop; an asynchronous context manager.
 
-    The parameters are `VhostUserDaemon`'s. All methods belong to the loop that was running when the
-    object was made. Ends when the task that serves is cancelled.
+    The parameters are `VhostUserDaemon`'s. Call all methods in the loop that was running when the
+    object was made. To end the daemon, cancel the task that serves.
 
-    With `busy_poll` the loop does not sleep for that long after the last request, and other tasks
-    have their turns between two looks. `cpus` are for the loop's thread, as long as the daemon is
-    not closed.
+    `busy_poll` keeps the loop from sleeping for up to that long after the last request; other tasks
+    run between two looks at the rings. `cpus` bind the loop's thread until the daemon is closed.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class AsyncDaemon(DaemonBase):
     async def serve(self, path: str | os.PathLike[str]) -> None:
         """Listen on `path`, serve one front-end, and take the device out of the loop.
 
-        Raises `ListenError`, and what `serve_connection` raises.
+        Raises `ListenError`, and the errors of `serve_connection`.
         """
         with Listener(path) as listener, self._ended_by_a_worker():
             try:
@@ -138,8 +137,8 @@ class AsyncDaemon(DaemonBase):
     async def serve_forever(self, where: Listener | str | os.PathLike[str]) -> None:
         """Serve front-ends one after another, until cancelled.
 
-        `where` is a listener, which stays the caller's, or a path to listen on. What ends a
-        connection is logged. Raises `ListenError`, and what has ended a worker.
+        `where` is a listener, which stays the caller's, or a path to listen on. An error that ends
+        a connection is logged. Raises `ListenError`, and an error that ended a worker.
         """
         with contextlib.ExitStack() as stack:
             if not isinstance(where, Listener):
@@ -148,10 +147,10 @@ class AsyncDaemon(DaemonBase):
                 await self._accept_all(where)
 
     async def serve_connection(self, sock: socket.socket) -> None:
-        """Serve one connected socket, which is taken over, until the front-end hangs up.
+        """Take over one connected socket, and serve it until the front-end hangs up.
 
-        Raises what else has ended the connection, and what has ended a worker, and
-        `BackendUsageError` while another task serves.
+        Raises an error that ended the connection or a worker, and `BackendUsageError` while another
+        task serves.
         """
         with contextlib.closing(sock), self._ended_by_a_worker():
             error = await self._serve_connection(sock)
@@ -160,7 +159,7 @@ class AsyncDaemon(DaemonBase):
 
     @contextlib.contextmanager
     def _ended_by_a_worker(self) -> Iterator[None]:
-        """What serves is cancelled when a worker fails, and raises what that has failed with."""
+        """When a worker fails, cancel the task that serves here and raise the worker's error."""
         if self._closed:
             raise BackendUsageError("the daemon is closed")
         if self._failure is not None:
@@ -188,7 +187,7 @@ class AsyncDaemon(DaemonBase):
             connection = await self._accept(listener)
             with self._watching(listener):
                 await self._serve_connection(connection)
-            if listener.fileno() < 0:  # it was the connection itself
+            if listener.fileno() < 0:  # the listener was the connection itself
                 return
 
     async def _accept(self, listener: Listener) -> socket.socket:
@@ -207,7 +206,7 @@ class AsyncDaemon(DaemonBase):
 
     @contextlib.contextmanager
     def _watching(self, listener: Listener) -> Iterator[None]:
-        """Say a word when another front-end connects to `listener` meanwhile."""
+        """Log it when another front-end connects to `listener` meanwhile."""
         loop, fd = asyncio.get_running_loop(), listener.fileno()
 
         def another() -> None:
@@ -223,7 +222,7 @@ class AsyncDaemon(DaemonBase):
                 loop.remove_reader(fd)
 
     async def _serve_connection(self, sock: socket.socket) -> BaseException | None:
-        """Serve one front-end until it hangs up; returns what else has ended the connection."""
+        """Serve one front-end until it hangs up; returns an error that ended the connection."""
         self._start_workers()
         for worker in self._workers:
             assert isinstance(worker, LoopWorker)
@@ -240,7 +239,7 @@ class AsyncDaemon(DaemonBase):
             if task is None or task.cancelling():
                 await conversation.finish_requests(lambda: self._failure is not None)
                 raise
-            return self._report(error)  # some hook of the device's has raised it
+            return self._report(error)  # a hook of the device raised it
         except BaseException as error:
             return self._report(error)
         finally:
@@ -260,20 +259,20 @@ class AsyncDaemon(DaemonBase):
             self._told = self._task.cancel()
 
     async def _sleep(self, seconds: float | None) -> None:
-        """Sleep until there is progress, or `seconds` are over."""
+        """Sleep until there is progress, at most `seconds`."""
         self._progress.clear()
-        # What came true just now is seen by the caller, who looks before it sleeps again.
+        # No progress is lost: the caller looks at its condition before it sleeps again.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._progress.wait()
 
     def _look_on(self) -> None:
-        """Something that was waited for may have come true."""
+        """Start rings that can start now, and wake the connection's task to look again."""
         self._control.settle()
         self._progress.set()
 
     async def finish(self) -> None:
-        """Wait until the device has ended what it works on for front-ends that have gone."""
+        """Wait until the device has ended the requests of front-ends that have gone."""
         report = self._wait_log("the end of the daemon", self._left)
         while self._failure is None and self._control.remains:
             await self._sleep(report.left)
@@ -281,7 +280,7 @@ class AsyncDaemon(DaemonBase):
         report.end()
 
     def close(self) -> None:
-        """Take the device out of the loop, after `finish`. Harmless when repeated."""
+        """Take the device out of the loop, after `finish`. Calling it again is harmless."""
         self._closed = True
         self._hang_up()
         for worker in self._workers:
@@ -318,10 +317,10 @@ async def serve_async(
 ) -> None:
     """Serve `device` on the Unix socket `path` (or a `Listener`) in the running loop.
 
-    Ends when cancelled; the device is closed then. No signal handlers are installed:
-    `loop.add_signal_handler(signal.SIGUSR1, ...)` with `AsyncDaemon` and `report` does what `serve`
-    does. The arguments are those of `serve`, `busy_poll` and `cpus` as `AsyncDaemon` takes them;
-    `metrics` are served by a thread. Raises `ListenError` when the path cannot be listened on.
+    It ends when cancelled, and then closes the device. It installs no signal handlers; a program
+    that wants SIGUSR1 to print the counters uses `loop.add_signal_handler` with `AsyncDaemon` and
+    `report`. The arguments are those of `serve`, with `busy_poll` and `cpus` as in `AsyncDaemon`. A
+    thread serves `metrics`. Raises `ListenError` when the path cannot be listened on.
     """
     check_device(device)
     try:
@@ -346,9 +345,9 @@ async def serve_async(
 
 
 class _LoopLine:
-    """A connection whose conversation is a task of the loop's."""
+    """A connection whose conversation is a task of the loop."""
 
-    #: A task that is to end is cancelled.
+    #: Always False: the task that serves is cancelled instead.
     stopping = False
 
     def __init__(self, daemon: AsyncDaemon, connection: AsyncBackendConnection) -> None:
@@ -367,7 +366,7 @@ class _LoopLine:
         if reading:
             loop.add_reader(fd, self._daemon._progress.set)
         else:
-            # A loop watches for what can be read, and a hang-up hides behind that.
+            # asyncio cannot watch for a hang-up alone: unread messages make the socket readable.
             seconds = HANG_UP_INTERVAL if seconds is None else min(seconds, HANG_UP_INTERVAL)
         try:
             await self._daemon._sleep(seconds)
@@ -382,7 +381,7 @@ class _LoopLine:
     async def handle(self, received: vp.Received) -> Outcome:
         control = self._daemon._control
         if isinstance(received.message, vp.CheckDeviceState):
-            # Waits for the transfer's thread.
+            # On a thread: the handler waits for the thread of the transfer.
             return await asyncio.to_thread(control.handle, received.message, received.fds)
         return control.handle(received.message, received.fds)
 
@@ -407,7 +406,7 @@ def _seen(fd: int, reading: bool) -> Seen:
 
 
 def end_loop(loop: asyncio.AbstractEventLoop, error: BaseException) -> None:
-    """Have the loop end with KeyboardInterrupt or SystemExit, which it lets out of a callback."""
+    """End the loop with KeyboardInterrupt or SystemExit, which asyncio raises out of a callback."""
 
     def end() -> None:
         raise error

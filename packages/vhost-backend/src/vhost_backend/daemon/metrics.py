@@ -1,4 +1,4 @@
-"""The counters for Prometheus, where they are asked for."""
+"""Serving the counters to Prometheus, where the caller asks for it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,5 @@ def served_metrics(where: str | None, daemons: Sequence[DaemonBase]) -> Iterator
         return
     from .prometheus import MetricsServer
 
-    server = MetricsServer(where, daemons)
-    try:
+    with MetricsServer(where, daemons):
         yield
-    finally:
-        server.close()

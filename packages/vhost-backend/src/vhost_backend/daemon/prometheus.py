@@ -1,4 +1,4 @@
-"""The counters as Prometheus metrics. Imported when it is used: it brings an HTTP server along."""
+"""The counters as Prometheus metrics. Imported only when used, as it imports an HTTP server."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ PATIENCE = 10.0
 
 
 class MetricsServer:
-    """Serves the counters to Prometheus, on `unix:PATH` or `HOST:PORT`, from a thread of its own.
+    """Serves the counters to Prometheus, on `unix:PATH` or `HOST:PORT`.
 
-    Needs prometheus-client (the `[metrics]` extra). Only loopback addresses are accepted: the
-    figures are nobody else's. Raises `ListenError` or `VhostBackendError`.
+    A thread serves them from `start`, or `with`, to `close`. Needs prometheus-client (the
+    `[metrics]` extra). Accepts loopback addresses only, as the figures are for this machine.
+    Raises `ListenError` or `VhostBackendError`.
     """
 
     def __init__(self, where: str, daemons: Iterable[DaemonBase]) -> None:
@@ -51,6 +52,9 @@ class MetricsServer:
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.1,), name="metrics", daemon=True
         )
+
+    def start(self) -> None:
+        """Serve, on a thread, until `close`. The socket listens already."""
         self._thread.start()
 
     @property
@@ -58,10 +62,18 @@ class MetricsServer:
         """The TCP port; 0 on a Unix socket."""
         return 0 if self._listener is not None else int(self._server.server_address[1])
 
+    def __enter__(self) -> MetricsServer:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Stop serving."""
-        self._server.shutdown()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._server.shutdown()
+            self._thread.join()
         self._server.server_close()
         if self._listener is not None:
             self._listener.close()
@@ -100,12 +112,12 @@ class _Collector:
 
 
 def _place(entry: QueueReport) -> list[str]:
-    """The labels' values. A path need not be UTF-8, and Prometheus' text has to be."""
+    """The labels' values, as UTF-8 (Prometheus' text needs it; a path may be other bytes)."""
     return [entry.device.encode(errors="backslashreplace").decode(), str(entry.queue)]
 
 
 class _Quiet(WSGIRequestHandler):
-    """A request log would be the only thing on stderr."""
+    """A handler without the request log that `WSGIRequestHandler` prints on stderr."""
 
     timeout = PATIENCE
 
@@ -122,7 +134,7 @@ def _pause() -> None:
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    """A thread for each client: one that is silent keeps neither others nor the end waiting."""
+    """A server with a thread for each client: a silent client delays neither others nor `close`."""
 
     daemon_threads = True
     block_on_close = False
@@ -131,7 +143,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         """The next client."""
         try:
             return self._accept()
-        except OSError:  # too many open files, say: the client stays, and this loop must not spin
+        except OSError:  # too many open files, say: the client stays queued, so do not spin
             _pause()
             raise
 
@@ -139,7 +151,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         return self.socket.accept()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that is silent or goes away has no traceback."""
+        """Log an error of a client at DEBUG only."""
         log.debug("a client of the metrics was not served", exc_info=True)
 
 

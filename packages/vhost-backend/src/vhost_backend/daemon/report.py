@@ -1,4 +1,4 @@
-"""What the queues have done: as values, and as lines for a person."""
+"""The counters of the queues, as values and as lines to read."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -35,7 +35,7 @@ def report(daemons: Iterable[DaemonBase]) -> list[QueueReport]:
 
 
 def lines(daemons: Iterable[DaemonBase]) -> Iterator[str]:
-    """The same for a person: a line for each queue."""
+    """The same as text: a line for each queue."""
     for entry in report(daemons):
         state = "running" if entry.running else "stopped"
         counts = " ".join(f"{name}={value}" for name, value in entry.counters.items())

@@ -43,19 +43,19 @@ def serve(
 ) -> None:
     """Serve `device` on the Unix socket `path` (or a `Listener`) until SIGTERM, SIGINT or SIGHUP.
 
-    Requests that the device works on are ended first, and the log says when that takes long. A
+    It first waits for the requests that the device works on; the log says when that takes long. A
     second SIGTERM or SIGINT ends the process at once.
 
-    Without `ready` it says where, in the log (INFO), or on stderr in a program without logging. The
-    soft limit of open files is raised to what may be needed.
+    `ready` is called once front-ends can connect. Without it the path is logged (INFO), or printed
+    on stderr in a program without logging. The soft limit of open files is raised as needed.
 
-    Front-ends are served one after another; the device keeps its state in between and is closed in
-    the end. SIGUSR1 prints each queue's counters on stderr. `ready` is called once front-ends can
-    connect. On another thread than the main one no signal handlers are installed, and the daemon
-    runs until the process ends. A SIGHUP that is ignored (nohup) stays so.
+    Front-ends are served one after another; the device keeps its state in between and is closed at
+    the end. SIGUSR1 prints each queue's counters on stderr. Signal handlers are installed on the
+    main thread only; on another thread the daemon runs until the process ends. A SIGHUP that is
+    ignored (nohup) stays ignored.
 
     `engine`, `mapper`, `memory_slots`, `busy_poll` and `cpus` are `VhostUserDaemon`'s. `metrics` is
-    where to serve the counters to Prometheus: `unix:PATH`, or `HOST:PORT` on loopback.
+    the address to serve the counters to Prometheus: `unix:PATH`, or `HOST:PORT` on loopback.
 
     Raises `ListenError` when the path cannot be listened on, `BackendUsageError` for a device that
     cannot work.
@@ -85,13 +85,13 @@ def serve_all(
 ) -> None:
     """Serve several devices, each on a socket of its own, until SIGTERM, SIGINT or SIGHUP.
 
-    Each device has a daemon of its own: threads, rings, memory and front-ends are not shared, and
-    what one front-end does wrong ends its own connection. Log lines and counters call each by its
-    `name`, and by its socket, too, where names are the same. The arguments are those of `serve`;
-    `ready` is called once front-ends can connect to all of them.
+    Each device has a daemon of its own. They share no threads, rings, memory or front-ends, and a
+    front-end's fault ends only its own connection. Log lines and counters call each device by its
+    `name`, and also by its socket where two names are the same. The arguments are those of `serve`;
+    `ready` is called once front-ends can connect to all devices.
 
-    When one daemon fails, all end, and what it failed with is raised. Raises `ListenError` when one
-    of the paths cannot be listened on; then none is served.
+    When one daemon fails, all end, and its error is raised. Raises `ListenError` when one of the
+    paths cannot be listened on; then no device is served.
     """
     pairs = list(devices)
     for device, _ in pairs:
@@ -113,7 +113,7 @@ def serve_all(
                 )
                 daemons.append(stack.enter_context(daemon))
             bell = stack.enter_context(contextlib.closing(_Bell(daemons)))
-            # Before a socket exists: from then on a signal has something to clean up.
+            # Before the first socket exists: from then on a signal must clean up.
             listeners: list[Listener] = []
             stack.enter_context(_signals(daemons, bell, lambda: _close_all(listeners)))
             stack.enter_context(served_metrics(metrics, daemons))
@@ -124,6 +124,8 @@ def serve_all(
                 _Serving(daemon, listener, bell)
                 for daemon, listener in zip(daemons, listeners, strict=True)
             ]
+            for thread in serving:
+                thread.start()
             for daemon, listener in zip(daemons, listeners, strict=True):
                 bell.watch(listener, daemon)
                 if ready is None:
@@ -148,7 +150,7 @@ def _close_all(listeners: Iterable[Listener]) -> None:
 def _names(
     pairs: Sequence[tuple[VirtioDevice, str | os.PathLike[str] | Listener]],
 ) -> list[str]:
-    """What to call each device, so that no two are called the same."""
+    """A name for each device, no two the same."""
     plain = [name_of(device) for device, _ in pairs]
     names = []
     for index, (name, (_, where)) in enumerate(zip(plain, pairs, strict=True)):
@@ -160,17 +162,17 @@ def _names(
 
 
 class _Bell:
-    """A pipe that wakes the thread which waits for everything.
+    """A pipe that wakes the main thread, which waits for signals and for the daemons' ends.
 
-    That thread must not wait for a lock: of two signals that come at once the kernel may give one
-    to another thread, and then nothing would make this one run the handlers.
+    That thread must not wait for a lock. Of two signals that come at once the kernel may give one
+    to another thread, and then nothing would make the main thread run the handlers.
 
-    It also notices connections that come while their daemon serves another, and have to wait.
+    It also notices connections that must wait, because their daemon serves another front-end.
     """
 
     def __init__(self, daemons: Sequence[VhostUserDaemon]) -> None:
         self._daemons = daemons
-        #: Whether the thread that waits shall print the counters.
+        #: Whether the thread that waits must print the counters.
         self.show = False
         self._reader, self.writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._epoll = select.epoll()
@@ -178,22 +180,22 @@ class _Bell:
         self._listening: dict[int, VhostUserDaemon] = {}
 
     def watch(self, listener: Listener, daemon: VhostUserDaemon) -> None:
-        """Say a word when a front-end has to wait for `daemon`."""
+        """From now on log it when a front-end has to wait for `daemon`."""
         if not listener.connected:
             self._listening[listener.fileno()] = daemon
-            # Each connection is an edge: those that wait are told of once.
+            # Each connection is an edge, so each one that waits is reported once.
             self._epoll.register(listener.fileno(), select.EPOLLIN | select.EPOLLET)
 
     def ring(self) -> None:
-        """Wake whoever waits."""
+        """Wake the thread in `wait`."""
         with contextlib.suppress(BlockingIOError):  # full: it is awake already
             os.write(self.writer, b"\0")
 
     def wait(self) -> None:
-        """Until somebody rings, or a signal comes."""
+        """Wait until `ring` is called or a signal comes."""
         for fd, _ in self._epoll.poll():
             daemon = self._listening.get(fd)
-            # What is still to be accepted while another is served has to wait.
+            # The connection waits only if the daemon serves another and has not accepted it.
             if daemon is not None and daemon.connected and _readable(fd):
                 say_another_waits(daemon.name)
         with contextlib.suppress(BlockingIOError):
@@ -222,17 +224,16 @@ class _Serving(threading.Thread):
         super().__init__(name=f"{daemon.name}-control", daemon=True)
         self.served = daemon
         self.failure: BaseException | None = None
-        #: Set before the bell rings: one that has rung is never waited for again.
+        #: Set before the bell rings, so that `_wait_for_all` never waits for this thread again.
         self.ended = False
         self._listener = listener
         self._bell = bell
-        self.start()
 
     def run(self) -> None:
         try:
             self.served.serve_forever(self._listener)
         except BaseException as error:
-            if not isinstance(error, VhostBackendError):  # which says enough where it is raised
+            if not isinstance(error, VhostBackendError):  # its message says enough
                 log.critical("%s: the daemon ends", self.served.name, exc_info=error)
             self.failure = kept(error)
         finally:
@@ -261,10 +262,9 @@ def _wait_for_all(serving: Sequence[_Serving], bell: _Bell) -> None:
 def _signals(
     daemons: Sequence[VhostUserDaemon], bell: _Bell, cleanup: Callable[[], None]
 ) -> Iterator[None]:
-    """SIGTERM, SIGINT and SIGHUP end the daemons, SIGUSR1 asks them.
+    """Have SIGTERM, SIGINT and SIGHUP end the daemons, and SIGUSR1 print their counters.
 
-    A second of the signals that end ends the process, after `cleanup`. The handlers before are put
-    back.
+    A second ending signal ends the process, after `cleanup`. The former handlers are put back.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -275,8 +275,8 @@ def _signals(
     def end(number: int, frame: FrameType | None) -> None:
         nonlocal told
         if told:
-            # Whatever the device still works on ends with the process, and then nothing is
-            # unmapped or unlocked under it. The sockets go first.
+            # Requests that the device works on end with the process, so nothing is unmapped or
+            # unlocked under them. Only the sockets must be removed first.
             cleanup()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -285,18 +285,18 @@ def _signals(
             daemon.shutdown()
 
     def show(number: int, frame: FrameType | None) -> None:
-        # On a thread: the handler may have interrupted a thread that holds a ring's lock, and the
-        # reader of stderr may not read.
+        # On a thread: the handler may have interrupted code that holds a ring's lock, and the
+        # write to stderr may block.
         try:
             threading.Thread(target=_print_counters, args=(daemons,), daemon=True).start()
-        except RuntimeError:  # there can be no more threads: the one that waits has to do it
+        except RuntimeError:  # no more threads: the one in `wait` must print
             bell.show = True
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, end)
     before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, show)
-    # A signal may be given to any thread; the bell makes the main one notice.
+    # The kernel may give a signal to any thread; the bell makes the main thread notice.
     woken_before = signal.set_wakeup_fd(bell.writer, warn_on_full_buffer=False)
     try:
         yield
@@ -307,5 +307,5 @@ def _signals(
 
 
 def _print_counters(daemons: Sequence[VhostUserDaemon]) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+    with contextlib.suppress(OSError, ValueError):  # stderr is closed
         print("\n".join(lines(daemons)), file=sys.stderr, flush=True)

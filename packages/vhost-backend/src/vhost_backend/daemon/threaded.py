@@ -1,14 +1,15 @@
 """The daemon: one device, one connection at a time, and the workers that serve its queues.
 
-Threads: the connection's thread (made by `start`, `start_client` and `start_connection`; the
-caller's in `serve_forever`) reads messages and runs the control plane; each worker serves the
-queues of its mask. Workers live from the daemon's first start to its end, rings as long as a
+Threads: the connection's thread reads messages and runs the control plane. `start`, `start_client`
+and `start_connection` make that thread; in `serve_forever` it is the caller's. Each worker serves
+the queues of its mask. Workers live from the daemon's first start to its end, rings as long as a
 connection.
 
 Ending: `shutdown()` may be called from any thread and from a signal handler. It wakes the
-connection's thread wherever it waits, rings are stopped, workers end. Requests that the device
-works on are waited for: while it can touch guest memory or its medium, the memory stays mapped and
-the medium the device's. The same when a front-end hangs up; the next one's rings start after that.
+connection's thread wherever that waits, which stops the rings; then the workers end. The daemon
+waits for requests that the device works on: as long as the device can touch guest memory or its
+medium, the memory stays mapped and the medium stays the device's. The daemon waits likewise when a
+front-end hangs up; the next front-end's rings start afterwards.
 """
 
 from __future__ import annotations
@@ -49,23 +50,25 @@ RECONNECT_INTERVAL = (0.1, 5.0)
 class VhostUserDaemon(DaemonBase):
     """Serves `backend` to one front-end, or to several one after another.
 
-    `start(listener)` takes one front-end and serves it on a thread, `wait` returns when that has
-    gone; `serve(path)` is both. `serve_forever` takes one after another, until `shutdown`.
+    `start(listener)` accepts one front-end and serves it on a thread; `wait` returns when that
+    front-end has gone; `serve(path)` does both. `serve_forever` takes one front-end after another,
+    until `shutdown`.
 
     Args:
         name: names the daemon's threads and log lines.
         backend: the device.
         memory: holds the current snapshot of guest memory; a new holder when None.
-        mapper: how regions are mapped; guest_memory's mmap when None.
+        mapper: maps regions; guest_memory's `MmapMapper` when None.
         engine: ring engine, "c" or "python"; None for VIRTQUEUE_ENGINE's or the best there is.
         vring: `VringMutex` (default) or `VringRwLock`.
         memory_slots: offer memory slots (CONFIGURE_MEM_SLOTS). The specification forbids postcopy
-            migration together with them, so that is offered only when this is False.
+            migration together with them, so postcopy is offered only when this is False.
         drain_warning: seconds after which the log names the requests that a stop, a reset or the
-            end of the daemon waits for; it says so again after as long, twice as long, and so on.
-        busy_poll: the longest time in seconds that a worker looks at its rings before it sleeps;
-            the time is adapted to how long sleeps are. 0: it sleeps at once.
-        cpus: processors for the workers, in turn; none are given to any.
+            end of the daemon waits for. The next line comes after as long again, then after twice
+            as long, and so on.
+        busy_poll: the longest time in seconds that a worker looks at its rings before it sleeps.
+            The worker adapts the time to the length of its sleeps. With 0 it sleeps at once.
+        cpus: processors for the workers, in turn; when empty, workers are not bound to any.
     """
 
     def __init__(
@@ -87,9 +90,9 @@ class VhostUserDaemon(DaemonBase):
         self._wake = WakeFd()
         self._progress = WakeFd()
         self._thread: threading.Thread | None = None
-        #: What a worker has ended with, and with it the daemon.
+        #: The error of a worker that has ended, and with it the daemon.
         self._failure: BaseException | None = None
-        #: What the last connection has ended with, if that was an error and `wait` has not said it.
+        #: The error that ended the last connection, if `wait` has not raised it yet.
         self._error: BaseException | None = None
         #: Held while front-ends are served.
         self._serving = threading.Lock()
@@ -115,18 +118,17 @@ class VhostUserDaemon(DaemonBase):
     def start(self, listener: Listener) -> None:
         """Accept one front-end from `listener`, and serve it on a thread of the daemon's.
 
-        Returns when a front-end has connected, or `shutdown` was called. `wait` is for the end of
-        the connection; after that `start` may be called again. The listener stays the caller's.
-        Raises `BackendUsageError` for one that is closed, or whose one connection was served.
+        Returns when a front-end has connected, or `shutdown` was called. `wait` returns at the end
+        of the connection; then `start` may be called again. The listener stays the caller's.
+        Raises `BackendUsageError` for a closed listener, or one whose only connection was served.
         """
         self._spawn(lambda: self._accept_one(listener), self._serve_connection)
 
     def start_client(self, path: str | os.PathLike[str], *, reconnect: bool = False) -> None:
         """Connect to a front-end that listens on `path`, and serve it on a thread of the daemon's.
 
-        With `reconnect` that thread connects, again and again, at intervals that grow, whenever
-        the connection is lost or not to be had. Raises `VhostBackendError` without, when nobody
-        listens there.
+        With `reconnect` that thread connects again, at growing intervals, whenever the connection
+        is lost or refused. Without it `VhostBackendError` is raised when no front-end listens.
         """
         path = os.fspath(path)
         if reconnect:
@@ -135,14 +137,14 @@ class VhostUserDaemon(DaemonBase):
             self._spawn(lambda: _connect(path), self._serve_connection)
 
     def start_connection(self, connection: socket.socket) -> None:
-        """Serve one connected socket, which the daemon takes over, on a thread of the daemon's."""
+        """Take over one connected socket, and serve it on a thread of the daemon's."""
         self._spawn(lambda: connection, self._serve_connection)
 
     def wait(self) -> None:
-        """Wait until the front-end that was started has gone; raises what ended it.
+        """Wait until the front-end has gone, and raise the error that ended its connection.
 
-        By then the device has ended what it works on for it. A front-end that hangs up is no error,
-        nor is `shutdown`. An error is raised once; that of a worker that cannot go on each time.
+        By then the device has ended all its requests. A hang-up is no error, nor is `shutdown`. A
+        connection's error is raised once; the error of a worker that has ended is raised each time.
         Raises `BackendUsageError` on the daemon's own threads, as `close` does.
         """
         self._check_outside()
@@ -158,10 +160,10 @@ class VhostUserDaemon(DaemonBase):
             raise error
 
     def serve(self, path: str | os.PathLike[str]) -> None:
-        """Listen on `path`, serve one front-end, and end the workers (`exit_event`, too).
+        """Listen on `path`, serve one front-end, and end the workers (and signal `exit_event`).
 
-        Raises `ListenError`, and what `wait` raises. What keeps it from waiting for a front-end
-        (the path, another one that is served) ends nothing.
+        Raises `ListenError`, and the errors of `wait`. Nothing ends when it cannot listen, or when
+        another front-end is served.
         """
         with Listener(path) as listener:
             self._take()
@@ -178,9 +180,9 @@ class VhostUserDaemon(DaemonBase):
     def serve_forever(self, where: Listener | str | os.PathLike[str]) -> None:
         """Serve front-ends one after another, on the caller's thread, until `shutdown`.
 
-        `where` is a listener, which stays the caller's, or a path to listen on. What ends a
-        connection is logged. Raises `ListenError`, and what has ended a worker; on the main thread
-        `KeyboardInterrupt` and `SystemExit`, too.
+        `where` is a listener, which stays the caller's, or a path to listen on. An error that ends
+        a connection is logged. Raises `ListenError`, and an error that ended a worker; on the main
+        thread also `KeyboardInterrupt` and `SystemExit`.
         """
         self._take()
         try:
@@ -202,21 +204,20 @@ class VhostUserDaemon(DaemonBase):
     def shutdown(self) -> None:
         """End the daemon, from any thread or a signal handler.
 
-        `wait` and `serve_forever` return as soon as the device has ended the requests that it works
-        on.
+        `wait` and `serve_forever` return once the device has ended its requests.
         """
         self._stopping = True
         self._wake.wake()
         self._progress.wake()
-        # The front-end sees no hang-up before its requests have ended: then it can tell from the
-        # rings which ones did.
+        # Shut only the receiving half: the front-end sees a hang-up when its requests have ended,
+        # and can then read from the rings which ones did.
         self._shut(socket.SHUT_RD)
 
     def close(self) -> None:
-        """Shut down, wait, and release the workers. Harmless when repeated.
+        """Shut down, wait, and release the workers. Calling it again is harmless.
 
-        Returns when the device has ended the requests that it works on, however long that takes.
-        Raises `BackendUsageError` on the thread that serves, and on a worker's.
+        Returns once the device has ended its requests, however long that takes. Raises
+        `BackendUsageError` on the thread that serves, and on a worker's.
         """
         self._end_connection()
         for worker in self._workers:
@@ -239,10 +240,10 @@ class VhostUserDaemon(DaemonBase):
         """This thread is about to wait for the others: it must be none of them."""
         if self._server == threading.get_ident():
             raise BackendUsageError(
-                "the thread that serves cannot wait for its own end: shutdown()"
+                "the thread that serves cannot wait for its own end: call shutdown() instead"
             )
         if any(worker.inside for worker in self._workers):
-            raise BackendUsageError("a worker cannot wait for its own end: shutdown()")
+            raise BackendUsageError("a worker cannot wait for its own end: call shutdown() instead")
 
     def __enter__(self) -> VhostUserDaemon:
         try:
@@ -263,7 +264,7 @@ class VhostUserDaemon(DaemonBase):
     # -- the connection's thread ----------------------------------------------------------------
 
     def _take(self) -> None:
-        """This thread takes front-ends from here on, as the only one."""
+        """Make this thread the only one that takes front-ends."""
         if not self._serving.acquire(blocking=False):
             raise BackendUsageError("a front-end is served, or waited for, already")
         self._server = threading.get_ident()
@@ -341,7 +342,7 @@ class VhostUserDaemon(DaemonBase):
         return connection
 
     def _accept(self, listener: Listener) -> socket.socket | None:
-        """The next connection, waited for; None when the daemon ends or the listener is closed."""
+        """Wait for the next connection; None when the daemon ends or the listener is closed."""
         if listener.connected:
             return listener.accept() if listener.fileno() >= 0 else None
         if listener.fileno() >= 0:
@@ -356,7 +357,7 @@ class VhostUserDaemon(DaemonBase):
         return None
 
     def _finish_remains(self) -> None:
-        """Nothing may be unmapped or let go of under a request that still runs."""
+        """Wait for requests that still run: their memory must stay mapped."""
         what = "the end of the daemon" if self._stopping else "the end of the last connection"
         report = self._wait_log(what, self._left)
         while self._failure is None and self._control.remains:
@@ -366,7 +367,7 @@ class VhostUserDaemon(DaemonBase):
         report.end()
 
     def _connect_all(self, path: str) -> None:
-        """Serve whoever listens on `path`, again and again until the daemon ends."""
+        """Connect to `path` and serve the front-end, again and again until the daemon ends."""
         interval = RECONNECT_INTERVAL[0]
         while not self._stopping:
             begin = time.monotonic()
@@ -381,12 +382,12 @@ class VhostUserDaemon(DaemonBase):
                 self._serve_connection(connection)
                 if time.monotonic() - begin > RECONNECT_INTERVAL[1]:
                     interval = RECONNECT_INTERVAL[0]
-            # Also after a connection: one that ends at once is no better than none.
+            # Sleep after a connection, too: one that ends at once is no better than none.
             self._sleep(interval)
             interval = min(interval * 2, RECONNECT_INTERVAL[1])
 
     def _serve_connection(self, sock: socket.socket) -> BaseException | None:
-        """Serve one front-end until it hangs up; returns what else has ended the connection."""
+        """Serve one front-end until it hangs up; returns an error that ended the connection."""
         self._connection = sock
         connection = BackendConnection(sock)
         conversation = self._begin(connection.session, line := _ThreadLine(self, connection))
@@ -408,10 +409,7 @@ class VhostUserDaemon(DaemonBase):
         return found
 
     def _wait_readable(self, fd: int) -> bool:
-        """Wait for `fd` or the end, and see to what remains of the last front-end meanwhile.
-
-        False for the end.
-        """
+        """Wait for `fd`; False when the daemon ends. Meanwhile start rings that can start now."""
         while not self._stopping:
             if self._poll({fd: select.POLLIN}, self._remains.look()):
                 return not self._stopping
@@ -445,7 +443,7 @@ class VhostUserDaemon(DaemonBase):
 
 
 class _ThreadLine:
-    """A connection whose thread sleeps in every wait, so that nothing is left to be awaited."""
+    """A connection whose thread blocks in every wait, so that its coroutines never suspend."""
 
     def __init__(self, daemon: VhostUserDaemon, connection: BackendConnection) -> None:
         self._daemon = daemon
@@ -460,7 +458,7 @@ class _ThreadLine:
         return self._daemon._stopping
 
     async def look(self, seconds: float | None, *, reading: bool) -> Seen:
-        # Told to end, the daemon has shut the receiving half down itself.
+        # When the daemon ends it has shut the receiving half itself: that is no hang-up.
         wanted = (select.POLLIN if reading else 0) | (0 if self.stopping else select.POLLRDHUP)
         fd = self._connection.fileno()
         events = self._daemon._poll({fd: wanted}, seconds).get(fd, 0)
@@ -493,10 +491,10 @@ def _ends_the_caller(error: BaseException) -> bool:
 
 
 def _connect(path: str) -> socket.socket:
-    """A connection to whoever listens on `path`. Raises `VhostBackendError`."""
+    """Connect to the front-end that listens on `path`. Raises `VhostBackendError`."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # A front-end whose queue of connections is full is one that is not to be had.
+        # Do not wait for a front-end whose queue of connections is full: that is an error, too.
         connection.setblocking(False)
         connection.connect(path)
     except OSError as error:

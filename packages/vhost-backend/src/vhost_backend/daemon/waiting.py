@@ -1,7 +1,7 @@
-"""Waiting for a device to end what it works on: what the log says, and which messages go first.
+"""Waiting for a device to end its requests: the log lines, and the messages that go first.
 
-A ring is stopped when nothing of the device can touch guest memory or the device's medium any more,
-however long that takes. Both kinds of daemon wait with these classes; the I/O is theirs.
+A ring is stopped only when the device cannot touch guest memory or its medium any more, however
+long that takes. Both kinds of daemon use these classes, and do the I/O themselves.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from ..control import ControlPlane
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
-#: Messages that are read while another one waits; a front-end that sends more is left waiting.
+#: The most messages that are read while another one waits; further ones stay in the socket.
 AHEAD: Final = 64
 #: The most seconds between two log lines about one wait.
 LONGEST_SILENCE: Final = 300.0
 
-#: What decides which IOTLB entries are good: no update goes before one of these.
+#: Messages that decide whether an IOTLB entry is valid: no update goes before one of these.
 _BEFORE_UPDATES = (vp.SetMemTable, vp.AddMemReg, vp.RemMemReg, vp.SetFeatures, vp.IotlbMsg)
 
 
 class WaitLog:
     """Log lines about one wait: after `patience` seconds, then after as long again, and so on.
 
-    `what` waits, and `working` tells for which requests; it is asked for each line.
+    `what` names the message or event that waits. `working` returns the requests that it waits for,
+    and is called for each line.
     """
 
     def __init__(self, what: str, working: Callable[[], Sequence[str]], patience: float) -> None:
@@ -62,15 +63,15 @@ class WaitLog:
         self._step = min(2 * self._step, LONGEST_SILENCE)
 
     def end(self) -> None:
-        """The wait is over."""
+        """Log how long the wait took, if lines were logged."""
         if self._said:
             log.warning("%s waited %.0f s", self._what, time.monotonic() - self._start)
 
 
 class Remains:
-    """What the device still works on for a front-end that has gone.
+    """The requests that the device still works on for a front-end that has gone.
 
-    `wait_log` makes the log of that wait.
+    `wait_log` makes the log of the wait for them.
     """
 
     def __init__(self, control: ControlPlane, wait_log: Callable[[], WaitLog]) -> None:
@@ -79,7 +80,7 @@ class Remains:
         self._report: WaitLog | None = None
 
     def look(self) -> float | None:
-        """Start what waited for requests that have ended, and log if it is time.
+        """Start rings that waited for requests which have ended, and log if it is time.
 
         Returns the seconds until the next line, or None when nothing remains.
         """
@@ -96,8 +97,8 @@ class Remains:
 class ReadAhead:
     """Messages that came while another one waited for the device, in their order.
 
-    Only updates of the IOTLB go first: what the other message waits for may wait for them, and
-    front-ends that wait for an answer on the main socket answer an IOTLB miss meanwhile.
+    Only IOTLB updates go first. The requests that the other message waits for may themselves wait
+    for such an update, and a front-end that waits for an answer still answers IOTLB misses.
     """
 
     def __init__(self) -> None:
@@ -105,11 +106,11 @@ class ReadAhead:
 
     @property
     def full(self) -> bool:
-        """Whether no more may be read."""
+        """Whether reading must stop until a message is taken out."""
         return len(self._held) >= AHEAD
 
     def goes_first(self, received: vp.Received) -> bool:
-        """Whether the message is to be served now; otherwise it is kept."""
+        """Whether the message must be served now; otherwise it is kept here."""
         message = received.message
         if (
             isinstance(message, vp.IotlbMsg)
@@ -121,10 +122,10 @@ class ReadAhead:
         return False
 
     def next(self) -> vp.Received | None:
-        """The first message that was kept, or None."""
+        """The oldest message that was kept, or None."""
         return self._held.popleft() if self._held else None
 
     def close(self) -> None:
-        """Close the descriptors of what was kept."""
+        """Close the descriptors of the messages that were kept."""
         while self._held:
             self._held.popleft().close()

@@ -1,4 +1,4 @@
-"""What the author of a device sees: the device, its requests, the stream of its state.
+"""The interface for authors of devices: the device, its requests, the stream of its state.
 
-No worker, vring or message is known here.
+Nothing here knows workers, vrings or messages.
 """

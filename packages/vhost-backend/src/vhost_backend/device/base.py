@@ -2,14 +2,14 @@
 
 - `handle(queue, request)` is called for each request, which completes when it returns.
 - `async def handle(queue, request)`: requests of all queues run concurrently on one event loop
-  and complete in whatever order their coroutines end. What only waits, for a packet or a key,
-  is marked with `async with request.waiting():`, so that stopping the ring need not wait for it.
-- `handle_batch(queue, batch)` is called with everything that was waiting: the fastest way.
+  and complete in the order in which their coroutines end. A coroutine that only waits, for a packet
+  or a key, does so in `async with request.waiting():`, and a stop of the ring cancels that wait.
+- `handle_batch(queue, batch)` is called with all requests that are available: the fastest way.
 
-A handler that raises fails its request (with `error_status`, where the device type has a status
-byte), is logged, and takes nothing else down, whatever it raises: `sys.exit()` is no way to end a
-daemon from a worker. So does one that misuses its request: `written` beyond the room there is, a
-`status` where the device type has no status byte, an answer that is returned instead of written.
+A handler that raises any error fails its request (with `error_status`, where the device type has a
+status byte). The error is logged and ends nothing else, so `sys.exit()` on a worker does not end
+the daemon. A misused request fails likewise: `written` beyond the room, a `status` where the device
+type has no status byte, an answer that is returned instead of written.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ _pack_done: Final = DONE.pack_into
 
 @defaults
 class VirtioDevice:
-    """A virtio device: what it is, and what it does with a request.
+    """A virtio device: its description, and its handling of requests.
 
     Class or instance attributes describe it: `device_id` (virtio 1.3, section 5), `num_queues`,
     `queue_size` (the largest accepted, in descriptors), `features` (the device type's own bits),
     `status_byte` (requests end in a status byte that completion writes), `error_status` (its value
-    for a failed request), `config` (the configuration space, little-endian), `name` (what log lines
-    and counters call it; the class's name where it is empty).
+    for a failed request), `config` (the configuration space, little-endian), `name` (the name in
+    log lines and counters; the class's name where it is empty).
 
-    `protocol_features` are what the device uses on `channel` by itself: HOST_NOTIFIER, or
-    SHARED_OBJECT to look up others' objects. What follows from a hook needs no mention there.
-    A device has the hooks of its type by defining them. Protocols of the package name them:
-    `Rarp`, `Mtu`, `CryptoSessions`, `SharedObjects`, `SharedMemory`, `GpuSocket`. Half of one is
-    refused when the device is served.
+    `protocol_features` are those that the device uses on `channel` by itself: HOST_NOTIFIER, or
+    SHARED_OBJECT to look up others' objects. Features that follow from a hook need no mention
+    there. A device has the hooks of its type by defining them. Protocols of the package name them:
+    `Rarp`, `Mtu`, `CryptoSessions`, `SharedObjects`, `SharedMemory`, `GpuSocket`. A device that
+    defines only a part of one is refused when it is served.
     """
 
     device_id: int = 0
@@ -71,12 +71,12 @@ class VirtioDevice:
     config: bytes = b""
     name: str = ""
     protocol_features: ProtocolFeatures = ProtocolFeatures(0)
-    #: Queues of which every request of `async def handle` only waits, for news or for a thread that
-    #: does not touch it: all of their coroutines are in `Request.waiting`, as it were.
+    #: Queues whose requests of `async def handle` all only wait, for an event or for a thread that
+    #: does not touch the request: their coroutines count as being in `Request.waiting`.
     waiting_queues: frozenset[int] = frozenset()
     #: Version of what `save_state` returns; streams of a newer one are refused.
     state_version: int = 1
-    #: The channel for requests of our own to the front-end, while there is one.
+    #: The channel for our own requests to the front-end, while there is one.
     channel: BackendChannel | None = None
 
     _failures: RateLimited | None = None
@@ -88,18 +88,18 @@ class VirtioDevice:
         )
 
     def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
-        """Serve every chain of the batch; `batch.done` says how each one went.
+        """Serve every chain of the batch, and put each one's result into `batch.done`.
 
         The entries (`virtqueue.DONE`: head, status, flags, written) are filled in beforehand as
-        success with everything written; the default calls `handle` for each that is `Batch.left`
-        and records the rest.
+        success with everything written. The default calls `handle` for each request in
+        `Batch.left`, and records its result.
         """
         done, packed, handle = batch.done, batch.records, self.handle
         flags = 1 if self.status_byte else 0
         make = StatusRequest if flags else Request
         requests: Iterable[tuple[int, tuple[Any, ...]]]
         if len(packed) == _RECORD_SIZE:
-            # What a driver that waits for each brings: iterators would be dear.
+            # A driver that waits for each request sends one: iterators would be expensive.
             requests = ((0, _unpack(packed)),)
         else:
             requests = enumerate(_unpack_all(packed))
@@ -120,20 +120,21 @@ class VirtioDevice:
                 _pack_done(done, 8 * position, record[_HEAD], status, flags, flags)
 
     def batch_handler(self, queue: int) -> CHandler | None:
-        """A handler in C for the batches of that queue, or None; asked once for each queue.
+        """A handler in C for the batches of that queue, or None; called once for each queue.
 
-        `handle_batch` is then called only when the handler leaves something, and works on the
-        requests that `batch.left` names.
+        `handle_batch` is then called only when the handler leaves requests, and works on those that
+        `batch.left` names.
         """
         return None
 
     def describe(self, header: bytes) -> str:
-        """What a request is, in a few words for the log, by its first 16 bytes (zero padded)."""
+        """Describe a request in a few words for the log, by its first 16 bytes (zero padded)."""
         return header.hex()
 
     def handle_event(self, data: int, events: int) -> None:
-        """A descriptor is ready that was registered with `VringEpollHandler.register_listener`
-        without a callback. Called on the worker's thread; override it before registering any.
+        """Called on the worker's thread when a descriptor without a callback is ready.
+
+        `VringEpollHandler.register_listener` registers descriptors; override this method before.
         """
         raise NotImplementedError(f"{type(self).__name__} has no handle_event")
 
@@ -148,30 +149,31 @@ class VirtioDevice:
         return self.error_status
 
     def recalled(self, queue: QueueInfo, request: Request, recall: Recall) -> None:
-        """Told what became of a request whose `waiting` was cancelled, since its ring is stopped.
+        """Called with the fate of a request whose `waiting` was cancelled by a stop of its ring.
 
-        Called in the worker's loop when the coroutine has ended. A request that has begun nothing
-        is given back, if all that was taken after it can be given back, too; otherwise it stays
-        in the in-flight region, where that is negotiated; otherwise it completes empty. A coroutine
-        that catches the `asyncio.CancelledError` and returns completes its request as ever.
+        The call comes in the worker's loop, when the coroutine has ended. A request that has begun
+        nothing is given back, if all requests taken after it can be given back, too. Otherwise it
+        stays in the in-flight region, where that is negotiated, or else completes empty. A
+        coroutine that catches the `asyncio.CancelledError` and returns completes its request as
+        usual.
         """
 
     # -- life cycle, called on the connection's thread ------------------------------------------
 
     def acked_features(self, features: int) -> None:
-        """Told which feature bits the driver accepted."""
+        """Called with the feature bits that the driver accepted."""
 
     def started(self) -> None:
         """The first ring is about to start. Raise `DeviceRefused` if the device cannot run now."""
 
     def stopped(self) -> None:
-        """The last ring has stopped: the device is suspended and may run elsewhere."""
+        """Called when the last ring has stopped: the device may now run elsewhere."""
 
     def reset(self) -> None:
-        """Bring the device's state back to the beginning."""
+        """Reset the device's state."""
 
     def update_memory(self, memory: GuestMemory) -> None:
-        """Told of every new snapshot of the guest's memory."""
+        """Called with every new snapshot of the guest's memory."""
 
     def get_config(self, offset: int, size: int) -> bytes:
         """Read `config`; bytes behind its end are zero."""
@@ -191,26 +193,26 @@ class VirtioDevice:
     # -- migration: override both to have the device's own state moved --------------------------
 
     def save_state(self) -> bytes:
-        """The device's own state, all of it; called while every ring is stopped."""
+        """The device's whole own state; called while every ring is stopped."""
         raise NotImplementedError
 
     def load_state(self, version: int, state: bytes) -> None:
-        """Take over what `save_state` of `version` returned. Raise anything to refuse it."""
+        """Take over the state that `save_state` of `version` returned. Any error refuses it."""
         raise NotImplementedError
 
     # -- placement ------------------------------------------------------------------------------
 
     def queues_per_thread(self) -> Sequence[int]:
-        """Which queues each worker has, as masks: by default one worker for each queue.
+        """The queues of each worker, as masks: by default one worker for each queue.
 
-        Where `handle` is a coroutine function and this is not overridden, one worker has them all.
-        Coroutines of different workers run on different threads' event loops: they must not share
-        what asyncio has (a Queue, an Event).
+        Where `handle` is a coroutine function and this is not overridden, one worker has all
+        queues. Coroutines of different workers run on different threads' event loops, so they must
+        not share asyncio's objects (a Queue, an Event).
         """
         return [1 << index for index in range(self.num_queues)]
 
     def close(self) -> None:
-        """Release what the device holds."""
+        """Release the device's resources."""
 
     def __enter__(self) -> Self:
         return self
@@ -225,7 +227,7 @@ def asked_features(device: VirtioDevice) -> ProtocolFeatures:
 
 
 def close_device(device: VirtioDevice) -> None:
-    """Close a device; one that fails keeps no other from being closed."""
+    """Close a device; an error is logged, so that other devices are closed, too."""
     try:
         device.close()
     except Exception:
@@ -233,7 +235,7 @@ def close_device(device: VirtioDevice) -> None:
 
 
 def fail_request(device: VirtioDevice, queue: QueueInfo, error: BaseException) -> int:
-    """A handler has raised `error`: the status of its request, whatever `failed` does."""
+    """The status of a request whose handler raised `error`, even if `failed` fails itself."""
     try:
         status = device.failed(queue, error)
         if not 0 <= status <= 255:
@@ -247,5 +249,5 @@ def fail_request(device: VirtioDevice, queue: QueueInfo, error: BaseException) -
 
 
 def name_of(device: VirtioDevice) -> str:
-    """What to call it in front of people."""
+    """The device's name for log lines and counters."""
     return device.name or type(device).__name__

@@ -1,11 +1,11 @@
-"""Hooks of device types, and the one table of what is offered for them.
+"""Hooks of device types, and the one table of the protocol features offered for them.
 
-A hook is a method that a device or a back-end defines when its type has such a thing. Hooks that
-are no use without each other form a group: a Protocol names and types them, a `HookGroup` says
-which protocol features they stand for. A device gets a group by defining its hooks. It may derive
-from the Protocol as well, and a type checker then looks at them.
+A hook is a method that a device or a back-end defines if its type needs it. Hooks that belong
+together form a group: a Protocol names and types them, and a `HookGroup` says which protocol
+features they implement. A device gets a group by defining its hooks. It may derive from the
+Protocol as well, so that a type checker checks them.
 
-Hooks are looked for here and nowhere else: `provided` says what counts as defined.
+Hooks are looked up here and nowhere else: `provided` decides which methods count as defined.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ K = TypeVar("K", bound=type)
 
 NOTHING: Final = ProtocolFeatures(0)
 
-#: What a class has without defining it: the defaults of the bases, the stubs of the Protocols.
+#: Methods that do not count as defined: the defaults of the bases, the stubs of the Protocols.
 _DEFAULTS: Final[set[FunctionType]] = set()
 
 
@@ -41,15 +41,16 @@ def defaults(kind: K) -> K:
 
 
 def provided(target: object, hook: Callable[Concatenate[Any, P], R]) -> Callable[P, R] | None:
-    """`target`'s own method in the place of `hook`, bound; None when it defines none.
+    """`target`'s own method for `hook`, bound; None when it defines none.
 
-    `hook` is the method of a base or a Protocol. What `target` has from a base does not count.
+    `hook` is the method of a base or a Protocol. A default of a base and the stub of a Protocol do
+    not count.
     """
     return cast("Callable[P, R] | None", _found(target, hook.__name__))
 
 
 def _found(target: object, name: str) -> Any:
-    """What `target` defines by that name; an attribute that is no method counts as it stands."""
+    """The attribute of that name that `target` defines; any value but a default method counts."""
     found = getattr(target, name, None)
     function = getattr(found, "__func__", found)
     return None if isinstance(function, FunctionType) and function in _DEFAULTS else found
@@ -58,9 +59,10 @@ def _found(target: object, name: str) -> Any:
 class HookGroup(Generic[H]):
     """Hooks that belong together.
 
-    `kind` is the Protocol that has them, `features` what is offered for them (nothing: their
-    messages may come without a feature). The hooks named in `optional` may be left out. With
-    `on_request` a device may use the feature without the hooks, and asks for it by name.
+    `kind` is the Protocol that has them. `features` are the protocol features that are offered for
+    them; with none their messages may come without a feature. A device may leave out the hooks
+    named in `optional`. With `on_request` it may use the feature without the hooks, and then asks
+    for it by name.
     """
 
     def __init__(
@@ -80,11 +82,11 @@ class HookGroup(Generic[H]):
         self._needed = tuple(name for name in names if name not in optional)
 
     def of(self, target: object) -> H | None:
-        """`target` itself, as what has these hooks; None when it has not."""
+        """`target` itself, typed as having these hooks; None when it lacks one."""
         return None if self.lacking(target) else cast("H", target)
 
     def offers(self, target: object, asked: ProtocolFeatures) -> ProtocolFeatures:
-        """What to offer for `target`, which asks for the features `asked`."""
+        """The features to offer for `target`, which asks for the features `asked`."""
         if self.of(target) is not None:
             return self.features
         return asked & self.features if self.on_request else NOTHING
@@ -94,14 +96,14 @@ class HookGroup(Generic[H]):
         return [name for name in self.hooks if _found(target, name) is not None]
 
     def lacking(self, target: object) -> list[str]:
-        """The hooks that `target` would have to define as well."""
+        """The needed hooks that `target` does not define."""
         return [name for name in self._needed if _found(target, name) is None]
 
 
 def check_hooks(
     groups: Sequence[HookGroup[Any]], target: object, asked: ProtocolFeatures, name: str
 ) -> None:
-    """Raise `BackendUsageError` for half of a group, or a feature without its hooks."""
+    """Raise `BackendUsageError` for a part of a group, or a feature without its hooks."""
     for group in groups:
         lacking = " and no ".join(group.lacking(target))
         wanted = asked & group.features
@@ -124,7 +126,7 @@ class Configuration(Protocol):
         """`size` bytes from `offset`, little-endian."""
 
     def set_config(self, offset: int, data: bytes) -> None:
-        """Write there; raise `DeviceRefused` for what is read-only. May be left out."""
+        """Write to it; raise `DeviceRefused` for a read-only field. This hook is optional."""
 
 
 class Rarp(Protocol):
@@ -138,7 +140,7 @@ class Mtu(Protocol):
     """A network device that is told its MTU (NET_SET_MTU)."""
 
     def net_set_mtu(self, mtu: int) -> None:
-        """The largest payload of a frame in bytes, 68 to 65535; raise `DeviceRefused` to refuse."""
+        """Take the largest payload of a frame (68 to 65535 bytes), or raise `DeviceRefused`."""
 
 
 class CryptoSessions(Protocol):
@@ -147,41 +149,41 @@ class CryptoSessions(Protocol):
     def create_crypto_session(
         self, op_code: int, session: SymmetricSession | AsymmetricSession
     ) -> int:
-        """The new session's id, negative when there can be none. `op_code` is virtio-crypto's."""
+        """Make a session and return its id, negative on failure. `op_code` is virtio-crypto's."""
 
     def close_crypto_session(self, session_id: int) -> None:
-        """The session is not used any more."""
+        """Close the session."""
 
 
 class SharedObjects(Protocol):
     """A device that shares objects, buffers for example, with others (GET_SHARED_OBJECT)."""
 
     def get_shared_object(self, uuid: bytes) -> int | None:
-        """A descriptor of the object of that UUID (16 bytes), which stays the device's, or None."""
+        """A descriptor of the object of that UUID (16 bytes), or None; the device still owns it."""
 
 
 class SharedMemory(Protocol):
     """A device with shared memory regions (GET_SHMEM_CONFIG; virtio 1.3, 2.10)."""
 
     def get_shmem_config(self) -> Sequence[int]:
-        """Their sizes in bytes, by id; 0 for an id that is not used."""
+        """The regions' sizes in bytes, by id; 0 for an id that is not used."""
 
 
 class GpuSocket(Protocol):
     """A GPU (GPU_SET_SOCKET)."""
 
     def set_gpu_socket(self, channel: GpuBackendChannel) -> None:
-        """The channel to the front-end's display, which is the device's from here on."""
+        """Take over the channel to the front-end's display."""
 
 
 class SavedState(Protocol):
     """A device whose own state moves in a migration; `StateTransfer` carries it."""
 
     def save_state(self) -> bytes:
-        """The state, all of it."""
+        """The whole state."""
 
     def load_state(self, version: int, state: bytes) -> None:
-        """Take over what `save_state` of that version returned."""
+        """Take over the state that `save_state` of that version returned."""
 
 
 CONFIGURATION: Final = HookGroup[Configuration](
@@ -190,7 +192,7 @@ CONFIGURATION: Final = HookGroup[Configuration](
 RARP: Final = HookGroup[Rarp](Rarp, ProtocolFeatures.RARP)
 MTU: Final = HookGroup[Mtu](Mtu, ProtocolFeatures.MTU)
 CRYPTO_SESSIONS: Final = HookGroup[CryptoSessions](CryptoSessions, ProtocolFeatures.CRYPTO_SESSION)
-# Asked for by a device that only looks up the objects of others.
+# A device that only looks up the objects of others asks for this feature.
 SHARED_OBJECTS: Final = HookGroup[SharedObjects](
     SharedObjects, ProtocolFeatures.SHARED_OBJECT, on_request=True
 )
@@ -198,12 +200,12 @@ SHARED_MEMORY: Final = HookGroup[SharedMemory](SharedMemory, ProtocolFeatures.SH
 GPU_SOCKET: Final = HookGroup[GpuSocket](GpuSocket)
 SAVED_STATE: Final = HookGroup[SavedState](SavedState, ProtocolFeatures.DEVICE_STATE)
 
-#: The table: what a device has by its type, and a back-end under the same names.
+#: The table of the hooks of device types; a back-end has them under the same names.
 OF_A_TYPE: Final[tuple[HookGroup[Any], ...]] = (
     *(CONFIGURATION, RARP, MTU, CRYPTO_SESSIONS),
     *(SHARED_OBJECTS, SHARED_MEMORY, GPU_SOCKET),
 )
-#: What a device has besides.
+#: The table of all hooks of a device.
 OF_A_DEVICE: Final[tuple[HookGroup[Any], ...]] = (*OF_A_TYPE, SAVED_STATE)
 #: Features without a hook: the device uses them on its channel.
 BY_REQUEST: Final = ProtocolFeatures.HOST_NOTIFIER

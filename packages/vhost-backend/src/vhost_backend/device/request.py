@@ -1,6 +1,6 @@
-"""What a handler is given: its queue and a request; and what became of one that only waited.
+"""The arguments of a handler: its queue and a request; and the fate of a request called back.
 
-A request is used as its handler likes and checked when that has ended (`check_use`).
+A handler may use a request in any way; `check_use` checks the result when the handler has ended.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _FLAGS: Final = int(RecordField.FLAGS)
 class QueueInfo:
     """A queue as a handler sees it.
 
-    `index` is its number, `counters` what it has done. `window` is the flat view of guest memory
-    that the offsets in a batch's records refer to (None when there is no such view), `memory` the
-    snapshot of guest memory that it belongs to; both are valid for the batch that came with them.
+    `index` is its number, `counters` are its counters. `window` is the flat view of guest memory to
+    which the offsets in a batch's records refer (None when there is no such view). `memory` is the
+    snapshot of guest memory of that view. Both are valid for the batch that came with them.
     """
 
     __slots__ = ("_on_exit", "counters", "index", "memory", "window")
@@ -40,24 +40,24 @@ class QueueInfo:
         self.index: int = index
         self.counters: QueueCounters = counters
         self.window: memoryview | None = None
-        # Held here, it stays mapped for what a handler in C works on, whatever becomes of the ring.
+        # Held here, it stays mapped while a handler in C works, even if the ring is stopped.
         self.memory: Memory | None = None
-        #: In an event loop of the caller's: ends it with what a handler has raised to end it.
+        #: In a caller's event loop: ends it when a handler raises KeyboardInterrupt or SystemExit.
         self._on_exit: Callable[[BaseException], None] | None = None
 
     def forget(self) -> None:
-        """Let go of the memory: the worker has done what there was."""
+        """Let go of the memory, as the worker has ended its batch."""
         self.window = self.memory = None
 
 
 class Request:
     """One request: the driver's bytes to read, and room for the device's answer.
 
-    The status byte is not part of what `write` fills. A request that has completed raises
-    `virtqueue.UsageError` when used.
+    `write` does not fill the status byte. Using a request that has completed raises
+    `virtqueue.UsageError`.
 
-    What the record of a batch tells (lengths, the first 16 bytes) comes from there; the `Chain` is
-    made when more is asked for.
+    Lengths and the first 16 bytes come from the batch's record; the `Chain` is made only when more
+    is needed.
     """
 
     __slots__ = (
@@ -77,7 +77,7 @@ class Request:
     _STATUS_BYTES: ClassVar[int] = 0
 
     status: int
-    """What the status byte will say, for device types that have one."""
+    """The value of the status byte, for device types that have one."""
     # Set by a worker with coroutines: how many `waiting` blocks this one's is in, and whether its
     # ring is being stopped.
     _waits: int
@@ -143,7 +143,7 @@ class Request:
         return self.chain.writable
 
     def read(self, size: int = -1) -> bytes:
-        """The next `size` bytes of what the driver sent; all that is left when negative."""
+        """The next `size` of the driver's bytes; all remaining ones when `size` is negative."""
         if self._chain is None and size >= 0 and self._batch.serial == self._serial:
             position = self._position
             end = position + size
@@ -154,18 +154,18 @@ class Request:
         return self.chain.read(size)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Append to the answer; returns how many bytes there was room for."""
+        """Append to the answer; returns the number of bytes written, as far as there was room."""
         count = self.chain.write(data)
         self.written += count
         return count
 
     def waiting(self) -> AbstractAsyncContextManager[None]:
-        """Mark what a coroutine only waits for: `async with request.waiting(): await news.get()`.
+        """Mark a wait of a coroutine: `async with request.waiting(): await news.get()`.
 
         When the ring is stopped meanwhile, the wait is cancelled (`asyncio.CancelledError` is
-        raised in it); everywhere else a coroutine is left to end by itself. So nothing may go on
-        in the background of the wait that touches the request's memory, such as a thread. See
-        `VirtioDevice.recalled` for what becomes of the request.
+        raised in it). Outside of such a wait a coroutine is left to end by itself. So during the
+        wait nothing else, such as a thread, must touch the request's memory. See
+        `VirtioDevice.recalled` for the request's fate.
         """
         return _Waiting(self)
 
@@ -204,7 +204,7 @@ class _Waiting:
 
     async def __aenter__(self) -> None:
         if self._request._recalled:
-            # The ring is being stopped already: this is where a cancellation is expected.
+            # The ring is being stopped already: cancel here, where the coroutine expects it.
             from asyncio import CancelledError, sleep
 
             await sleep(0)
@@ -216,19 +216,20 @@ class _Waiting:
 
 
 class Recall(enum.Enum):
-    """What became of a request whose wait was cancelled because its ring is stopped."""
+    """The fate of a request whose wait was cancelled because its ring is stopped."""
 
     GIVEN_BACK = "given back"
-    """As if it had never been taken: whoever serves the ring next takes it again."""
+    """As if it had never been taken: the next back-end of the ring takes it again."""
     KEPT = "kept"
-    """Left in the in-flight region: whoever goes on with the region takes it again."""
+    """Left in the in-flight region: the next back-end that uses the region takes it again."""
     EMPTY = "empty"
     """Completed with nothing written (and `error_status`, where there is a status byte)."""
 
 
 def check_use(request: Request, answer: object, flags: int) -> None:
-    """Raise `BackendUsageError` when a handler that returned `answer` has not left its request as
-    it can be completed; `flags` is 1 with a status byte.
+    """Raise `BackendUsageError` when a request cannot be completed as its handler has left it.
+
+    `answer` is the handler's return value; `flags` is 1 with a status byte.
     """
     if isinstance(answer, CoroutineType):
         answer.close()

@@ -1,9 +1,9 @@
-"""A device's own state on its way to another host.
+"""The stream that carries a device's own state to another host.
 
 The stream is a header {char[8] magic, le32 format, le32 device id, le32 device version, le32 name
-length, le64 payload length}, the device's name, its payload as `VirtioDevice.save_state` returned
-it, and le32 CRC-32 of everything before. A stream that is cut short, damaged, or of another device
-or a newer version is refused, and the device keeps the state it had.
+length, le64 payload length}, the class name of the device, the payload that
+`VirtioDevice.save_state` returned, and le32 CRC-32 of everything before. A stream that is cut
+short, damaged, of another device or of a newer version is refused, and the device keeps its state.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log: logging.Logger = logging.getLogger("vhost_backend")
 
 MAGIC: Final = b"VDEVSTAT"
 FORMAT: Final = 1
-#: Bytes of state that are accepted: more is a mistake or an attack.
+#: The most bytes of state that are accepted: more is a mistake or an attack.
 MAX_STATE: Final = 1 << 30
 #: Seconds without progress after which a transfer is given up.
 PATIENCE: Final = 30.0
@@ -49,7 +49,7 @@ def encode(device: VirtioDevice) -> bytes:
 
 
 def decode(device: VirtioDevice, stream: bytes) -> tuple[int, bytes]:
-    """(version, payload) of a stream that is for this device. Raises `StateError`."""
+    """(version, payload) of a stream for this device. Raises `StateError` for any other."""
     if len(stream) < _HEADER.size + _CHECKSUM.size:
         raise StateError(f"the stream ends after {len(stream)} bytes")
     magic, form, device_id, version, name_length, length = _HEADER.unpack_from(stream)
@@ -69,7 +69,7 @@ def decode(device: VirtioDevice, stream: bytes) -> tuple[int, bytes]:
 
 
 class StateTransfers:
-    """A device's state on the move: what `VhostUserBackend` asks for, one transfer at a time."""
+    """The state transfer hooks of `VhostUserBackend` for a device, one transfer at a time."""
 
     def __init__(self, device: VirtioDevice) -> None:
         self._device = device
@@ -78,62 +78,72 @@ class StateTransfers:
     def set_device_state_fd(self, direction: int, phase: int, fd: int) -> int | None:
         """Save (0) or load (1) the device's state on a thread of its own."""
         self.abandon_device_state()
-        self._last = StateTransfer(self._device, fd, load=direction == 1)
+        transfer = StateTransfer(self._device, fd, load=direction == 1)
+        transfer.start()
+        self._last = transfer
         return None
 
     def abandon_device_state(self) -> None:
-        """No state of the present front-end's is loaded any more."""
+        """Load no more state of the present front-end."""
         transfer, self._last = self._last, None
         if transfer is not None:
             transfer.abandon()
 
     def check_device_state(self) -> bool:
-        """How the last transfer ended; False without one."""
+        """Whether the last transfer succeeded; False without one."""
         transfer, self._last = self._last, None
         return transfer is not None and transfer.succeeded()
 
 
 class StateTransfer:
-    """One transfer over a descriptor that is taken over, on a thread of its own."""
+    """One transfer over a descriptor, which it takes over, on a thread of its own."""
 
     def __init__(self, device: VirtioDevice, fd: int, *, load: bool) -> None:
         self._device = device
         self._fd = fd
         self._done = False
-        #: Held while the device loads, which is not done any more once it is abandoned.
+        #: Held while the device loads; once the transfer is abandoned, the device does not load.
         self._loading = threading.Lock()
         self._abandoned = False
         wake: WakeFd | None = None
         try:
             self._wake = wake = WakeFd()
             os.set_blocking(fd, False)
-            # The state is taken now, while the device is suspended, not when the thread gets to it.
+            # Save the state now, while the device is suspended: the thread may start late.
             data = b"" if load else encode(device)
             target = self._load if load else lambda: self._save(data)
             self._thread = threading.Thread(
                 target=self._run, args=(target,), name="state-transfer", daemon=True
             )
-            self._thread.start()
         except BaseException:
             os.close(fd)
             if wake is not None:
                 wake.close()
             raise
 
-    def abandon(self) -> None:
-        """Load nothing any more; returns when the device does not load.
+    def start(self) -> None:
+        """Transfer, on a thread. When there can be none, the descriptors are closed."""
+        try:
+            self._thread.start()
+        except BaseException:
+            os.close(self._fd)
+            self._wake.close()
+            raise
 
-        What is being saved still goes: it was taken from the device at the beginning.
+    def abandon(self) -> None:
+        """Load no more state; returns when the device is not loading.
+
+        A transfer that saves goes on: it has taken the state from the device at its start.
         """
         with self._loading:
             self._abandoned = True
         self._wake.wake()
 
     def succeeded(self) -> bool:
-        """Whether all of it is through; waits for what is under way."""
+        """Whether the whole state has been moved; waits for a transfer under way."""
         self._thread.join(PATIENCE)
         if not self._done:
-            self.abandon()  # the front-end is told that it failed, and so it has to
+            self.abandon()  # the front-end is told of a failure: nothing must load later
         return self._done
 
     def _run(self, target: Callable[[], None]) -> None:

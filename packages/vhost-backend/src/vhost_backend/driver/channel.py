@@ -25,6 +25,9 @@ class ChannelServer:
         self._arrived = threading.Condition()
         self._channel = frontend.open_backend_channel()
         self._thread = threading.Thread(target=self._run, name="back-end channel", daemon=True)
+
+    def start(self) -> None:
+        """Answer, on a thread, until the back-end hangs up."""
         self._thread.start()
 
     def _run(self) -> None:
@@ -60,5 +63,6 @@ class ChannelServer:
 
     def join(self, timeout: float = 5.0) -> None:
         """Wait for the thread, after the back-end has hung up."""
-        self._thread.join(timeout)
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
         self._channel.close()

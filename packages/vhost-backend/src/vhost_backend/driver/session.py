@@ -118,6 +118,7 @@ class DriverSession:
             self._negotiate(wanted, options.packed)
             if self._handlers:
                 self.channel = ChannelServer(frontend, self._handlers)
+                self.channel.start()
             self.share_memory()
             if options.inflight:
                 self._keep_inflight(options.num_queues, options.queue_size)
@@ -307,6 +308,7 @@ class DriverSession:
             raise SessionError("the new back-end does not offer what was negotiated with the old")
         if self._handlers:
             self.channel = ChannelServer(frontend, self._handlers)
+            self.channel.start()
         self.share_memory()
 
     def _hang_up(self) -> None:

@@ -1,4 +1,4 @@
-"""Descriptors that are not sockets of a conversation: eventfds and other signals, listeners.
+"""File descriptors other than connections: eventfds and other signals, and listeners.
 
 Nothing here knows rings or devices.
 """

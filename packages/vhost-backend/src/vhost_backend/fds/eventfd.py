@@ -1,19 +1,19 @@
-"""Kick, call and error file descriptors, and an eventfd of our own to wake a sleeper.
+"""Kick, call and error file descriptors, and an eventfd of our own to wake a sleeping thread.
 
-The front-end hands these descriptors over and keeps its own copies, so nothing is assumed of them:
-they may be full, blocking, emptied by somebody else a moment ago, or no eventfd at all. They are
-made non-blocking when they arrive, but the front-end shares that flag and can take it back. So
-nothing here that touches them rests on it:
+The front-end passes these descriptors and keeps its own copies, so this module assumes nothing of
+them: they may be full, blocking, just emptied by another process, or no eventfds at all. They are
+made non-blocking when they arrive, but the front-end shares that flag and can clear it. So nothing
+here depends on it:
 
 * Reads are preadv2(2) with RWF_NOWAIT, which eventfds know since Linux 5.8; sockets and pipes,
   where they do not, are read by recv(2) with MSG_DONTWAIT and vmsplice(2) with SPLICE_F_NONBLOCK.
-* An eventfd is signalled by the kernel itself, see `aio_signal`; sockets and pipes are written by
-  send(2) and vmsplice(2) with the same flags.
+* An eventfd is signalled by the kernel itself (see `eventfd_signal`); sockets and pipes are written
+  by send(2) and vmsplice(2) with the same flags.
 * Anything else is neither read nor written: a file of a FUSE file system, say, could make every
   access wait for the front-end.
 
-Where the kernel lacks one of these calls, the C library its flags, or a seccomp filter forbids it,
-eventfds and pipes are looked at first, and read or written then.
+Where such a call is missing from the kernel or the C library, or a seccomp filter forbids it,
+eventfds and pipes are polled first, and read or written only when they are ready.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ _recv: Any = _libc.recv
 _recv.restype = ctypes.c_ssize_t
 _recv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
-# A pipe is lent the page itself, so it holds nothing else and never changes.
+# vmsplice lends this very page to pipes, so it holds nothing else and never changes.
 _page: Final = mmap.mmap(-1, mmap.PAGESIZE)
 _page.write(_ONE)
 _one_on_page: Final = _Iovec(ctypes.addressof(ctypes.c_char.from_buffer(_page)), len(_ONE))
 
 
 def adopt(fd: int) -> int:
-    """Make a received descriptor non-blocking, which is right for all but a hostile front-end."""
+    """Make a received descriptor non-blocking; only a hostile front-end undoes that."""
     os.set_blocking(fd, False)
     return fd
 
 
 def can_kick(fd: int) -> bool:
-    """Whether a descriptor is of a kind that may be waited on: an eventfd, a pipe or a socket.
+    """Whether a thread may wait on a descriptor: it is an eventfd, a pipe or a socket.
 
-    Looking at another one, or having epoll look, may already wait for whoever serves it.
+    Even polling any other file may wait for the program that serves it (FUSE).
     """
     return _is_pipe(fd) or _is_socket(fd) or is_eventfd(fd)
 
@@ -87,21 +87,21 @@ def _is_socket(fd: int) -> bool:
 
 
 def is_eventfd(fd: int) -> bool:
-    """Whether each write to the descriptor is an edge for epoll, so that it need not be read."""
+    """Whether this is an eventfd: each write is an edge for epoll, so it need not be read."""
     try:
         return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
-    except OSError:  # no /proc here: find out by a kick that nobody gave
+    except OSError:  # no /proc here: try to signal it, as a kick too many is harmless
         error = aio_signal.add_one(fd)
     if error in (errno.EINVAL, errno.EBADF):
         return False
-    # Not even that is allowed. An anonymous inode of the kernel's is served by nobody else.
+    # Signalling is not allowed either. An anonymous inode at least is served by the kernel alone.
     return not error or stat.S_IFMT(os.fstat(fd).st_mode) == 0
 
 
 def signal(fd: int) -> bool:
-    """Add one to an eventfd, or put eight bytes into a pipe or socket; False if nobody listens.
+    """Add one to an eventfd, or write eight bytes into a pipe or socket; False without a reader.
 
-    A full one counts as signalled: the reader has a wake-up pending.
+    A full descriptor counts as signalled: its reader has a wake-up pending.
     """
     error = aio_signal.add_one(fd)
     if not error:
@@ -134,16 +134,16 @@ def _look_and_write(fd: int) -> bool:
 
 
 def drain(fd: int) -> bool:
-    """Consume what is pending on a kick descriptor; False when its other end is gone for good."""
+    """Consume a pending signal of a descriptor; False when its other end has been closed."""
     buffer = bytearray(8)
     try:
         return bool(os.preadv(fd, [buffer], -1, os.RWF_NOWAIT))
     except BlockingIOError:
         return True
-    except (AttributeError, NotImplementedError):  # not in this C library
+    except (AttributeError, NotImplementedError):  # missing in this C library
         return _drain_otherwise(fd)
     except OSError as error:
-        # Not a file that can be read without waiting, as far as this kernel knows, or a filter.
+        # This kernel cannot read the file without waiting, or a seccomp filter forbids it.
         return error.errno in REFUSALS and _drain_otherwise(fd)
 
 
@@ -171,14 +171,14 @@ def _look_and_read(fd: int) -> bool:
 
 
 class WakeFd:
-    """An eventfd of our own: any thread or signal handler may `wake` whoever polls it."""
+    """An eventfd of our own: any thread or signal handler may `wake` the thread that polls it."""
 
     __slots__ = ("_lock", "fd")
 
     def __init__(self) -> None:
         self.fd: int = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        # Keeps `close` from giving the number to another file between a look at it and its use.
-        # Reentrant for signal handlers; what it guards never waits.
+        # Keeps `close` from freeing the number between a check of it and its use. Reentrant for
+        # signal handlers; the code under it never waits.
         self._lock = threading.RLock()
 
     def fileno(self) -> int:

@@ -1,14 +1,14 @@
-"""Adding one to somebody else's eventfd without ever waiting for it.
+"""Adding one to a front-end's eventfd without ever waiting for it.
 
-write(2) to an eventfd waits while the counter is full, unless the file is non-blocking, and that
-flag belongs to everybody who holds the file: looking first and writing then leaves an instant in
-which a front-end can fill the counter. An eventfd has no other call that does not wait, and cannot
-be opened a second time.
+write(2) to an eventfd waits while the counter is full, unless the file is non-blocking. All holders
+of the file share that flag. Polling first does not help: the front-end can fill the counter between
+the poll and the write. No other call writes an eventfd without waiting, and it cannot be opened a
+second time.
 
-The kernel itself never waits for one: it adds to a counter up to its limit (eventfd_signal). Native
-asynchronous I/O has it do so: a request that names an eventfd (IOCB_FLAG_RESFD) signals it when it
-completes, and a read of no bytes from /dev/null completes at once, in one system call. On the way
-it tells whether the descriptor is an eventfd at all.
+The kernel's own signal never waits: it adds to the counter up to the limit (eventfd_signal). Native
+asynchronous I/O makes the kernel do that. A request that names an eventfd (IOCB_FLAG_RESFD) signals
+it on completion, and a read of no bytes from /dev/null completes at once, in one system call. The
+call also tells whether the descriptor is an eventfd at all.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _NUMBERS: Final = {
 }
 _IOCB_CMD_PREAD: Final = 0
 _IOCB_FLAG_RESFD: Final = 1
-# Completions that wait to be thrown away; io_setup gives room for more.
+# The size asked of io_setup, and the most completions that one call throws away.
 _EVENTS: Final = 64
-# Other threads may take the room that one has made.
+# Attempts to submit: other threads may use up the room that one has made.
 _TRIES: Final = 16
 
 
@@ -66,18 +66,18 @@ class _Iocb(ctypes.Structure):
 
 
 class _Context:
-    """What the kernel keeps for this process; requests of all threads go through it."""
+    """The process's asynchronous I/O context in the kernel; all threads use it."""
 
     def __init__(self) -> None:
         self.error: int = 0
-        """Why there is none."""
+        """The error number with which making the context failed, or 0."""
         self._local = threading.local()
         numbers = _NUMBERS.get(os.uname().machine)
         if numbers is None or ctypes.sizeof(ctypes.c_long) != 8:
             self.error = errno.ENOSYS
             return
         setup, submit, get_events = map(ctypes.c_long, numbers)
-        # Short calls that never wait: the interpreter's lock stays.
+        # The calls are short and never wait, so they keep the GIL.
         call: Any = ctypes.PyDLL(None, use_errno=True).syscall
         call.restype = ctypes.c_long
         self._call = call
@@ -112,14 +112,14 @@ class _Context:
         return error
 
     def _forget_completions(self) -> None:
-        """The results that have piled up say nothing: make room for more."""
+        """Throw away results, which are of no use, to make room for more."""
         events = (ctypes.c_uint64 * (4 * _EVENTS))()
         at_once = (ctypes.c_int64 * 2)()
         least, most = ctypes.c_long(0), ctypes.c_long(_EVENTS)
         self._call(self._get_events, self._handle, least, most, events, at_once)
 
     def abandon(self) -> None:
-        """In a forked child, which does not have the kernel's part."""
+        """Drop this object in a forked child, which does not inherit the kernel's context."""
         if not self.error:
             os.close(self.null)
 
@@ -139,11 +139,11 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def add_one(fd: int) -> int:
-    """Add one to the eventfd `fd`; a full counter stays full, which is as good.
+    """Add one to the eventfd `fd`; a full counter stays full, which wakes its reader as well.
 
-    Returns 0, or an error number: EINVAL for what is no eventfd, EBADF for what is not open; any
-    other says that this system does not let us (ENOSYS, or EPERM from a seccomp filter, or EAGAIN
-    where fs.aio-max-nr is used up).
+    Returns 0 or an error number. EINVAL means that `fd` is no eventfd, EBADF that it is not open.
+    Any other means that this system does not allow the call (ENOSYS, EPERM from a seccomp filter,
+    or EAGAIN where fs.aio-max-nr is used up).
     """
     context = _context
     if context is None:

@@ -1,9 +1,9 @@
-"""Listening on a Unix socket path: who may take it over, and who removes it.
+"""Listening on a Unix socket path: replacing a stale socket file, and removing our own.
 
-A path that a living program listens on is refused; a socket file that nobody answers on is a
-leftover of a program that was killed, and is replaced. The directory is locked meanwhile, so that
-two programs that start at the same moment do not both find it stale. The socket file is removed on
-close if it is still ours.
+A path that a running program listens on is refused. A socket file that refuses connections was left
+by a program that was killed, and is replaced. The directory is locked meanwhile: otherwise two
+programs that start at the same moment could both find the file stale. `close` removes the socket
+file if it is still ours.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ..errors import ListenError
 
 log: logging.Logger = logging.getLogger("vhost_backend")
 
-# The bytes of a socket's path (unix(7): sun_path has 108, and ends in a zero byte).
+# The most bytes in a socket's path (unix(7): sun_path has 108, and ends in a zero byte).
 _LONGEST: Final = 107
 
-# Seconds to wait for the directory's lock, and between two looks.
+# Seconds to wait for the directory's lock, and between two attempts.
 _PATIENCE = 2.0
 _INTERVAL: Final = 0.01
 
@@ -40,7 +40,7 @@ class Listener:
 
     def __init__(self, path: str | os.PathLike[str], backlog: int = 8) -> None:
         self.path: str | None = os.fspath(path)
-        #: Whether the descriptor is the one connection itself.
+        #: Whether the descriptor is itself the one connection.
         self.connected = False
         self._identity: tuple[int, int] | None = None
         self.socket: socket.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -54,8 +54,8 @@ class Listener:
     def from_fd(cls, fd: int) -> Listener:
         """Adopt a descriptor that listens, or that is one connection already.
 
-        A connected one is handed out by the first `accept`; there is no second. Nothing is removed
-        on close. Raises `ListenError` when it is no Unix stream socket.
+        The first `accept` returns a descriptor that is connected; there is no second. `close`
+        removes no file. Raises `ListenError` when it is no Unix stream socket.
         """
         listener = cls.__new__(cls)
         listener.path = None
@@ -101,7 +101,7 @@ class Listener:
         return self.socket.fileno()
 
     def close(self) -> None:
-        """Remove the socket file unless someone has replaced it, and stop listening."""
+        """Remove the socket file unless another program has replaced it, and stop listening."""
         if self.path is not None and self._identity is not None:
             with contextlib.suppress(OSError):
                 status = os.stat(self.path)
@@ -118,7 +118,7 @@ class Listener:
 
 
 def announce(name: str, listener: Listener) -> None:
-    """Say where a device is served: in the log, or on stderr where nobody has set up any."""
+    """Say where a device is served: in the log, or on stderr in a program without logging."""
     where = listener.path or f"descriptor {listener.fileno()}"
     if log.hasHandlers():
         log.info("%s: serving on %s", name, where)
@@ -129,11 +129,14 @@ def announce(name: str, listener: Listener) -> None:
 
 @contextlib.contextmanager
 def _directory_lock(directory: str) -> Iterator[None]:
-    """Against others that start here now. They hold it for milliseconds: a lock that stays, and one
-    that cannot be had at all, is somebody else's affair."""
+    """Lock the directory against programs that start to listen there at the same time.
+
+    They hold the lock for milliseconds. One that is held longer, or cannot be taken at all, has
+    another purpose and is ignored.
+    """
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:  # to make a socket there one need not be able to list it
+    except PermissionError:  # a directory may allow new files and still not be readable
         yield
         return
     try:
@@ -150,7 +153,7 @@ def _try_lock(fd: int) -> bool:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # the file system has none
+    except OSError:  # the file system has no locks
         pass
     return True
 
@@ -172,5 +175,5 @@ def _remove_stale(path: str) -> None:
             os.unlink(path)
             return
         except BlockingIOError:
-            pass  # a full backlog is somebody's
+            pass  # a full backlog: a program listens
     raise ListenError(path, "another program listens on this socket")

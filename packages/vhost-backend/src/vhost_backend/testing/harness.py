@@ -33,11 +33,11 @@ def attached(
 ) -> Iterator[DriverSession]:
     """Run `device` and attach a driver to it; both end with the context.
 
-    Raises `DeviceErrors` in the end when an error was logged that the test did not expect; see
-    `expect_errors`.
+    `engine` chooses the device's ring engine. `timeout` (seconds) bounds every answer that the
+    driver waits for. `options` are `DriverSession`'s.
 
-    `engine` chooses the device's ring engine, `timeout` (seconds) bounds every answer that the
-    driver waits for, `options` are `DriverSession`'s.
+    Raises `DeviceErrors` at the end when an error was logged that the test did not expect; see
+    `expect_errors`.
     """
     with no_errors(), VhostUserDaemon("test", as_backend(device), engine=engine) as daemon:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -50,7 +50,7 @@ def attached(
 def served(
     device: VirtioDevice | VhostUserBackend, *, engine: EngineName | None = None
 ) -> Iterator[str]:
-    """Run `device` behind a socket in a temporary folder; gives the socket's path.
+    """Run `device` behind a socket in a temporary folder; yields the socket's path.
 
     Raises `DeviceErrors` as `attached` does.
     """
@@ -67,9 +67,9 @@ def served(
 
 @contextlib.contextmanager
 def serving(daemon: VhostUserDaemon, where: Listener | str | os.PathLike[str]) -> Iterator[None]:
-    """Have `daemon.serve_forever(where)` run on a thread meanwhile; the daemon is closed then.
+    """Run `daemon.serve_forever(where)` on a thread during the context, then close the daemon.
 
-    Raises what `serve_forever` has raised.
+    Raises an error of `serve_forever` at the end.
     """
     failures: list[BaseException] = []
 
@@ -92,5 +92,5 @@ def serving(daemon: VhostUserDaemon, where: Listener | str | os.PathLike[str]) -
 
 
 def as_backend(device: VirtioDevice | VhostUserBackend) -> VhostUserBackend:
-    """`device` as what a daemon runs."""
+    """The back-end for `device`, or `device` itself if it is a back-end."""
     return DeviceBackend.of(device) if isinstance(device, VirtioDevice) else device

@@ -1,7 +1,7 @@
-"""What a device logs as an error fails its test, unless the test has said that it expects it.
+"""An error that a device logs fails its test, unless the test expects it.
 
-A device's mistake does not reach the driver as an exception: its request fails, or looks as if it
-had succeeded, and the log says why. Nobody reads the log of a test that passes.
+A device's mistake does not reach the driver as an exception. The request fails, or even seems to
+succeed, and only the log says why; but a test that passes shows no log.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LOGGER: Final = logging.getLogger("vhost_backend")
 
 
 class DeviceErrors(VhostBackendError):
-    """A device, or what serves it, has logged errors. `errors` has them, with their tracebacks."""
+    """A device or its daemon has logged errors. `errors` has them, with their tracebacks."""
 
     def __init__(self, errors: list[str]) -> None:
         super().__init__("the device has logged errors:\n" + "\n".join(errors))
@@ -34,20 +34,20 @@ class MissingError(VhostBackendError):
 
 
 class _Watch:
-    """Errors for somebody: for a test to expect (`pattern`), or for a device to fail with."""
+    """Collects errors: those that a test expects (`pattern`), or all others (None)."""
 
     def __init__(self, pattern: re.Pattern[str] | None) -> None:
         self.pattern = pattern
         self.errors: list[str] = []
 
     def take(self) -> list[str]:
-        """The errors so far, which are forgotten here."""
+        """Return the errors so far, and forget them."""
         errors, self.errors = self.errors, []
         return errors
 
 
 class _Handler(logging.Handler):
-    """Gives each error to the one watch that it is for: who expects it goes first."""
+    """Gives each error to one watch: the latest that expects it, or else the latest for all."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -79,7 +79,7 @@ def _text_of(record: logging.LogRecord) -> str:
 
 
 class _Sender(logging.Handler):
-    """Writes a child's errors to a file, a line of JSON each."""
+    """Writes a child's errors to a file, each as a line of JSON."""
 
     def __init__(self, fd: int) -> None:
         super().__init__(logging.ERROR)
@@ -90,22 +90,22 @@ class _Sender(logging.Handler):
 
 
 class ChildErrors:
-    """What child processes log as errors, on its way to this process's log."""
+    """Carries the errors that child processes log into this process's log."""
 
     def __init__(self) -> None:
         self.fd: int = os.memfd_create("errors", os.MFD_CLOEXEC)
         self._read = 0
 
     def send(self) -> None:
-        """In the child: have what is logged from now on sent."""
+        """In the child: send every error that is logged from now on."""
         _LOGGER.addHandler(_Sender(self.fd))
 
     def receive(self) -> None:
-        """In the parent, when the child has ended: log what it has logged."""
+        """In the parent, when the child has ended: log the child's errors."""
         text = os.pread(self.fd, os.fstat(self.fd).st_size - self._read, self._read)
         self._read += len(text)
         for line in text.splitlines():
-            with contextlib.suppress(ValueError):  # the last one, when the child was killed in it
+            with contextlib.suppress(ValueError):  # the last line of a killed child
                 _LOGGER.error("in the device's process: %s", json.loads(line))
 
     def close(self) -> None:
@@ -133,9 +133,9 @@ def _watching(pattern: re.Pattern[str] | None) -> Iterator[_Watch]:
 
 @contextlib.contextmanager
 def no_errors() -> Iterator[None]:
-    """Raise `DeviceErrors` in the end when an error was logged and not expected.
+    """Raise `DeviceErrors` at the end when an error was logged and not expected.
 
-    Where something else is raised already, the errors are noted there (`add_note`).
+    If the test raises another error, the logged errors are added to it as a note (`add_note`).
     """
     with _watching(None) as watch:
         try:
@@ -149,7 +149,7 @@ def no_errors() -> Iterator[None]:
 
 
 def raise_pending() -> None:
-    """Raise `DeviceErrors` for what was logged and not expected so far; it is not raised again."""
+    """Raise `DeviceErrors` for unexpected errors logged so far; each error is raised once."""
     with _handler.changing:
         errors = [
             text for watch in _handler.watches if watch.pattern is None for text in watch.take()
@@ -160,11 +160,11 @@ def raise_pending() -> None:
 
 @contextlib.contextmanager
 def expect_errors(pattern: str = "") -> Iterator[list[str]]:
-    """Expect that errors are logged which match the regular expression `pattern`, tracebacks
-    included; gives the list that they come into.
+    """Expect logged errors that match the regular expression `pattern`; yields the list of them.
 
-    They do not fail the test then. Around `attached`, `served` or `DeviceProcess`, or inside of
-    them. Raises `MissingError` in the end when there was none.
+    The pattern is matched against message and traceback. These errors do not fail the test. Use it
+    around `attached`, `served` or `DeviceProcess`, or inside of them. Raises `MissingError` at the
+    end when no such error was logged.
     """
     with _watching(re.compile(pattern)) as watch:
         yield watch.errors

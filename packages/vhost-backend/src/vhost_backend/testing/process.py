@@ -29,14 +29,14 @@ from .logged import ChildErrors, no_errors
 
 
 class DeviceProcess:
-    """Runs what `make` returns behind a socket, in a child process.
+    """Runs a device in a child process, behind a socket.
 
-    `make` is called in the child, each time one is started; it may be any callable, a closure too.
-    The socket is this process's and stays: who connects while no child runs is served by the next
-    one. Descriptors other than standard input, output and error are not inherited. The child ends
-    with this process at the latest.
+    Each child calls `make` when it starts; `make` may be any callable, also a closure. The socket
+    belongs to this process and stays: a connection that comes while no child runs waits for the
+    next one. The child inherits only standard input, output and error. It ends with this process at
+    the latest.
 
-    What it logs as an error is logged here when it ends, and fails the test as with `attached`.
+    Errors that the child logs are logged here when it ends, and fail the test as with `attached`.
 
     Args:
         make: makes the device (or back-end); takes no arguments.
@@ -77,18 +77,20 @@ class DeviceProcess:
     # -- the child's life -----------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start a child. Raises `SessionError` while there is one."""
+        """Start a child. Raises `SessionError` while one runs."""
         if self.pid is not None:
             raise SessionError("the device's process runs already")
         reader, writer = os.pipe()
         with warnings.catch_warnings():
-            # The child only goes on with this thread, and takes no lock that others may hold.
+            # Python warns of fork in a process with threads. The child has this thread only, and
+            # takes no lock that another thread may have held.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if not pid:
             status = 1
             try:
-                # Objects of the parent stay as they are: none may close a number that is ours now.
+                # Keep the parent's objects: a finalizer could close a descriptor number that is
+                # the child's now.
                 gc.freeze()
                 self._run(reader)
                 status = 0
@@ -106,7 +108,7 @@ class DeviceProcess:
             signal.signal(number, signal.SIG_DFL)
         listening = os.dup(self._listener.fileno())
         _close_all_but({listening, lifeline, self._errors.fd})
-        # What they write to may be a file of the parent's that has just been closed.
+        # The parent's objects may write to a file that was just closed here.
         sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True)
         watcher = threading.Thread(target=_end_with, args=(lifeline,), daemon=True)
@@ -125,7 +127,7 @@ class DeviceProcess:
             raise SessionError(f"the device's process ended by itself (status {status:#x})")
 
     def terminate(self) -> None:
-        """SIGTERM: the daemon ends in good order. Raises `SessionError` when it did not."""
+        """SIGTERM: the daemon ends in good order. Raises `SessionError` when it fails to."""
         status = self._end(signal.SIGTERM)
         if status:
             raise SessionError(f"the device's process ended with status {status:#x}")
@@ -153,19 +155,19 @@ class DeviceProcess:
         return DriverSession.connect(self.path, timeout=self._timeout, **options)
 
     def frontend(self) -> vp.Frontend:
-        """A bare connection, for `DriverSession.reconnect` or messages of one's own."""
+        """A bare connection, for `DriverSession.reconnect` or your own messages."""
         return vp.Frontend.connect(self.path, timeout=self._timeout)
 
     def kill_and_reconnect(self, session: DriverSession) -> None:
-        """Kill the device under `session`, which goes on with a new process.
+        """Kill the device under `session`, and reconnect the session to a new process.
 
-        The session has to be made with `inflight=True` for nothing to be lost or served twice.
+        Make the session with `inflight=True`; otherwise requests may be lost or served twice.
         """
         self.restart()
         session.reconnect(self.frontend())
 
     def close(self) -> None:
-        """End the child, whatever it does, and remove the socket. Harmless when repeated."""
+        """Kill the child and remove the socket. Calling it again is harmless."""
         if self.pid is not None:
             with contextlib.suppress(SessionError):
                 self.kill()

@@ -1,11 +1,11 @@
-"""Fixtures for pytest, the only module that imports it.
+"""Fixtures for pytest; the only module that imports pytest.
 
 - `attach(device, **options)`: a `DriverSession` with the device, in this process; see `attached`.
 - `device_process(make, **options)`: a `DeviceProcess`, to be killed and restarted.
 
-What a test opened is closed when it ends, in reverse order; a test whose device has logged an
-error fails then. `with expect_errors(pattern):` is for errors that belong to the test. Ask for the
-fixtures in the top conftest.py:
+At its end a test closes what it has opened, in reverse order, and fails if its device has logged an
+error. `with expect_errors(pattern):` is for errors that the test expects. To have the fixtures,
+write in the top conftest.py:
 
     pytest_plugins = ["vhost_backend.testing.pytest_plugin"]
 """
@@ -44,7 +44,7 @@ class StartProcess(Protocol):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """Fail the test itself, where its device has logged an error before it ended."""
+    """Fail the test when its device has logged an error."""
     yield
     raise_pending()
 
@@ -58,6 +58,6 @@ def attach() -> Iterator[Attach]:
 
 @pytest.fixture
 def device_process() -> Iterator[StartProcess]:
-    """`device_process(make, **options)` runs a device in a process that may be killed."""
+    """`device_process(make, **options)` runs a device in a process that a test may kill."""
     with contextlib.ExitStack() as stack:
         yield lambda make, **options: stack.enter_context(DeviceProcess(make, **options))

@@ -1,4 +1,4 @@
-"""I/O on a block device that knows what every block has to hold, whatever happens meanwhile."""
+"""Random I/O on a block device that checks the content of every block it reads."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _STAMP = struct.Struct("<QQ")
 
 
 class _Tag(NamedTuple):
-    """A request's block, and what it writes there (0: it reads)."""
+    """A request's block, and the sequence number that it writes there (0: it reads)."""
 
     block: int
     sequence: int
 
 
 class WrongData(VhostBackendError):
-    """A device lost, repeated or garbled something. `block` is the block's number."""
+    """A device lost, repeated or garbled data. `block` is the block's number."""
 
     def __init__(self, block: int, what: str) -> None:
         super().__init__(f"block {block}: {what}")
@@ -36,13 +36,13 @@ class WrongData(VhostBackendError):
 class BlockWorkload:
     """Random reads and writes that check every answer.
 
-    Each written block carries its own number and a sequence number that grows, repeated to the
-    end, so that lost writes, repeated ones, torn ones and mixed-up ones all show. Two requests for
-    one block are never in flight together. A completion that the device has no request for raises
-    `virtqueue.QueueBroken`; one without a status, or with wrong data, `WrongData`.
+    Each written block repeats its own number and a growing sequence number to the end. So lost,
+    repeated, torn and mixed-up writes all show. Two requests for one block are never in flight
+    together. A completion without a request raises `virtqueue.QueueBroken`; one with a bad status
+    or wrong data raises `WrongData`.
 
-    `blocks` is how many blocks of 4 KiB are used; those of `first` on. They have to be zero at the
-    beginning. `seed` makes the choice of requests repeatable.
+    `blocks` is the number of blocks of 4 KiB to use, from block `first` on. They must be zero at
+    the beginning. `seed` makes the choice of requests repeatable.
     """
 
     def __init__(
@@ -61,17 +61,17 @@ class BlockWorkload:
         self._random = random.Random(seed)
         self._first = first
         self._written = [0] * blocks
-        #: Sequence numbers that a block may hold as well: of writes that were never answered.
+        #: Sequence numbers of writes that were never answered: a block may hold one of them, too.
         self._unanswered: dict[int, list[int]] = {}
         self._idle = list(range(blocks))
         self._sequence = 0
-        #: Requests that have completed, and were right.
+        #: Requests that have completed correctly.
         self.completed: int = 0
 
     def resume(self, session: DriverSession, **options: Any) -> None:
-        """Go on over a new session with the same disk.
+        """Continue over a new session with the same disk.
 
-        What was in flight in the old one is forgotten: a write of it may have been done or not.
+        Requests in flight in the old session are forgotten; their writes may have been done or not.
         `options` replace `depth`, `queue` and `indirect`.
         """
         for tag in self._driver.abandon():
@@ -109,7 +109,7 @@ class BlockWorkload:
         driver.kick()
 
     def collect(self, timeout: float = 10.0) -> int:
-        """Wait for completions and check them; how many there were.
+        """Wait for completions and check them; returns how many there were.
 
         Raises `SessionError` when nothing completes within `timeout` seconds.
         """
@@ -131,26 +131,26 @@ class BlockWorkload:
         return len(finished)
 
     def poll(self) -> int:
-        """Collect what is there, without waiting."""
+        """Collect completions without waiting."""
         try:
             return self.collect(0)
         except SessionError:
             return 0
 
     def run(self, requests: int, timeout: float = 10.0) -> None:
-        """Have at least `requests` requests completed, with the queue full all the time."""
+        """Complete at least `requests` more requests, and keep the queue full meanwhile."""
         until = self.completed + requests
         while self.completed < until:
             self.submit()
             self.collect(timeout)
 
     def drain(self, timeout: float = 10.0) -> None:
-        """Wait for everything in flight."""
+        """Wait for all requests in flight."""
         while self.in_flight:
             self.collect(timeout)
 
     def verify(self, timeout: float = 10.0) -> None:
-        """Wait for everything in flight and read every block back."""
+        """Wait for all requests in flight, then read every block and check it."""
         self.drain(timeout)
         blocks = list(range(len(self._written)))
         while blocks or self.in_flight:
@@ -163,7 +163,7 @@ class BlockWorkload:
             self.collect(timeout)
 
     def verify_image(self, read: Callable[[int, int], bytes]) -> None:
-        """Check every block by `read(offset, length)`, past the device."""
+        """Check every block by `read(offset, length)`, without the device."""
         for block in range(len(self._written)):
             self._check(block, read((self._first + block) * BLOCK, BLOCK))
 

@@ -1,4 +1,4 @@
-"""What a ring tells the rest of the daemon."""
+"""The callbacks by which a ring tells the rest of the daemon of events."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class RingEvents:
     """The callbacks of one ring, each called with the ring's lock held. They survive a reset."""
 
     def __init__(self) -> None:
-        #: A back-end has taken a batch: the ring's generation, and the batch.
+        #: A back-end has taken a batch. Arguments: the ring's generation, and the batch.
         self.on_take: Callable[[int, Batch], None] | None = None
-        #: Something was completed, while a thread waits for that.
+        #: Requests were completed. Set only while a thread waits for that.
         self.on_progress: Callable[[], None] | None = None
-        #: The IOTLB lacks an entry (see `control.iommu`): the ring's index, and what it waits for.
-        #: Returns whether the front-end was asked for it.
+        #: The IOTLB lacks an entry (see `control.iommu`). Arguments: the ring's index, and the
+        #: memory that it waits for. Returns whether the front-end was asked for the entry.
         self.on_miss: Callable[[int, Wanted], bool] | None = None
-        #: Guest memory was taken away under the ring.
+        #: The front-end has taken away guest memory that it had shared.
         self.on_truncated: Callable[[], None] | None = None
-        #: No request is in flight any more, once: see `VringState.begin_drain` and `leave`.
+        #: No request is in flight any more; called once (`VringState.begin_drain`, `leave`).
         self.on_drained: Callable[[], None] | None = None
 
     def truncated(self) -> None:

@@ -33,7 +33,7 @@ class RingLifecycle:
         status_byte: bool = False,
     ) -> None:
         self.index = index
-        #: The device's, for log lines.
+        #: The device's name, for log lines.
         self.name: str = ""
         self.max_size = max_size
         self.engine = engine
@@ -44,21 +44,21 @@ class RingLifecycle:
         self.signals: RingSignals = RingSignals(index, self.counters)
         self.on_demand: OnDemand = OnDemand()
         self.queue: DeviceQueue | None = None
-        #: How many queues were built for this ring; a completion of an earlier one is dropped.
+        #: Counts the queues of this ring; a completion for an earlier queue is dropped.
         self.generation: int = 0
-        #: The front-end has gone, and `queue` is what its last requests are in: see `leave`.
+        #: The front-end has gone, and its last requests are still in `queue`: see `leave`.
         self.leaving: bool = False
         self.started: bool = False
         self.draining: bool = False
-        #: Started, and its queue is made later: the requests of the last front-end still run.
+        #: Started, but without a queue yet: requests of the last front-end still run.
         self.deferred: bool = False
-        #: Broken by the guest, with requests in flight: takes nothing, completes what there is.
+        #: Broken by the guest, with requests in flight: takes nothing, but completes those.
         self.broken: bool = False
         #: The ring is not in guest memory.
         self._homeless = False
         #: Memory that the ring waits for.
         self.need: Wanted | None = None
-        #: Chains that the next cycle completes.
+        #: The number of chains that the next cycle completes.
         self._working = 0
         #: Whether `needs_notification` was true and the driver has not been signalled since.
         self._owes_signal = False
@@ -81,20 +81,20 @@ class RingLifecycle:
             self.settings.features &= ~VirtioFeature.EVENT_IDX
 
     def set_queue_next_avail(self, base: int) -> None:
-        """Where to start, as SET_VRING_BASE gives it (packed: both indices and wrap counters)."""
+        """Where to start, in SET_VRING_BASE's format (packed: both indices and wrap counters)."""
         self.settings.base = base
 
     def queue_next_avail(self) -> int:
-        """Where the ring stands, as GET_VRING_BASE wants it."""
+        """Where the ring stands, in GET_VRING_BASE's format."""
         return self.settings.base if self.queue is None or self.leaving else self.queue.base
 
     def set_enabled(self, enabled: bool) -> None:
-        """SET_VRING_ENABLE: tracked also while the ring is stopped."""
+        """Enable or disable the ring (SET_VRING_ENABLE); kept also while the ring is stopped."""
         self.settings.enabled = enabled
 
     @property
     def enabled(self) -> bool:
-        """What SET_VRING_ENABLE said."""
+        """Whether SET_VRING_ENABLE has enabled the ring."""
         return self.settings.enabled
 
     @property
@@ -116,13 +116,13 @@ class RingLifecycle:
         self.signals.set_call(fd)
 
     def set_err(self, fd: int) -> None:
-        """Take over the descriptor that a broken ring is reported on; -1 for none."""
+        """Take over the error descriptor, on which a broken ring is reported; -1 for none."""
         self.signals.set_err(fd)
 
     def set_log(self, log: DirtyLog | None, log_used: int | None) -> None:
-        """Log what is written from now on; `log_used` is where the used ring is logged, or None.
+        """Log writes from now on; `log_used` is the address to log the used ring at, or None.
 
-        Changes no index and may happen at any time.
+        This changes no index, and may happen at any time.
         """
         self.settings.log = log
         self.settings.log_used = log_used
@@ -133,14 +133,13 @@ class RingLifecycle:
         """The ring as it would be started now."""
         return self.settings.config(self.index, self.status_byte)
 
-    # -- start, stop and what is between --------------------------------------------------------
+    # -- from start to stop ---------------------------------------------------------------------
 
     def set_queue_ready(self, memory: GuestMemory) -> None:
         """Build the queue from the configuration: the ring is started.
 
-        A ring that does not lie in guest memory shows at the first take. Raises
-        `BackendUsageError` without addresses, `virtqueue.UsageError` when there can be no such ring
-        (see `config`).
+        A ring outside guest memory is noticed only at the first take. Raises `BackendUsageError`
+        without addresses, and `virtqueue.UsageError` for an impossible ring (see `config`).
         """
         config, settings = self.config(), self.settings
         config.check()
@@ -168,16 +167,16 @@ class RingLifecycle:
             on_drained()
 
     def stop(self) -> int:
-        """Drop the queue, whatever is still in flight, and return the base to report.
+        """Drop the queue, even with requests in flight, and return the base to report.
 
-        Completions of the requests that were in flight are dropped when they come.
+        Later completions of those requests are dropped.
         """
         if self.leaving:
             self.started = self.draining = self.deferred = False
             return self.settings.base
         self.events.on_drained = None
         if self._owes_signal:
-            self.signal_call()  # the driver must not be signalled any more once this is answered
+            self.signal_call()  # now: after the answer to the stop the driver gets no signal
         if self.queue is not None:
             self.settings.base = self.queue.base
             self._close_queue()
@@ -192,11 +191,11 @@ class RingLifecycle:
         self.broken = False
 
     def leave(self, on_drained: Callable[[], None]) -> bool:
-        """The front-end has gone: the ring as new, except for what the device still works on.
+        """Reset the ring after the front-end has gone, but keep requests that the device works on.
 
-        True when there is such work. Its requests keep their memory mapped until they end, and no
-        queue is made before; `on_drained` is called (lock held) when they have ended, `left` drops
-        them. Without an in-flight region the driver sees none of their completions: the next
+        Returns whether there are such requests. Their memory stays mapped, and the ring gets no new
+        queue, until they have ended; then `on_drained` is called (lock held), and `left` drops
+        their queue. Without an in-flight region the driver sees none of their completions: the next
         back-end starts behind the last used entry, and serves them again.
         """
         queue = self.queue
@@ -214,7 +213,7 @@ class RingLifecycle:
         return True
 
     def left(self) -> None:
-        """The device has ended the last front-end's requests: drop the queue that they were in."""
+        """Drop the queue of the last front-end's requests, once the device has ended them."""
         if self.leaving and self.queue is not None:
             self._close_queue()
             self.generation += 1
@@ -222,7 +221,7 @@ class RingLifecycle:
         self.events.on_drained = None
 
     def reset(self) -> None:
-        """Back to how the ring was created; descriptors are closed."""
+        """Make the ring as new, and close its descriptors."""
         self.stop()
         self.signals.close()
         self.settings = RingSettings(self.max_size)
@@ -230,9 +229,9 @@ class RingLifecycle:
         self.need = None
 
     def set_memory(self, memory: GuestMemory) -> None:
-        """Go on with a new snapshot: the ring is looked up anew before the next take.
+        """Use a new snapshot: the queue resolves the ring's addresses anew before the next take.
 
-        A ring that could not be found in the old table gets its chance in the new one.
+        A ring that was outside the old memory table may be inside the new one.
         """
         self._homeless = False
         self.need = None
@@ -240,10 +239,10 @@ class RingLifecycle:
             self.queue.set_memory(memory)
 
     def break_queue(self, error: QueueBroken) -> None:
-        """The guest broke its ring: report it; the ring is not looked at until it is set up anew.
+        """Report a ring that the guest broke, and leave it alone until it is set up anew.
 
-        One that is not in guest memory is only left alone until the memory changes. Requests that
-        are in flight end as they would have.
+        A ring outside guest memory is left alone only until the memory changes. Requests in flight
+        end as usual.
         """
         if self.broken or self.leaving:
             self._check_drained()
@@ -258,7 +257,7 @@ class RingLifecycle:
         self._check_drained()
 
     def signal_call(self) -> None:
-        """Signal the driver: by the call descriptor, or by a message where that was negotiated."""
+        """Signal the driver by the call descriptor, or by a message where that was negotiated."""
         self._owes_signal = False
         self.signals.call()
 
@@ -304,6 +303,6 @@ class RingLifecycle:
 
     @property
     def has_news(self) -> bool:
-        """Whether something was completed and the driver may not know."""
+        """Whether there are completions of which the driver may not know."""
         queue = self.queue
         return queue is not None and (not queue.fresh or queue.completed > 0)

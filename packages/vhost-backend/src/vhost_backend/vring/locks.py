@@ -1,12 +1,13 @@
 """Vrings that threads share: a `VringState` behind a lock.
 
-Two flavours, `VringMutex` and `VringRwLock`, hand the state out through `get_ref()` and `get_mut()`
-and carry its operations for single calls. The lock guards configuration and engine calls. A device
-works without it, and stopping a ring waits for requests separately (`VringState.begin_drain`).
+There are two flavours, `VringMutex` and `VringRwLock`. Both hand out the state through `get_ref()`
+and `get_mut()`, and have its operations as single calls. The lock guards configuration and engine
+calls. A device works without the lock; a stop waits for requests by other means
+(`VringState.begin_drain`).
 
-A thread that holds the state may enter again, so the vring's own operations work inside of
-`get_mut()`, too. Changing a `VringRwLock` that the same thread reads would wait for ever: it raises
-at once.
+A thread that holds the state may enter again, so the vring's operations also work inside
+`get_mut()`. A thread that reads a `VringRwLock` must not change it: it would wait for itself, so
+`get_mut()` raises at once.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class VringRwLock(Vring):
     def get_mut(self) -> Iterator[VringState]:
         """The state, exclusively.
 
-        Raises `BackendUsageError` inside of the same thread's `get_ref`: it would wait for ever.
+        Raises `BackendUsageError` inside the same thread's `get_ref`: it would wait for itself.
         """
         thread = threading.get_ident()
         if self._writer == thread:

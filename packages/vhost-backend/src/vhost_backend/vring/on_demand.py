@@ -1,9 +1,9 @@
 """Guest memory that is only mapped while a request uses it (Xen grants, NO_ADVANCE_MAP).
 
-A queue that meets an address in such memory says what it needs; the pages are pinned, lent to the
-queue, and released once no request uses them. Pages that cannot be mapped are replaced by zeroes
-that nobody else sees, so that the queue can take the request; the caller fails that request without
-showing it to the device.
+A queue that meets an address in such memory raises `Need`. The pages are then pinned, lent to the
+queue, and released once no request uses them. Pages that cannot be mapped are replaced by private
+zeroes, so that the queue can take the request. The caller fails that request without showing it to
+the device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PAGE = mmap.PAGESIZE
 
 
 class OnDemand:
-    """What one queue has been lent."""
+    """The pages that one queue has been lent."""
 
     def __init__(self) -> None:
         self._lent = False
@@ -38,11 +38,11 @@ class OnDemand:
 
     @property
     def has_stand_ins(self) -> bool:
-        """Whether a request might have to be failed: then chains are taken one at a time."""
+        """Whether some pages are stand-ins; chains are then taken one at a time."""
         return bool(self._stand_ins)
 
     def provide(self, queue: DeviceQueue, memory: GuestMemory, need: Need) -> bool:
-        """Lend what the queue needs; False when it has to complete something first."""
+        """Lend the queue the pages that it needs; False when it must complete something first."""
         start = need.address // _PAGE * _PAGE
         length = -(-(need.address + need.length) // _PAGE) * _PAGE - start
         try:
@@ -60,7 +60,7 @@ class OnDemand:
         return queue.provide(start, length, need.access, host, lambda: keep)
 
     def reclaim(self, queue: DeviceQueue) -> None:
-        """Release what no request uses any more."""
+        """Release the pages that no request uses any more."""
         if self._lent:
             queue.reclaim()
             if not queue.in_flight:

@@ -1,4 +1,4 @@
-"""The lock of a ring that one worker serves from C, and everybody else wants now and then."""
+"""The lock of a ring that one worker serves from C, while other threads need it now and then."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from virtqueue import Server
 
 from .state import VringState
 
-#: Seconds between two looks at a worker that was called back. It comes at once, unless a handler in
-#: C has just begun: then the ring can be borrowed at the next look.
+#: Seconds between two looks at a worker that was called back. The worker comes at once, unless a
+#: handler in C has just begun: then the visitor can borrow the ring at the next look.
 CALL_BACK_INTERVAL: Final = 0.0005
-#: Seconds after which the worker is taken to be held up by its call descriptor.
+#: Seconds after which a visitor assumes that the worker is blocked by its call descriptor.
 CALL_BACK_PATIENCE: Final = 1.0
 
 
 class RingLease:
-    """Mutual exclusion between a ring's worker and its visitors, and who goes first.
+    """Mutual exclusion between a ring's worker and its visitors, and their order.
 
-    The *worker* may hold the ring while it serves it from C, asleep or not. A *visitor* is any
-    thread that enters this context, the worker itself on its long way included. One worker, any
-    number of visitors. The states::
+    The *worker* may hold the ring as long as it serves it from C, asleep or not. A *visitor* is any
+    thread that enters this context, the worker itself on its long way included. There is one
+    worker, and any number of visitors. The states::
 
                     claim              a handler in C begins
             FREE ----------> SERVED ------------------------> HANDLED
@@ -53,41 +53,42 @@ class RingLease:
 
     - *Say, then look.* A visitor sets `wanted` before it looks for a server to interrupt. The
       worker shows its server (`begin`) before it looks at `wanted`. One of them sees the other.
-    - *Visitors go first.* They keep their turn from coming to going, and `claim` needs the turn. So
-      the worker cannot have the ring back before a visitor that it has let in.
-    - *Look again.* After C, and after each `reclaim`, the worker looks at `wanted`. When it is set
-      the ring may have been stopped or moved: the worker compares the generation before it
-      completes what it had taken. After C the ring may still be borrowed, too: the worker gives way
-      first.
+    - *Visitors go first.* A visitor keeps its turn from entering to leaving, and `claim` needs the
+      turn. So the worker cannot have the ring back before a visitor that it has let in.
+    - *Look again.* The worker looks at `wanted` after C and after each `reclaim`. When `wanted` is
+      set, a visitor may have stopped or moved the ring, so the worker compares the generation
+      before it completes its batch. After C a visitor may still borrow the ring, so the worker
+      gives way first.
     """
 
     def __init__(self, state: VringState) -> None:
         self.state: VringState = state
         self._ring = threading.Lock()
         self._turn = threading.Lock()
-        # The visitor: its thread, and how often it came again without going.
+        # The visitor: its thread, and how often it has entered again without leaving.
         self._visitor = 0
         self._depth = 0
-        #: What the present visitor has borrowed the ring from.
+        #: The server from which the present visitor has borrowed the ring.
         self._lender: Server | None = None
         #: A visitor has come since the worker claimed.
         self.wanted: bool = False
-        #: What serves the ring from C now.
+        #: The server that serves the ring from C now.
         self.server: Server | None = None
         #: Ends the server's sleep.
         self.wake: Callable[[], None] = _nobody_sleeps
-        #: The worker lets visitors in, while the device works on a batch.
+        #: The worker calls this to let visitors in while the device works on a batch.
         self.release: Callable[[], None] = self._ring.release
-        #: The worker has the ring again, also before visitors that wait. It looks at `wanted` next.
+        #: The worker calls this to have the ring again, even before visitors that wait. It must
+        #: look at `wanted` next.
         self.reclaim: Callable[[], object] = self._ring.acquire
 
     # -- the worker -----------------------------------------------------------------------------
 
     def claim(self) -> VringState:
-        """Have the ring until `end` or `release`, after the visitors that are here."""
+        """Wait for the visitors that are here, then have the ring until `end` or `release`."""
         self._turn.acquire()
         self._ring.acquire()
-        # With the turn: a visitor that comes later is noticed, and cannot borrow any more.
+        # With the turn held: a later visitor sets `wanted` again, and cannot borrow any more.
         self.wanted = False
         if self.server is not None:
             self.server.own()
@@ -95,17 +96,17 @@ class RingLease:
         return self.state
 
     def begin(self, server: Server) -> bool:
-        """Show visitors what to interrupt; False when one waits that has not seen it."""
+        """Show `server` to visitors; False when a visitor waits that may not have seen it."""
         self.server = server
         return not self.wanted
 
     def give_way(self) -> None:
-        """Let waiting visitors in, and claim again; also after a visitor that has borrowed."""
+        """Let waiting visitors in and claim again; also waits for a visitor that has borrowed."""
         self._ring.release()
         self.claim()
 
     def end(self) -> None:
-        """Go without the ring."""
+        """Leave the ring."""
         self.server = None
         self._ring.release()
 
@@ -113,7 +114,7 @@ class RingLease:
 
     def __enter__(self) -> VringState:
         thread = threading.get_ident()
-        # Only this thread sets its own number there.
+        # Safe without a lock: only this thread ever writes its own number there.
         if self._visitor == thread:
             self._depth += 1
             return self.state
@@ -129,7 +130,7 @@ class RingLease:
         return self.state
 
     def _call_back(self) -> None:
-        """The worker has the ring: in C, asleep or at work, or for a moment in Python."""
+        """Get the ring from the worker, which is in C (asleep or not) or for a moment in Python."""
         patience = time.monotonic() + CALL_BACK_PATIENCE
         drained = False
         while True:
@@ -143,12 +144,12 @@ class RingLease:
             if self._ring.acquire(timeout=CALL_BACK_INTERVAL):
                 break
             if server is not None and time.monotonic() > patience:
-                # A hostile front-end can fill the call eventfd and make it blocking, so that the
-                # worker waits to signal. Reading it lets the worker go.
+                # A hostile front-end can fill the call eventfd and make it blocking. The worker
+                # then waits in its write, and reading the eventfd lets it go.
                 self.state.drain_call()
                 drained = True
         if drained:
-            # It may have been a signal that the driver waits for.
+            # The driver may wait for the signal that was read away.
             self.state.signal_call()
 
     def __exit__(self, *exc: object) -> None:
@@ -165,4 +166,4 @@ class RingLease:
 
 
 def _nobody_sleeps() -> None:
-    """What wakes a server before there is one."""
+    """Stands for `wake` before there is a server."""

@@ -1,4 +1,4 @@
-"""What the front-end configured for one ring."""
+"""The front-end's settings of one ring."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _ACCESS_PLATFORM: Final = int(VirtioFeature.ACCESS_PLATFORM)
 class RingSettings:
     """The settings of one ring. A reset replaces them by new ones.
 
-    `size` is the number of descriptors (SET_VRING_NUM), `addresses` are the descriptor, driver
-    (available) and device (used) areas as the front-end sent them: user addresses, or IOVAs with
-    ACCESS_PLATFORM. `base` is where to start, as SET_VRING_BASE gives it, `enabled` what
-    SET_VRING_ENABLE said, also while the ring is stopped.
+    `size` is the number of descriptors (SET_VRING_NUM). `addresses` are those of the descriptor,
+    driver (available) and device (used) area as the front-end sent them: user addresses, or IOVAs
+    with ACCESS_PLATFORM. `base` is where to start, in SET_VRING_BASE's format. `enabled` is the
+    last SET_VRING_ENABLE, also while the ring is stopped.
     """
 
     def __init__(self, size: int) -> None:
@@ -33,9 +33,9 @@ class RingSettings:
         self.features: VirtioFeature = VirtioFeature(0)
         self.big_endian: bool = False
         self.enabled: bool = False
-        #: The log of what is written to guest memory.
+        #: The dirty log of guest memory.
         self.log: DirtyLog | None = None
-        #: The address as which the used ring is logged, or None.
+        #: The guest address at which the used ring is logged, or None.
         self.log_used: int | None = None
         #: This ring's part of the in-flight region, when the front-end keeps one.
         self.inflight: InflightRegion | None = None

@@ -1,4 +1,4 @@
-"""The descriptors and messages by which a ring and its driver tell each other something."""
+"""The descriptors and messages by which a ring and its driver notify each other."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _ADVICE: Final = {
 
 
 class RingSignals:
-    """Kick, call and error descriptor of ring number `index`, or the messages instead of them.
+    """Kick, call and error descriptor of ring number `index`, or the messages in their place.
 
-    The descriptors are owned and -1 where there is none.
+    The object owns its descriptors; each is -1 where there is none.
     """
 
     def __init__(self, index: int, counters: QueueCounters) -> None:
@@ -41,11 +41,11 @@ class RingSignals:
         self.kick_fd: int = -1
         self.call_fd: int = -1
         self.err_fd: int = -1
-        #: Borrowed, and kept by `close`: signalled when something was logged.
+        #: Signalled when a page was logged. Borrowed, so `close` does not touch it.
         self.log_fd: int = -1
-        #: For notifications as messages, where they were negotiated.
+        #: The channel for notifications by messages, where they were negotiated.
         self.channel: BackendChannel | None = None
-        #: Whether the driver is told of completions by an eventfd, or not at all.
+        #: Whether the call descriptor is an eventfd, or there is none.
         self.plain_call: bool = True
 
     def set_kick(self, fd: int) -> None:
@@ -85,7 +85,7 @@ class RingSignals:
         self._counters.notifications_suppressed += 1
 
     def logged(self) -> None:
-        """Tell the front-end that pages were logged. For when there is a `log_fd`."""
+        """Tell the front-end that pages were logged. There must be a `log_fd`."""
         eventfd.signal(self.log_fd)
 
     def error(self) -> None:
@@ -96,7 +96,7 @@ class RingSignals:
             self._send(self.channel, BackendVringErr(self._index))
 
     def guest_error(self, name: str, error: QueueBroken) -> None:
-        """Log (rate-limited) what the driver did wrong to device `name`, and signal an error."""
+        """Log (rate-limited) a driver's fault at device `name`, and signal an error."""
         self._counters.guest_errors += 1
         self._guest_errors.warning(
             "%s: queue %d: %s; %s",
@@ -110,7 +110,7 @@ class RingSignals:
     @staticmethod
     def _send(channel: BackendChannel, message: BackendVringCall | BackendVringErr) -> None:
         with contextlib.suppress(ProtocolError, OSError):
-            # Not acknowledged: no thread may wait for the front-end with the ring's lock.
+            # Without an acknowledgement: no thread may wait for the front-end with the ring's lock.
             channel.request(message, need_reply=False)
 
 

@@ -1,4 +1,4 @@
-"""One ring, unsynchronised: what threads share behind a lock (see `vring.locks`)."""
+"""One ring, unsynchronised; threads share it behind a lock (see `vring.locks`)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ log: logging.Logger = logging.getLogger("vhost_backend")
 class VringState(RingLifecycle):
     """One vring, unsynchronised.
 
-    `index` is the queue's number, `max_size` the ring size before SET_VRING_NUM, `engine` the ring
-    engine to use ("c", "python", or None for the best there is), `status_byte` whether a
-    completion writes a status into the last writable byte of its chain (block, SCSI, crypto).
+    `index` is the queue's number, and `max_size` the ring size before SET_VRING_NUM. `engine` is
+    the ring engine to use ("c", "python", or None for the best there is). `status_byte` tells
+    whether a completion writes a status into the last writable byte of its chain (block, SCSI,
+    crypto).
 
-    The control plane writes `settings`, `events` and the states below; the queue resolves the
-    ring's addresses, anew at each change of the memory table.
+    The control plane writes `settings`, `events` and the states. The queue resolves the ring's
+    addresses, anew at each change of the memory table.
     """
 
     @property
@@ -34,8 +35,11 @@ class VringState(RingLifecycle):
 
     @property
     def direct(self) -> bool:
-        """Whether the queue can be served from C, with nothing to be seen to here each time:
-        no descriptor to signal beside the call's, no pages to be lent and reclaimed."""
+        """Whether C can serve the queue alone.
+
+        It cannot where Python has work in each round: messages or another descriptor to signal,
+        pages to reclaim, a thread that waits for completions.
+        """
         return (
             self.running
             and self.queue is not None
@@ -49,17 +53,17 @@ class VringState(RingLifecycle):
         )
 
     def finish(self, taken: int) -> None:
-        """Complete a batch of `taken` chains that was taken from the queue without `cycle`."""
+        """Complete a batch of `taken` chains that the worker took without `cycle`."""
         self._working = taken
         self.cycle(0)
 
     def cycle(self, limit: int) -> Batch | None:
-        """Complete the batch before, signal the driver if it wants that, and take the next.
+        """Complete the last batch, signal the driver if it wants that, and take the next batch.
 
-        An empty batch means that the driver has been asked for kicks. Returns None when the guest
-        has broken the queue. Raises `virtqueue.UsageError` when the batch cannot be completed as
-        its `done` says; then it is `queue.refused_batch()`. A draining or disabled ring completes
-        and takes nothing.
+        An empty batch means that the driver has been asked for kicks. A draining or disabled ring
+        completes but takes nothing. Returns None when the guest has broken the queue. Raises
+        `virtqueue.UsageError` when the last batch cannot be completed as its `done` says;
+        `queue.refused_batch()` then returns that batch.
         """
         queue = self.queue
         if queue is None:
@@ -100,7 +104,7 @@ class VringState(RingLifecycle):
         return batch
 
     def take(self, limit: int) -> Batch | None:
-        """Take without completing; None when nothing may be taken or the queue is broken."""
+        """Take without completing; None when the ring does not run or the queue is broken."""
         if not self.running:
             return None
         assert self.queue is not None
@@ -129,10 +133,10 @@ class VringState(RingLifecycle):
             yield batch[0]
 
     def fail_taken(self, heads: Iterable[int], status: int) -> int:
-        """Complete those of these chains that are still in flight, with nothing written and
-        `status` where the device has a status byte; returns how many there were.
+        """Complete each of these chains that is still in flight; returns how many there were.
 
-        For chains whose taker has failed and will not complete them.
+        Nothing is written but `status`, where the device has a status byte. This is for chains that
+        a failed back-end has taken and will not complete.
         """
         self._publish_or_drop()
         failed = 0
@@ -146,7 +150,7 @@ class VringState(RingLifecycle):
         return failed
 
     def _publish_or_drop(self) -> bool:
-        """Publish what is staged, or forget it where the queue does not take it."""
+        """Publish staged completions, or drop one that the queue refuses."""
         try:
             if self._publish():
                 self._owes_signal = True
@@ -156,14 +160,14 @@ class VringState(RingLifecycle):
         return True
 
     def add_used(self, chain: Chain | int, written: int, status: int = 0) -> None:
-        """Stage the completion of one chain (or head); visible at `signal_used_queue`."""
+        """Stage the completion of one chain (or head); `signal_used_queue` publishes it."""
         if self.queue is not None:
             self.queue.complete(chain, written, status)
 
     def needs_notification(self) -> bool:
-        """Publish what is staged; whether the driver asked to be signalled for it.
+        """Publish staged completions; returns whether the driver wants to be signalled.
 
-        It is signalled by `signal_used_queue`, which has to follow when this is true.
+        `signal_used_queue` sends the signal, and must follow when this returns True.
         """
         if self._publish():
             self._owes_signal = True
@@ -172,9 +176,9 @@ class VringState(RingLifecycle):
         return self._owes_signal
 
     def signal_used_queue(self) -> None:
-        """Publish what is staged and signal the driver unless it said not to.
+        """Publish staged completions and signal the driver, unless it wants no signal.
 
-        What `needs_notification` has published counts as well.
+        Completions that `needs_notification` has published count as well.
         """
         if self.queue is None and not self._owes_signal:
             return
@@ -184,7 +188,7 @@ class VringState(RingLifecycle):
             self.signals.suppressed()
 
     def _publish(self) -> bool:
-        """Publish what is staged; whether the driver wants to be signalled for that."""
+        """Publish staged completions; returns whether the driver wants to be signalled."""
         queue = self.queue
         if queue is None:
             return False
@@ -199,7 +203,7 @@ class VringState(RingLifecycle):
         return wanted
 
     def enable_notification(self) -> bool:
-        """Ask for kicks; True when chains came in meanwhile, so that the ring must be looked at."""
+        """Ask for kicks; True when chains came meanwhile, so that the ring must be looked at."""
         if self.queue is None or not self.running:
             return False
         try:
@@ -209,12 +213,12 @@ class VringState(RingLifecycle):
             return False
 
     def disable_notification(self) -> None:
-        """Spare the driver its kicks while the ring is being worked on."""
+        """Tell the driver not to kick while the ring is being worked on."""
         if self.queue is not None:
             self.queue.disable_notification()
 
     def read_kick(self) -> bool:
-        """Consume a pending kick; False when the descriptor has no writer any more."""
+        """Consume a pending kick; False when the descriptor has lost its writer."""
         return eventfd.drain(self.signals.kick_fd)
 
     def drain_call(self) -> None:
@@ -240,9 +244,9 @@ class VringState(RingLifecycle):
         return log is not None and log.enabled
 
     def _ask(self, need: Need) -> bool:
-        """Get what the ring needs: at once (True: go on), or by a message to the front-end.
+        """Get the memory that the ring needs: at once (True), or by asking the front-end (False).
 
-        In the second case the ring is looked at again when memory changes.
+        After asking, the ring is looked at again when memory changes.
         """
         queue = self.queue
         assert queue is not None
@@ -260,8 +264,10 @@ class VringState(RingLifecycle):
         return False
 
     def fail_need(self, reason: Reason = Reason.ADDRESS) -> None:
-        """What the ring waits for will not come: the driver used an address that means nothing,
-        or (`Reason.ACCESS`) one that it may not have used in this way."""
+        """Break the ring, because the memory that it waits for will not come.
+
+        The driver used an unmapped address, or one without the needed access (`Reason.ACCESS`).
+        """
         need, self.need = self.need, None
         if need is not None:
             self.break_queue(QueueBroken(reason, need.address))

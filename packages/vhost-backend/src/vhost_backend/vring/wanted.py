@@ -1,4 +1,4 @@
-"""What a ring waits for."""
+"""The memory that a ring waits for."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 class Wanted(NamedTuple):
     """Memory that a ring waits for: the facts of a `Need`.
 
-    The error itself would keep the frames that it came through, and a guest's memory with them.
+    The error itself would keep its frames alive, and a guest's memory with them.
     """
 
     address: int

@@ -1,6 +1,6 @@
 """A disk on a file or block device.
 
-Its numbers are public: `from vhost_backend.devices.blk import SECTOR, T_IN, ...`.
+The numbers of virtio-blk are public: `from vhost_backend.devices.blk import SECTOR, T_IN, ...`.
 """
 
 from .virtio_blk import (

@@ -1,9 +1,9 @@
 """virtio-blk over a file or block device.
 
-Requests (virtio 1.3, 5.2.6): a header {le32 type, le32 reserved, le64 sector}, data, and a status
-byte last. A sector is 512 bytes. Reads and writes go straight between guest memory and the file;
-nothing is copied on the way. Plain ones are done in C, a batch at a time; Python does what is rare
-or wrong, and everything where there is no C engine.
+A request (virtio 1.3, 5.2.6) is a header {le32 type, le32 reserved, le64 sector}, data, and a
+status byte. A sector is 512 bytes. Reads and writes go straight between guest memory and the file,
+without a copy. C does plain requests, a batch at a time. Python does rare and invalid ones, and all
+requests where there is no C engine.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _UNMAP: Final = 1
 _MAX_RANGE_SECTORS: Final = (1 << 31) // SECTOR
 _MAX_RANGES: Final = 16
 
-# How images begin that are no plain disks.
+# The first bytes of images that are not raw.
 _FORMATS: Final = (
     (b"QFI\xfb", "qcow2"),
     (b"QED\0", "QED"),
@@ -91,22 +91,24 @@ _FORMATS: Final = (
 class BlockDevice(VirtioDevice):
     """A disk whose content is the file at `path`.
 
-    `read_only` refuses every change; `num_queues` is how many queues the driver may use, each on a
-    worker thread of its own; `queue_size` the ring size that the driver is advised to stay within;
-    `serial` is up to 20 bytes of ASCII that the guest reads as the disk's identity; `seg_max` the
-    most data segments of one request, two fewer than `queue_size` at most. `direct` passes by the
-    page cache (O_DIRECT) where requests are aligned for it, many at a time with an io_uring if the
-    kernel permits one. `locking` is about the image's locks, which are held while rings run: flock
-    and QEMU's ("auto": where the file system has them; "on": it must; "off": none are taken).
+    - `read_only` refuses every change.
+    - `num_queues` is the number of queues, each with a worker thread of its own.
+    - `queue_size` is the ring size that the driver is advised not to exceed.
+    - `serial` is up to 20 bytes of ASCII that the guest reads as the disk's identity.
+    - `seg_max` is the most data segments of one request, at most two fewer than `queue_size`.
+    - `direct` bypasses the page cache (O_DIRECT) for aligned requests, and works on many of them at
+      a time by an io_uring if the kernel permits one.
+    - `locking` chooses the locks that the image has while rings run, flock and QEMU's: "auto" takes
+      them where the file system has them, "on" fails where it has none, "off" takes none.
 
     The size is looked up anew for each front-end. Raises `DeviceError` when the image is missing,
-    cannot be opened, holds no whole sector, or cannot be locked as it has to be.
+    cannot be opened, holds no whole sector, or cannot be locked as `locking` demands.
     """
 
     device_id = 2
     status_byte = True
     error_status = S_IOERR
-    #: Request types that are never done in C: a subclass's, which overrides `request`.
+    #: Request types that are never done in C, for a subclass that overrides `request`.
     python_types: frozenset[int] = frozenset()
 
     def __init__(
@@ -141,9 +143,9 @@ class BlockDevice(VirtioDevice):
             raise DeviceError(f"serial {serial!r} is not ASCII") from None
         if len(self.serial) > ID_LENGTH:
             raise DeviceError(f"serial {serial!r} is longer than {ID_LENGTH} bytes")
-        # A request without an indirect table has to fit into the ring, header and status included.
+        # A request without an indirect table must fit into the ring, with its header and status.
         self.seg_max: int = max(1, min(seg_max, queue_size - 2))
-        # Until the driver accepts FLUSH it knows no way to ask for durability (5.2.6.2).
+        # A driver that has not accepted FLUSH cannot ask for durability (5.2.6.2).
         self._durable_writes = True
         self._handlers: list[FileHandler] = []
         self._faults = RateLimited(log)
@@ -184,7 +186,7 @@ class BlockDevice(VirtioDevice):
             self._store.close()
 
     def _warn_about(self, size: int) -> None:
-        """Whatever looks like a mistake, though it may be none."""
+        """Log whatever looks like a mistake of the user."""
         if size % SECTOR:
             log.warning(
                 "%s: %d bytes after the last whole sector are not visible to the guest",
@@ -192,7 +194,7 @@ class BlockDevice(VirtioDevice):
                 size % SECTOR,
             )
         begin = b""
-        with contextlib.suppress(OSError):  # a sector that cannot be read is the guest's to find
+        with contextlib.suppress(OSError):  # the guest will find a sector that cannot be read
             begin = os.pread(self._store.fd, SECTOR, 0)
         for start, kind in _FORMATS:
             if not begin.startswith(start):
@@ -208,9 +210,10 @@ class BlockDevice(VirtioDevice):
             log.warning("%s: %s has it open, too; only one of them can run", self.path, other)
 
     def started(self) -> None:
-        """Lock the image: writers exclude each other and readers while their rings run.
+        """Lock the image while rings run: a writer excludes other writers and readers.
 
-        Not before: in a migration both sides have the image open, and run one after the other.
+        The lock cannot be taken earlier: in a migration both sides have the image open, and run one
+        after the other.
         """
         try:
             self._lock.try_acquire()
@@ -222,20 +225,18 @@ class BlockDevice(VirtioDevice):
         self._running = True
 
     def stopped(self) -> None:
-        """Let others have the image, also where it does not take what was written."""
+        """Flush and unlock the image; it is unlocked even when the flush fails."""
         self._running = False
         if not self._store.closed:
             try:
                 os.fsync(self._store.fd)
             except OSError as error:
-                log.error(
-                    "%s: what the guest has written may be lost: %s", self.path, error.strerror
-                )
+                log.error("%s: the guest's last writes may be lost: %s", self.path, error.strerror)
             finally:
                 self._lock.release()
 
     def acked_features(self, features: int) -> None:
-        """Without FLUSH every write has to be durable when it completes."""
+        """Make every write durable when the driver has not accepted FLUSH."""
         if not self._running:
             self._look_up_size()
         self._durable_writes = not features & F_FLUSH
@@ -243,13 +244,13 @@ class BlockDevice(VirtioDevice):
             handler.durable = self._durable_writes
 
     def get_config(self, offset: int, size: int) -> bytes:
-        """`struct virtio_blk_config`, little-endian; bytes behind it read as zero."""
+        """Part of `struct virtio_blk_config`, little-endian; bytes behind it read as zero."""
         if not self._running:
             self._look_up_size()
         return self._config[offset : offset + size].ljust(size, b"\0")
 
     def _look_up_size(self) -> None:
-        """The image may have grown since the last front-end."""
+        """Look up the image's size, which may have changed since the last front-end."""
         if self._store.closed:
             return
         try:
@@ -265,15 +266,16 @@ class BlockDevice(VirtioDevice):
                 handler.length = capacity * SECTOR
 
     def set_config(self, offset: int, data: bytes) -> None:
-        """No field is writable: the writeback field belongs to CONFIG_WCE, which is not offered."""
+        """Refuse: no field is writable (`writeback` needs CONFIG_WCE, which is not offered)."""
         raise DeviceRefused("no field of this disk's configuration is writable")
 
     # -- requests -------------------------------------------------------------------------------
 
     def batch_handler(self, queue: int) -> CHandler | None:
-        """Plain reads, writes and flushes are done in C, where there is the C engine.
+        """The handler in C for plain reads, writes and flushes; used only with the C engine.
 
-        Not the types in `python_types`, and none where a subclass has a `handle_batch` of its own.
+        It leaves the types in `python_types` to Python. There is none for a subclass that has its
+        own `handle_batch`.
         """
         if type(self).handle_batch is not BlockDevice.handle_batch:
             return None
@@ -298,13 +300,13 @@ class BlockDevice(VirtioDevice):
             log.info("%s: requests wait for the disk one at a time: %s", self.path, error)
             handler = make()
         self._handlers.append(handler)
-        handler.durable = self._durable_writes  # which may just have changed
+        handler.durable = self._durable_writes  # it may just have changed
         return handler
 
     def handle_batch(self, queue: QueueInfo, batch: Batch) -> None:
         """Work on the requests that are left, in the order they were taken.
 
-        Each entry of `batch.done` says how its request went.
+        Each entry of `batch.done` gets the result of its request.
         """
         for position in batch.left:
             chain = batch[position]
@@ -318,12 +320,12 @@ class BlockDevice(VirtioDevice):
             DONE.pack_into(batch.done, position * DONE.size, chain.head, status, 1, written)
 
     def describe(self, header: bytes) -> str:
-        """Type and sector."""
+        """The request's type, sector and image, for the log."""
         kind, sector = _HEADER.unpack(header)
         return f"{_NAMES.get(kind, f'type {kind}')} at sector {sector} of {self.path}"
 
     def _fault(self, chain: Chain, error: OSError) -> None:
-        """Say which request the file has failed."""
+        """Log a request that failed on the file."""
         kind, sector = _HEADER.unpack(chain.header)
         length = {
             T_IN: chain.writable_length - 1,
@@ -339,20 +341,21 @@ class BlockDevice(VirtioDevice):
         )
 
     def _request(self, chain: Chain, failed: int) -> tuple[int, int]:
-        """`failed` is the errno that the request met in C, or 0."""
+        """Serve a request; `failed` is the error number that it met in C, or 0."""
         if chain.readable_length < _HEADER.size:
             return S_IOERR, 1
         kind, sector = _HEADER.unpack(chain.header)
         if failed and kind == T_FLUSH:
-            # The kernel reports a failed write-back once: asked again, it would see nothing wrong.
+            # The kernel reports a failed write-back only once: a second flush would succeed.
             raise OSError(failed, os.strerror(failed))
         return self.request(kind, sector * SECTOR, chain)
 
     def request(self, kind: int, offset: int, chain: Chain) -> tuple[int, int]:
-        """One request of any type: its status, and bytes written into the chain, status included.
+        """Serve one request of any type.
 
-        `offset` is what the header says, in bytes, unchecked; the header lies before the data in
-        `chain`. A subclass takes over a type by overriding this and naming the type in
+        Returns its status, and the number of bytes written into the chain with the status byte.
+        `offset` is the header's, in bytes, and unchecked; in `chain` the header lies before the
+        data. A subclass that takes over a type overrides this method and names the type in
         `python_types`. An `OSError` is logged and becomes S_IOERR.
         """
         if kind == T_IN:
@@ -384,7 +387,7 @@ class BlockDevice(VirtioDevice):
         return S_UNSUPP, 1
 
     def _inside(self, offset: int, length: int) -> bool:
-        """Whether that is whole sectors of the disk."""
+        """Whether the range is whole sectors of the disk."""
         return not length % SECTOR and offset + length <= self.capacity * SECTOR
 
     def _ranges(self, kind: int, payload: bytes) -> int:
@@ -420,7 +423,7 @@ def _first(views: list[memoryview], length: int) -> Iterator[memoryview]:
 
 
 def _behind(views: list[memoryview], skip: int) -> Iterator[memoryview]:
-    """What the pieces hold behind the first `skip` bytes, the header."""
+    """The bytes of the pieces behind the first `skip` bytes, which are the header."""
     for view in views:
         if skip < len(view):
             yield view[skip:]

@@ -1,7 +1,7 @@
 """Reading and writing a file at a position, straight from and to guest memory.
 
-Python's preadv and pwritev are preadv2(2) and pwritev2(2) underneath, which not every C library and
-seccomp filter lets through; then the older calls do the same.
+Python's preadv and pwritev call preadv2(2) and pwritev2(2). Some C libraries lack these, and some
+seccomp filters forbid them; then the older calls do the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ...errors import REFUSALS
 
 
 def read_at(fd: int, view: memoryview, offset: int) -> int:
-    """Fill `view` from `offset` (bytes) on; how many bytes there were. Raises OSError."""
+    """Read into `view` from `offset` (bytes); returns the bytes read. Raises OSError."""
     try:
         return os.preadv(fd, [view], offset)
     except (AttributeError, NotImplementedError):
@@ -27,9 +27,9 @@ def read_at(fd: int, view: memoryview, offset: int) -> int:
 
 
 def write_at(fd: int, view: memoryview, offset: int, durable: bool) -> int:
-    """Write `view` to `offset` (bytes); how many bytes were written. Raises OSError.
+    """Write `view` to `offset` (bytes); returns the bytes written. Raises OSError.
 
-    With `durable` they are on the medium at the return.
+    With `durable` they are on the medium when this returns.
     """
     if not durable:
         return os.pwrite(fd, view, offset)
@@ -46,10 +46,10 @@ def write_at(fd: int, view: memoryview, offset: int, durable: bool) -> int:
 
 
 def written(count: int) -> int:
-    """`count`, what a write has returned.
+    """Return `count`, the result of a write.
 
-    Raises OSError for 0: a FUSE file system can answer that as often as it is asked.
+    Raises OSError for 0: a FUSE file system could return that for ever.
     """
     if not count:
-        raise OSError(errno.EIO, "the file takes nothing")
+        raise OSError(errno.EIO, "the file takes no data")
     return count

@@ -1,14 +1,14 @@
-"""Locks on a disk image: against other back-ends, against QEMU, and to say who has it.
+"""Locks on a disk image: against other back-ends and against QEMU.
 
-Three kinds, all advisory:
+There are three kinds, all advisory:
 
 - flock(2), as other programs of this host take it: shared by a reader, exclusive by a writer.
 - QEMU's convention (its block/file-posix.c): a *read* lock of the open file description on byte
-  100 + i says "I use permission i", on byte 200 + i "nobody else may use it". Whether another
-  program stands against that is asked for with F_OFD_GETLK. Permissions: 0 consistent read,
-  1 write, 2 write without a change, 3 resize.
-- A mark of our own on two bytes more, held from open to close: a second back-end on the same image
-  learns of the first before either of them runs.
+  100 + i says "I use permission i", and on byte 200 + i "no other program may use it". A program
+  finds conflicting locks with F_OFD_GETLK. Permissions: 0 consistent read, 1 write, 2 write without
+  a change, 3 resize.
+- A mark of our own on one of two further bytes, held from open to close. By it a second back-end on
+  the same image learns of the first before either of them runs.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ...errors import DeviceError
 
 log: logging.Logger = logging.getLogger("vhost_backend.blk")
 
-#: auto: as `on`, except where the file system has no locks; off: none.
+#: auto takes locks where the file system has them; on fails where it has none; off takes none.
 Locking = Literal["auto", "on", "off"]
 
-#: Seconds to wait for a lock that another program holds: udev and others look at a disk for a
-#: moment, and lock it meanwhile.
+#: Seconds to wait for another program's lock: udev and others lock a disk for a moment while they
+#: look at it.
 PATIENCE = 3.0
 _INTERVAL: Final = 0.02
 
@@ -55,14 +55,14 @@ _UNSUPPORTED: Final = frozenset(
 
 
 class ImageInUse(DeviceError):
-    """Another program has the image; the message says which, as far as it can be known."""
+    """Another program uses the image; the message names it where that is known."""
 
 
 class ImageLock:
     """The locks of one open image.
 
-    `fd` stays the caller's, and must outlive this object; `writes` tells a writer from a reader.
-    The mark is set at once, the locks themselves by `acquire`.
+    `fd` stays the caller's, and must outlive this object. `writes` is whether the image is opened
+    for writing. The mark is set at once; `acquire` takes the locks.
 
     Raises `DeviceError` with `locking="on"` where the file system has no such locks.
     """
@@ -87,7 +87,7 @@ class ImageLock:
                 self._ofd = self._missing(error)
 
     def others(self) -> str | None:
-        """Who else has the image open as a back-end or runs on it now, in words; else None."""
+        """The program that has the image open as a back-end or uses it now, in words, or None."""
         if not self._ofd:
             return None
         marks = (_OPEN_WRITER, _OPEN_READER) if self._writes else (_OPEN_WRITER,)
@@ -96,7 +96,7 @@ class ImageLock:
         return None
 
     def acquire(self) -> None:
-        """Take the locks; waits up to `PATIENCE` seconds for others'. Raises `ImageInUse`."""
+        """Take the locks; wait up to `PATIENCE` seconds for others'. Raises `ImageInUse`."""
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -114,14 +114,14 @@ class ImageLock:
             raise ImageInUse(f"{self._path} is in use: {conflict}")
 
     def release(self) -> None:
-        """Let others have the image; the mark stays."""
+        """Release the locks, so that others may use the image; the mark stays."""
         if self._ofd:
             _set(self._fd, fcntl.F_UNLCK, _USES, _OPEN_READER - _USES)
         if self._flock:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Release everything, also while a copy of the descriptor lives on elsewhere."""
+        """Release locks and mark, even if a copy of the descriptor stays open elsewhere."""
         try:
             self.release()
         finally:
@@ -129,7 +129,7 @@ class ImageLock:
                 _set(self._fd, fcntl.F_UNLCK, _OPEN_READER, _END - _OPEN_READER)
 
     def _try(self) -> str | None:
-        """Take what can be had at once; nothing is held when it returns what stands against it."""
+        """Try to take all locks at once; returns the conflict, and then holds none."""
         if self._flock:
             kind = fcntl.LOCK_EX if self._writes else fcntl.LOCK_SH
             try:
@@ -141,7 +141,7 @@ class ImageLock:
         if not self._ofd:
             return None
         try:
-            # Ours first, then a look at theirs: of two that come at once at least one sees it.
+            # Set our locks, then look for theirs: of two programs, at least one sees the other's.
             for byte in self._held:
                 _set(self._fd, fcntl.F_RDLCK, byte)
             taken = [byte for byte in self._against if _taken(self._fd, byte)]
@@ -154,7 +154,10 @@ class ImageLock:
         return f"{_holder(self._fd, 'OFDLCK')} {_CLAIMS[taken[0]]}"
 
     def _missing(self, error: OSError) -> bool:
-        """False, after a word about it: there are no such locks here."""
+        """Log that there are no such locks here, and return False.
+
+        Raises `DeviceError` for another error, and with `locking="on"`.
+        """
         if self._locking == "on" or error.errno not in _UNSUPPORTED:
             raise DeviceError(f"{self._path}: cannot be locked: {error.strerror}") from None
         log.warning(
@@ -180,7 +183,7 @@ def _holder(fd: int, kind: str) -> str:
     """Which process has a lock of that kind (as /proc/locks names it) on the file, in words."""
     try:
         processes = _by_number(fd, kind) or _by_open_files(fd, kind)
-    except OSError:  # there is no /proc to tell
+    except OSError:  # there is no /proc
         processes = set()
     if not processes:
         return "another program"
@@ -211,13 +214,16 @@ def _by_number(fd: int, kind: str) -> set[int]:
 
 
 def _by_open_files(fd: int, kind: str) -> set[int]:
-    """A lock of an open file description has no process; the files of those we may see do."""
+    """The processes that have the locked file open, as far as we may see their files.
+
+    A lock of an open file description belongs to no process, so /proc/locks names none.
+    """
     image = os.readlink(f"/proc/self/fd/{fd}")
     found = set()
     for process in filter(str.isdigit, os.listdir("/proc")):
         try:
             for name in os.listdir(f"/proc/{process}/fd"):
-                # By name: to ask the file itself could wait for whoever serves it.
+                # By name: a stat of the file could wait for the program that serves it (FUSE).
                 if os.readlink(f"/proc/{process}/fd/{name}") != image:
                     continue
                 if int(process) == os.getpid() and int(name) == fd:

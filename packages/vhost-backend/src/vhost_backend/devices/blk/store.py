@@ -1,4 +1,4 @@
-"""The bytes of a disk: a regular file or a block device, through the page cache and past it."""
+"""The bytes of a disk: a regular file or block device, with or without the page cache."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _libc.fallocate.restype = ctypes.c_int
 
 
 class FileStore:
-    """The file at `path`, open until it is closed; offsets and lengths are bytes.
+    """The open file at `path`; offsets and lengths are bytes.
 
-    `fd` goes through the page cache. With `direct` there is `direct_fd` (O_DIRECT) besides, for
-    what is aligned for it; it is -1 otherwise. All methods but `close` raise `OSError` for what the
-    file fails. Raises `DeviceError` for what can be no disk, or cannot be opened.
+    `fd` goes through the page cache. With `direct` there is also `direct_fd` (O_DIRECT), for
+    aligned requests; otherwise it is -1. All methods but `close` raise `OSError` when the file
+    fails. The constructor raises `DeviceError` for a file that cannot be a disk or be opened.
     """
 
     def __init__(self, path: str, *, read_only: bool, direct: bool) -> None:
@@ -50,14 +50,14 @@ class FileStore:
         return self.fd < 0
 
     def close(self) -> None:
-        """Close the descriptors. Harmless when repeated."""
+        """Close the descriptors. Calling it again is harmless."""
         fds, self.fd, self.direct_fd = (self.fd, self.direct_fd), -1, -1
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
 
     def size(self) -> int:
-        """What it holds now. Raises `DeviceError` for what can be no disk."""
+        """The size now. Raises `DeviceError` for a file that cannot be a disk."""
         status = os.fstat(self.fd)
         if stat.S_ISBLK(status.st_mode):
             buffer = bytearray(8)
@@ -72,7 +72,7 @@ class FileStore:
         return size
 
     def read(self, pieces: Iterable[memoryview], offset: int) -> bool:
-        """Fill the pieces; False when the file ends before, as it may have been truncated."""
+        """Fill the pieces; False when the file ends too early (it may have been truncated)."""
         for view in pieces:
             position = 0
             while position < len(view):
@@ -84,7 +84,7 @@ class FileStore:
         return True
 
     def write(self, pieces: Iterable[memoryview], offset: int, durable: bool) -> None:
-        """Write the pieces; `durable`: they are on the medium when this returns."""
+        """Write the pieces; with `durable` they are on the medium when this returns."""
         for view in pieces:
             position = 0
             while position < len(view):
@@ -93,15 +93,15 @@ class FileStore:
                 offset += count
 
     def flush(self) -> None:
-        """Have on the medium what was written."""
+        """Bring all writes to the medium."""
         os.fdatasync(self.fd)
 
     def discard(self, offset: int, length: int) -> None:
-        """A hint: where the file system cannot punch holes the data stays."""
+        """Punch a hole; the data stays where the file system cannot do that."""
         _fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        """Have the range read as zeroes; with `unmap` it need not keep its room."""
+        """Make the range read as zeroes; with `unmap` its space may be freed."""
         if unmap and _fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length):
             return
         if not _fallocate(self.fd, _ZERO_RANGE | _KEEP_SIZE, offset, length):
@@ -109,11 +109,11 @@ class FileStore:
 
 
 def _open(path: str, read_only: bool) -> int:
-    """Without waiting, whatever it is: a FIFO would have us wait for a writer."""
+    """Open the file without waiting: opening a FIFO would wait for a writer."""
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         fd = os.open(path, flags)
-    except ValueError as error:  # it has a zero byte
+    except ValueError as error:  # the path has a zero byte
         raise DeviceError(f"{path!r}: {error}") from None
     except OSError as error:
         raise DeviceError(f"{path or repr(path)}: {error.strerror}") from None
