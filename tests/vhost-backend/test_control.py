@@ -196,6 +196,17 @@ def test_a_packed_ring_whose_position_was_never_set_begins_as_the_driver_does(
         assert session.stop_ring(0) == 0x8004_8004
 
 
+def test_a_packed_ring_that_never_ran_stands_at_its_beginning() -> None:
+    """Its position may go to another back-end, which has to begin as the driver does."""
+    with raw(features=VirtioFeature.RING_PACKED | VirtioFeature.VERSION_1) as frontend:
+        base = frontend.get_vring_base(0)
+        assert base == 0x8000_8000
+        frontend.set_vring_base(0, 0x0005_8007)
+        assert frontend.get_vring_base(0) == 0x0005_8007
+    with raw() as frontend:
+        assert frontend.get_vring_base(0) == 0
+
+
 def test_what_the_device_advises_is_no_limit() -> None:
     with raw() as frontend:
         frontend.set_vring_num(0, 32768)

@@ -271,6 +271,196 @@ def test_who_serves_cannot_wait_for_its_own_end(tmp_path: Path) -> None:
     assert len(errors) == 1
 
 
+def test_close_right_after_start_finds_the_thread_that_has_not_run_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may_run = threading.Event()
+    work = VhostUserDaemon._work
+
+    def late(self: VhostUserDaemon, *args: object) -> None:
+        assert may_run.wait(PATIENCE)
+        work(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(VhostUserDaemon, "_work", late)
+
+    def shutdown() -> None:
+        may_run.set()
+        VhostUserDaemon.shutdown(daemon)
+
+    daemon = make()
+    ours, theirs = socket.socketpair()
+    with theirs:
+        daemon.start_connection(ours)
+        monkeypatch.setattr(daemon, "shutdown", shutdown)
+        daemon.close()
+    daemon.wait()
+
+
+def test_a_thread_that_cannot_start_leaves_the_daemon_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name == "test-control":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with make() as daemon:
+        ours, theirs = socket.socketpair()
+        with monkeypatch.context() as patch, theirs:
+            patch.setattr(threading.Thread, "start", fail)
+            with pytest.raises(RuntimeError, match="new thread"):
+                daemon.start_connection(ours)
+            assert ours.fileno() < 0
+            with pytest.raises(BackendUsageError, match="not started"):
+                daemon.wait()
+        ours, theirs = socket.socketpair()
+        daemon.start_connection(ours)
+        with DriverSession(vp.Frontend(theirs, timeout=PATIENCE)) as session:
+            assert answered(session)
+        daemon.wait()
+
+
+def test_serve_that_cannot_begin_ends_nothing(tmp_path: Path) -> None:
+    with make() as daemon:
+        with pytest.raises(ListenError):
+            daemon.serve(tmp_path / "missing" / "s")
+        ours, theirs = socket.socketpair()
+        daemon.start_connection(ours)
+        with DriverSession(vp.Frontend(theirs, timeout=PATIENCE)) as session:
+            with pytest.raises(BackendUsageError, match="already"):
+                daemon.serve(tmp_path / "s")
+            assert answered(session)
+        daemon.wait()
+
+
+def test_a_worker_cannot_wait_for_its_own_end() -> None:
+    errors: list[BaseException] = []
+
+    class Closes(Echo):
+        def handle(self, queue: QueueInfo, request: Request) -> None:
+            for wait in (daemon.close, daemon.wait):
+                try:
+                    wait()
+                except BackendUsageError as error:
+                    errors.append(error)
+
+    with VhostUserDaemon("test", DeviceBackend.of(Closes())) as daemon:
+        ours, theirs = socket.socketpair()
+        daemon.start_connection(ours)
+        with DriverSession(vp.Frontend(theirs, timeout=PATIENCE)) as session:
+            assert answered(session)
+    assert len(errors) == 2
+
+
+class Later(Raw):
+    """Completes what it has taken when a descriptor beside the queues says so."""
+
+    def handle_event(
+        self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
+    ) -> bool:
+        with vrings[0].get_mut() as state:
+            if device_event == 0:
+                self.taken = [chain.head for chain in state.available()]
+            else:
+                for head in self.taken:
+                    state.add_used(head, 0)
+                state.signal_used_queue()
+        return False
+
+
+def test_an_interrupted_serve_lets_workers_end_what_they_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = Later()
+    daemon = VhostUserDaemon("test", backend)
+    done, interrupt = WakeFd(), threading.Event()
+    daemon.get_epoll_handlers()[0].register_listener(done.fd, select.EPOLLIN | select.EPOLLET, 9)
+
+    def work(session: DriverSession) -> None:
+        vring = session.vrings[0]
+        vring.submit([], [(session.allocate(4), 4)])
+        vring.kick()
+        until(lambda: getattr(backend, "taken", None), "nothing was taken")
+        interrupt.set()
+        until(lambda: daemon._stopping, "the daemon does not end")
+        done.wake()
+        assert len(vring.completions(PATIENCE)) == 1
+
+    def interrupted() -> None:
+        assert interrupt.wait(PATIENCE)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(daemon, "wait", interrupted)
+    with user(tmp_path / "s", work), pytest.raises(KeyboardInterrupt):
+        daemon.serve(tmp_path / "s")
+    for event in (done, *backend.exits):
+        event.close()
+
+
+def test_start_says_that_nobody_can_connect(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with make() as daemon, Listener(tmp_path / "s") as closed:
+        closed.close()
+        with pytest.raises(BackendUsageError, match="listener is closed"):
+            daemon.start(closed)
+        with Listener.from_fd(ours.detach()) as connected:
+            daemon.start(connected)
+            daemon.wait()
+            with pytest.raises(BackendUsageError, match="listener is closed"):
+                daemon.start(connected)
+        daemon.shutdown()
+        daemon.start(closed)  # the daemon ends, whatever the listener does
+
+
+def test_shutdown_ends_a_start_that_another_daemon_was_faster_than(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are told of one connection that waits; the other one has it."""
+    with make() as daemon, Listener(tmp_path / "s") as listener:
+        wait_readable, told = daemon._wait_readable, threading.Event()
+
+        def too_late(fd: int) -> bool:
+            if told.is_set():
+                return wait_readable(fd)
+            told.set()
+            return True
+
+        monkeypatch.setattr(daemon, "_wait_readable", too_late)
+        thread = threading.Thread(target=daemon.start, args=(listener,), daemon=True)
+        thread.start()
+        assert told.wait(PATIENCE)
+        daemon.shutdown()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_a_signal_ends_serve_forever_also_with_a_front_end(
+    tmp_path: Path, kind: type[BaseException]
+) -> None:
+    """Ctrl-C, or a handler that calls sys.exit, on the thread that serves."""
+    main = threading.get_ident()
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signal handlers run on the main thread")
+
+    def end(number: int, frame: object) -> None:
+        raise kind
+
+    def use(session: DriverSession) -> None:
+        assert answered(session)
+        signal.pthread_kill(main, signal.SIGUSR2)
+
+    before = signal.signal(signal.SIGUSR2, end)
+    try:
+        with make() as daemon, user(tmp_path / "s", use), pytest.raises(kind):
+            daemon.serve_forever(tmp_path / "s")
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
 # -- the same in an event loop -------------------------------------------------------------------
 
 
@@ -442,3 +632,80 @@ def test_in_a_loop_the_counters_are_served_to_prometheus(tmp_path: Path) -> None
 
     asyncio.run(main())
     assert not (tmp_path / "m").exists()
+
+
+def test_in_a_loop_one_task_serves_until_the_daemon_is_closed(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with AsyncDaemon("test", DeviceBackend.of(Echo())) as daemon:
+            first, second = socket.socketpair(), socket.socketpair()
+            serving = asyncio.create_task(daemon.serve_connection(first[0]))
+            await asyncio.sleep(0)
+            for attempt in (daemon.serve_connection(second[0]), daemon.serve(tmp_path / "s")):
+                with pytest.raises(BackendUsageError, match="already"):
+                    await attempt
+            assert second[1].recv(1) == b""
+
+            def use() -> None:
+                with DriverSession(vp.Frontend(first[1], timeout=PATIENCE)) as session:
+                    assert answered(session)
+
+            await asyncio.to_thread(use)
+            await serving
+            second[1].close()
+        with pytest.raises(BackendUsageError, match="closed"):
+            await daemon.serve(tmp_path / "s")
+        with pytest.raises(BackendUsageError, match="closed"):
+            await daemon.__aenter__()
+
+    asyncio.run(main())
+
+
+def test_in_a_loop_serve_that_cannot_listen_ends_nothing(tmp_path: Path) -> None:
+    async def use(daemon: AsyncDaemon) -> None:
+        with pytest.raises(ListenError):
+            await daemon.serve(tmp_path / "missing" / "s")
+        await daemon.serve(tmp_path / "s")
+
+    with user(tmp_path / "s"):
+        in_loop(use)
+
+
+def test_in_a_loop_a_failed_worker_leaves_the_task_uncancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(daemon: AsyncDaemon) -> None:
+        def fail(timeout: float | None) -> float | None:
+            raise OSError("the worker cannot go on")
+
+        task = asyncio.current_task()
+        assert task is not None
+        worker = daemon.get_epoll_handlers()[0]
+        monkeypatch.setattr(worker, "_round", fail)
+        asyncio.get_running_loop().call_soon(worker.wake)
+        with pytest.raises(OSError, match="cannot go on"):
+            await daemon.serve_forever(tmp_path / "s")
+        assert not task.cancelling()
+        with pytest.raises(ExceptionGroup):
+            await grouped()
+
+    async def grouped() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(refuse())
+            await asyncio.sleep(PATIENCE)
+
+    async def refuse() -> None:
+        raise ValueError
+
+    in_loop(use)
+
+
+def test_in_a_loop_a_cancellation_counts_though_a_worker_fails(tmp_path: Path) -> None:
+    async def use(daemon: AsyncDaemon) -> None:
+        serving = asyncio.create_task(daemon.serve_forever(tmp_path / "s"))
+        await asyncio.sleep(0)
+        serving.cancel()
+        daemon._worker_failed(OSError("the worker cannot go on"))
+        with pytest.raises(asyncio.CancelledError):
+            await serving
+
+    in_loop(use)

@@ -297,6 +297,34 @@ def test_the_room_for_an_answer_has_no_status_byte(status_byte: bool, kind: str)
         assert seen == [(4, [3, 1]), (8, [3, 5])]
 
 
+@pytest.mark.parametrize("engine", ["c", "python"])
+@pytest.mark.parametrize("last", [1, 2, 5])
+def test_what_is_written_ends_before_the_status_byte(engine: EngineName, last: int) -> None:
+    counts: list[int] = []
+
+    class Talks(VirtioDevice):
+        device_id = 40
+        status_byte = True
+
+        def handle(self, queue: QueueInfo, request: Request) -> None:
+            counts.append(request.write(b"abcd"))
+            counts.append(request.write(memoryview(b"efghijkl").cast("H")))
+            request.status = 3
+
+    with attached(Talks(), engine=engine) as session:
+        vring = session.vrings[0]
+        first, second = session.allocate(8), session.allocate(8)
+        session.memory.write(second, b"-" * 8)
+        vring.submit([], [(first, 3), (second, last)])
+        vring.kick()
+        ((_, written),) = vring.completions(60)
+        room = 3 + last - 1
+        assert counts == [min(room, 4), max(room - 4, 0)]
+        assert written == room + 1
+        assert session.memory.read(first, 3) == b"abc"
+        assert session.memory.read(second, last) == b"abcdefgh"[3:room] + b"\x03"
+
+
 def test_a_name_of_before_is_there_with_a_warning() -> None:
     import vhost_backend
 

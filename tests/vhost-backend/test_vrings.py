@@ -7,13 +7,14 @@ import select
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import cast
 
 import pytest
 
 from guest_memory import GuestAddress, GuestMemory
 from vhost_backend import BackendUsageError, VirtioFeature, Vring, VringMutex, VringRwLock
 from vhost_backend import VringState as State
-from virtqueue import DriverQueue, EngineName, RingConfig, ring_layout
+from virtqueue import DriverQueue, EngineName, RingConfig, Server, ring_layout
 
 GUEST, USER = 1 << 20, 1 << 32
 SIZE = 8
@@ -221,3 +222,34 @@ def test_other_threads_wait_until_a_thread_that_entered_twice_has_left(vring: Vr
     assert not other.is_alive()
     with vring.get_ref() as state:
         assert state.enabled
+
+
+def test_a_visitor_that_is_interrupted_keeps_nobody_out() -> None:
+    class Busy:
+        """A server in C that hears nothing."""
+
+        def interrupt(self) -> None: ...
+
+        def own(self) -> None: ...
+
+        def borrow(self) -> bool:
+            return False
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    vring = VringMutex(State())
+    lease, entered = vring.lease, threading.Event()
+    lease.claim()
+    lease.begin(cast("Server", Busy()))
+    lease.wake = interrupted
+    with pytest.raises(KeyboardInterrupt), vring.get_mut():
+        pass
+    lease.end()
+
+    def visit() -> None:
+        with vring.get_mut():
+            entered.set()
+
+    threading.Thread(target=visit, daemon=True).start()
+    assert entered.wait(20)

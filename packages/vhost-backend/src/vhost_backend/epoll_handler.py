@@ -150,6 +150,11 @@ class VringEpollHandler:
             self._exit.wake()
         self.wake()
 
+    @property
+    def inside(self) -> bool:
+        """Whether the caller runs on the worker's thread."""
+        return self._thread is threading.current_thread()
+
     def wake(self) -> None:
         """From any thread: have the worker look at everything it watches."""
         self._wake.wake()

@@ -96,7 +96,9 @@ def is_shortage(error: BaseException) -> bool:
     from vhost_protocol import OutOfResources  # the command line's --help needs no protocol
 
     found: BaseException | None = error
-    while found is not None:
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:  # what is raised from itself is its cause
+        seen.add(id(found))
         if isinstance(found, MemoryError | OutOfResources):
             return True
         if getattr(found, "errno", None) in _SHORTAGES:
@@ -115,8 +117,15 @@ def kept(error: BaseException) -> BaseException:
     """
     from traceback import clear_frames
 
-    link: BaseException | None = error
-    while link is not None:
+    links: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while links:
+        link = links.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
         clear_frames(link.__traceback__)
-        link = link.__cause__ or link.__context__
+        links += [link.__cause__, link.__context__]
+        if isinstance(link, BaseExceptionGroup):
+            links += link.exceptions
     return error

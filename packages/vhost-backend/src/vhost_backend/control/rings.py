@@ -361,7 +361,7 @@ class Rings:
 
     def _start(self, request: str, state: VringState) -> None:
         context = self._context
-        if state.index not in self._placed and state.settings.features & VirtioFeature.RING_PACKED:
+        if self._at_packed_begin(state):
             state.set_queue_next_avail(_PACKED_BEGIN)
         self._placed.add(state.index)
         if context.has(vp.ProtocolFeatures.INBAND_NOTIFICATIONS):
@@ -385,6 +385,11 @@ class Rings:
         # the driver may wait for just that signal. One signal too many is harmless.
         if state.has_news:
             state.signal_call()
+
+    def _at_packed_begin(self, state: VringState) -> bool:
+        """Whether it is a packed ring that has no position yet."""
+        packed = state.settings.features & VirtioFeature.RING_PACKED
+        return bool(packed) and state.index not in self._placed
 
     def _make_queue(self, state: VringState) -> None:
         """Start the ring now, or once all requests of the last front-end have ended."""
@@ -440,6 +445,8 @@ class Rings:
         self._context.unwatch(index)
         with vring.get_mut() as state:
             base = state.stop()
+            if self._at_packed_begin(state):
+                base = _PACKED_BEGIN
             state.set_kick(-1)
         log.debug("%s: queue %d stops at %#x", self._context.name, index, base)
         if not self._any_started():

@@ -28,7 +28,7 @@ from ..adapter.device_backend import DeviceBackend
 from ..backend import VhostUserBackend
 from ..control import Outcome
 from ..device.base import VirtioDevice, close_device, name_of
-from ..errors import kept
+from ..errors import BackendUsageError, kept
 from ..fds.listener import Listener, announce
 from ..vring.locks import VringMutex
 from .base import DaemonBase, Pause, say_another_waits
@@ -117,6 +117,9 @@ class AsyncDaemon(DaemonBase):
         self._cpus_before: set[int] | None = None
         self._failure: BaseException | None = None
         self._task: asyncio.Task[Any] | None = None
+        #: Whether `_task` was cancelled because of `_failure`.
+        self._told = False
+        self._closed = False
         if isinstance(backend, DeviceBackend):
             backend.on_exit = lambda error: end_loop(loop, error)
 
@@ -125,11 +128,11 @@ class AsyncDaemon(DaemonBase):
 
         Raises `ListenError`, and the errors of `serve_connection`.
         """
-        try:
-            with Listener(path) as listener, self._ended_by_a_worker():
+        with Listener(path) as listener, self._ended_by_a_worker():
+            try:
                 await self.serve_connection(await self._accept(listener))
-        finally:
-            await self.__aexit__()
+            finally:
+                await self.__aexit__()
 
     async def serve_forever(self, where: Listener | str | os.PathLike[str]) -> None:
         """Serve front-ends one after another, until cancelled.
@@ -146,7 +149,8 @@ class AsyncDaemon(DaemonBase):
     async def serve_connection(self, sock: socket.socket) -> None:
         """Take over one connected socket, and serve it until the front-end hangs up.
 
-        Raises an error that ended the connection or a worker.
+        Raises an error that ended the connection or a worker, and `BackendUsageError` while another
+        task serves.
         """
         with contextlib.closing(sock), self._ended_by_a_worker():
             error = await self._serve_connection(sock)
@@ -156,20 +160,27 @@ class AsyncDaemon(DaemonBase):
     @contextlib.contextmanager
     def _ended_by_a_worker(self) -> Iterator[None]:
         """When a worker fails, cancel the task that serves here and raise the worker's error."""
+        if self._closed:
+            raise BackendUsageError("the daemon is closed")
         if self._failure is not None:
             raise self._failure
-        outermost = self._task is None
-        if outermost:
-            self._task = asyncio.current_task()
+        task = asyncio.current_task()
+        if self._task is not None:
+            if self._task is not task:
+                raise BackendUsageError("a front-end is served, or waited for, already")
+            yield
+            return
+        self._task = task
+        before = 0 if task is None else task.cancelling()
         try:
             yield
         except asyncio.CancelledError:
-            if self._failure is None:
-                raise
+            if task is None or not self._told or task.uncancel() > before:
+                raise  # somebody else has cancelled the task, too
+            assert self._failure is not None
             raise self._failure from None
         finally:
-            if outermost:
-                self._task = None
+            self._task = None
 
     async def _accept_all(self, listener: Listener) -> None:
         while True:
@@ -244,8 +255,8 @@ class AsyncDaemon(DaemonBase):
     def _worker_failed(self, error: BaseException) -> None:
         if self._failure is None:
             self._failure = kept(error)
-        if self._task is not None:
-            self._task.cancel()
+        if self._task is not None and not self._told:
+            self._told = self._task.cancel()
 
     async def _sleep(self, seconds: float | None) -> None:
         """Sleep until there is progress, at most `seconds`."""
@@ -270,6 +281,7 @@ class AsyncDaemon(DaemonBase):
 
     def close(self) -> None:
         """Take the device out of the loop, after `finish`. Calling it again is harmless."""
+        self._closed = True
         self._hang_up()
         for worker in self._workers:
             worker.stop()
@@ -279,6 +291,8 @@ class AsyncDaemon(DaemonBase):
             self._cpus_before = None
 
     async def __aenter__(self) -> AsyncDaemon:
+        if self._closed:
+            raise BackendUsageError("the daemon is closed")
         self._start_workers()
         return self
 

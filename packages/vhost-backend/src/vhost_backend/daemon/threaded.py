@@ -120,8 +120,9 @@ class VhostUserDaemon(DaemonBase):
 
         Returns when a front-end has connected, or `shutdown` was called. `wait` returns at the end
         of the connection; then `start` may be called again. The listener stays the caller's.
+        Raises `BackendUsageError` for a closed listener, or one whose only connection was served.
         """
-        self._spawn(lambda: self._accept(listener), self._serve_connection)
+        self._spawn(lambda: self._accept_one(listener), self._serve_connection)
 
     def start_client(self, path: str | os.PathLike[str], *, reconnect: bool = False) -> None:
         """Connect to a front-end that listens on `path`, and serve it on a thread of the daemon's.
@@ -144,7 +145,9 @@ class VhostUserDaemon(DaemonBase):
 
         By then the device has ended all its requests. A hang-up is no error, nor is `shutdown`. A
         connection's error is raised once; the error of a worker that has ended is raised each time.
+        Raises `BackendUsageError` on the daemon's own threads, as `close` does.
         """
+        self._check_outside()
         if self._thread is None:
             if not self._stopping:
                 raise BackendUsageError("the daemon was not started")
@@ -159,22 +162,27 @@ class VhostUserDaemon(DaemonBase):
     def serve(self, path: str | os.PathLike[str]) -> None:
         """Listen on `path`, serve one front-end, and end the workers (and signal `exit_event`).
 
-        Raises `ListenError`, and the errors of `wait`.
+        Raises `ListenError`, and the errors of `wait`. Nothing ends when it cannot listen, or when
+        another front-end is served.
         """
-        try:
-            with Listener(path) as listener:
-                self.start(listener)
+        with Listener(path) as listener:
+            self._take()
+            try:
+                self._start_taken(lambda: self._accept(listener), self._serve_connection)
                 self.wait()
-        finally:
-            for worker in self._workers:
-                worker.send_exit_event()
-            self.close()
+            finally:
+                # First: a worker that has ended completes none of its requests.
+                self._end_connection()
+                for worker in self._workers:
+                    worker.send_exit_event()
+                self.close()
 
     def serve_forever(self, where: Listener | str | os.PathLike[str]) -> None:
         """Serve front-ends one after another, on the caller's thread, until `shutdown`.
 
         `where` is a listener, which stays the caller's, or a path to listen on. An error that ends
-        a connection is logged. Raises `ListenError`, and an error that ended a worker.
+        a connection is logged. Raises `ListenError`, and an error that ended a worker; on the main
+        thread also `KeyboardInterrupt` and `SystemExit`.
         """
         self._take()
         try:
@@ -209,23 +217,33 @@ class VhostUserDaemon(DaemonBase):
         """Shut down, wait, and release the workers. Calling it again is harmless.
 
         Returns once the device has ended its requests, however long that takes. Raises
-        `BackendUsageError` on the thread that serves.
+        `BackendUsageError` on the thread that serves, and on a worker's.
         """
-        if self._server == threading.get_ident():
-            raise BackendUsageError(
-                "the thread that serves cannot wait for its own end: call shutdown() instead"
-            )
-        self.shutdown()
-        with self._serving:
-            self._closed = True
-        if self._thread is not None:
-            self._thread.join()
+        self._end_connection()
         for worker in self._workers:
             while not worker.stop(self._drain_warning):
                 log.warning("%s: closing waits for a worker in the device's code", self.name)
         self._workers = []
         self._wake.close()
         self._progress.close()
+
+    def _end_connection(self) -> None:
+        """Shut down, and wait until the front-end and its requests have gone."""
+        self._check_outside()
+        self.shutdown()
+        with self._serving:
+            self._closed = True
+        if self._thread is not None:
+            self._thread.join()
+
+    def _check_outside(self) -> None:
+        """This thread is about to wait for the others: it must be none of them."""
+        if self._server == threading.get_ident():
+            raise BackendUsageError(
+                "the thread that serves cannot wait for its own end: call shutdown() instead"
+            )
+        if any(worker.inside for worker in self._workers):
+            raise BackendUsageError("a worker cannot wait for its own end: call shutdown() instead")
 
     def __enter__(self) -> VhostUserDaemon:
         try:
@@ -267,18 +285,32 @@ class VhostUserDaemon(DaemonBase):
     ) -> None:
         """`get` a front-end on this thread and `serve` it on one of the daemon's."""
         self._take()
+        self._start_taken(get, serve)
+
+    def _start_taken(
+        self, get: Callable[[], T | None], serve: Callable[[T], BaseException | None]
+    ) -> None:
+        """`_spawn` after `_take`."""
+        front_end: T | None = None
+        thread: threading.Thread | None = None
         try:
             front_end = get()
             if front_end is not None:
-                self._error = None
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._work, args=(serve, front_end), name=f"{self.name}-control"
                 )
-                self._thread.daemon = True
-                self._thread.start()
+                thread.daemon = True
+                self._error = None
+                # From here on this thread may wait for that one, which says so when it runs.
+                self._server = None
+                thread.start()
+                self._thread = thread
                 return
         except BaseException:
-            self._give_back()
+            if thread is None or thread.ident is None:  # otherwise it runs, and gives back itself
+                if isinstance(front_end, socket.socket):
+                    front_end.close()
+                self._give_back()
             raise
         self._give_back()
 
@@ -303,10 +335,19 @@ class VhostUserDaemon(DaemonBase):
                 return
             self._serve_connection(connection)
 
+    def _accept_one(self, listener: Listener) -> socket.socket | None:
+        connection = self._accept(listener)
+        if connection is None and not self._stopping:
+            raise BackendUsageError("the listener is closed: no front-end can connect")
+        return connection
+
     def _accept(self, listener: Listener) -> socket.socket | None:
         """Wait for the next connection; None when the daemon ends or the listener is closed."""
         if listener.connected:
             return listener.accept() if listener.fileno() >= 0 else None
+        if listener.fileno() >= 0:
+            # Somebody else may listen there, too, and be faster.
+            listener.socket.setblocking(False)
         pause = Pause()
         while listener.fileno() >= 0 and self._wait_readable(listener.fileno()):
             try:
@@ -354,18 +395,17 @@ class VhostUserDaemon(DaemonBase):
         try:
             run(conversation.hold())
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and _on_the_main_thread():
-                # Ctrl-C in a caller's `serve_forever`. Signal handlers run on no other thread.
-                raise
-            # An error of a hook, or ours.
-            found = self._report(error)
-        finally:
-            if self._stopping and not line.closed:
-                run(conversation.finish_requests(lambda: self._failure is not None))
+            found = error if _ends_the_caller(error) else self._report(error)
+        try:
             try:
+                if self._stopping and not line.closed:
+                    run(conversation.finish_requests(lambda: self._failure is not None))
+            finally:
                 self._end(conversation, connection.close)
-            except BaseException as error:
-                found = self._report(error)
+        except BaseException as error:
+            found = error if _ends_the_caller(error) else self._report(error)
+        if found is not None and _ends_the_caller(found):
+            raise found
         return found
 
     def _wait_readable(self, fd: int) -> bool:
@@ -441,8 +481,13 @@ class _ThreadLine:
             return self._connection.acknowledge(received, ok)
 
 
-def _on_the_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+def _ends_the_caller(error: BaseException) -> bool:
+    """Whether it is Ctrl-C or sys.exit() in a signal handler, which only the main thread runs.
+
+    On a thread of the daemon's a hook has raised whatever it is.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    return main and isinstance(error, KeyboardInterrupt | SystemExit)
 
 
 def _connect(path: str) -> socket.socket:

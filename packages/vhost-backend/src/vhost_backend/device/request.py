@@ -190,6 +190,11 @@ class StatusRequest(Request):
         *pieces, last = self.chain.writable
         return [*pieces, last[:-1]] if len(last) > 1 else pieces
 
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append to the answer; returns how many bytes there was room for before the status."""
+        room = self.writable_length - self.chain.written
+        return super().write(memoryview(data).cast("B")[:room])
+
 
 class _Waiting:
     __slots__ = ("_request",)

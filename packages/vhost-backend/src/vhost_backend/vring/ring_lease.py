@@ -121,7 +121,11 @@ class RingLease:
         self._turn.acquire()
         self.wanted = True
         if not self._ring.acquire(False):
-            self._call_back()
+            try:
+                self._call_back()
+            except BaseException:  # a signal's, on the main thread
+                self._turn.release()
+                raise
         self._visitor = thread
         return self.state
 
