@@ -59,8 +59,12 @@ class Service(VhostUserBackendBase):
         return 1024
 
     def features(self) -> int:
+        # QEMU's vhost-user-rng lets its guest accept INDIRECT_DESC, whatever a back-end offers.
         return int(
-            VirtioFeature.VERSION_1 | VirtioFeature.EVENT_IDX | VirtioFeature.PROTOCOL_FEATURES
+            VirtioFeature.VERSION_1
+            | VirtioFeature.EVENT_IDX
+            | VirtioFeature.INDIRECT_DESC
+            | VirtioFeature.PROTOCOL_FEATURES
         )
 
     def set_event_idx(self, enabled: bool) -> None:
