@@ -73,7 +73,8 @@ class DriverSession:
         options: SessionOptions = DEFAULT,
         **changes: Any,
     ) -> None:
-        options = self.options = options.but(**changes)
+        options = options.but(**changes)
+        self.options: SessionOptions = options
         self.frontend: vp.Frontend = frontend
         self.channel: ChannelServer | None = None
         #: IOVAs that the back-end has asked for.
