@@ -36,6 +36,7 @@ from vhost_backend import (
     WakeFd,
     serve_async,
 )
+from vhost_backend.adapter.coroutines import AsyncDeviceBackend
 from vhost_backend.control import unshared
 from vhost_backend.driver.block import DRIVER_FEATURES
 from vhost_backend.testing import DriverSession, SessionError
@@ -357,12 +358,17 @@ def test_a_worker_cannot_wait_for_its_own_end() -> None:
 class Later(Raw):
     """Completes what it has taken when a descriptor beside the queues says so."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[int] = []
+
     def handle_event(
         self, device_event: int, event_set: int, vrings: Sequence[Vring], thread_id: int
     ) -> bool:
         with vrings[0].get_mut() as state:
             if device_event == 0:
-                self.taken = [chain.head for chain in state.available()]
+                # A queue is looked at more often than it is kicked.
+                self.taken += [chain.head for chain in state.available()]
             else:
                 for head in self.taken:
                     state.add_used(head, 0)
@@ -382,7 +388,7 @@ def test_an_interrupted_serve_lets_workers_end_what_they_have(
         vring = session.vrings[0]
         vring.submit([], [(session.allocate(4), 4)])
         vring.kick()
-        until(lambda: getattr(backend, "taken", None), "nothing was taken")
+        until(lambda: backend.taken, "nothing was taken")
         interrupt.set()
         until(lambda: daemon._stopping, "the daemon does not end")
         done.wake()
@@ -709,3 +715,21 @@ def test_in_a_loop_a_cancellation_counts_though_a_worker_fails(tmp_path: Path) -
             await serving
 
     in_loop(use)
+
+
+def test_a_device_forgets_a_loop_with_its_daemon(tmp_path: Path) -> None:
+    """It may be served in one loop after another, and none is to stay because of it."""
+    backend = DeviceBackend.of(EchoInLoop())
+    assert isinstance(backend, AsyncDeviceBackend)
+
+    async def main() -> None:
+        async with AsyncDaemon("test", backend) as daemon:
+            await daemon.serve(tmp_path / "s")
+
+    for _ in range(2):
+        with user(tmp_path / "s"):
+            asyncio.run(main())
+        assert not backend.hosts
+    with VhostUserDaemon("test", backend) as daemon, user(tmp_path / "s"):
+        daemon.serve(tmp_path / "s")
+    assert not backend.hosts

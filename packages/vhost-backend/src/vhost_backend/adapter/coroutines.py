@@ -46,6 +46,7 @@ class AsyncVringEpollHandler(VringEpollHandler):
         self._turn()
         await self._ended.wait()
         self._loop.remove_reader(self._epoll.fileno())
+        self.leave()
         if self._failure is not None:
             raise self._failure
         # asyncio.run cancels the requests that are still being worked on.
@@ -90,6 +91,11 @@ class AsyncVringEpollHandler(VringEpollHandler):
         """Note the task that the worker lives in: a loop that ends cancels it with all others."""
         if isinstance(self._backend, AsyncDeviceBackend):
             self._backend.hosts[self._loop] = host
+
+    def leave(self) -> None:
+        """Forget the loop: what it still cancels stays in flight for a successor."""
+        if isinstance(self._backend, AsyncDeviceBackend):
+            self._backend.hosts.pop(self._loop, None)
 
     def _lost(self, error: BaseException) -> None:
         """Note the error that ends the worker."""

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -77,6 +78,7 @@ class DaemonBase:
         ]
         self._workers = _make_workers(name, backend, self.vrings, worker_type, busy_poll, cpus)
         self._unstarted = list(self._workers)
+        self._starting = threading.Lock()
         for worker in self._workers:
             worker.on_failure = self._worker_failed
         self._control = ControlPlane(
@@ -102,9 +104,10 @@ class DaemonBase:
         return list(self._workers)
 
     def _start_workers(self) -> None:
-        while self._unstarted:
-            self._unstarted[0].start()
-            del self._unstarted[0]
+        with self._starting:
+            while self._unstarted:
+                self._unstarted[0].start()
+                del self._unstarted[0]
 
     def _hang_up(self) -> None:
         """End the present connection, from any thread."""

@@ -67,6 +67,7 @@ class LoopWorker(AsyncVringEpollHandler):
         """Take the queues out of the loop."""
         if self._started:
             self._loop.remove_reader(self._epoll.fileno())
+            self.leave()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -227,8 +228,8 @@ class AsyncDaemon(DaemonBase):
         for worker in self._workers:
             assert isinstance(worker, LoopWorker)
             worker.run_in(asyncio.current_task())
-        self._connection = sock
         connection = AsyncBackendConnection(sock)
+        self._connection = sock
         conversation = self._begin(connection.session, _LoopLine(self, connection))
         try:
             await conversation.hold()
@@ -293,7 +294,11 @@ class AsyncDaemon(DaemonBase):
     async def __aenter__(self) -> AsyncDaemon:
         if self._closed:
             raise BackendUsageError("the daemon is closed")
-        self._start_workers()
+        try:
+            self._start_workers()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     async def __aexit__(self, *exc: object) -> None:

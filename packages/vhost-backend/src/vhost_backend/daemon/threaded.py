@@ -388,8 +388,8 @@ class VhostUserDaemon(DaemonBase):
 
     def _serve_connection(self, sock: socket.socket) -> BaseException | None:
         """Serve one front-end until it hangs up; returns an error that ended the connection."""
-        self._connection = sock
         connection = BackendConnection(sock)
+        self._connection = sock
         conversation = self._begin(connection.session, line := _ThreadLine(self, connection))
         found: BaseException | None = None
         try:

@@ -18,11 +18,9 @@ from ..engine.python.packed import (
 )
 from ..engine.python.split import needs_event
 from ..engine.python.walk import NEXT, WRITABLE
-from ..errors import QueueBroken
-from ..layout import Reason
 from ..memory import access, barrier
 from ..memory.table import Table
-from .offered import Offered, up_to
+from .offered import Offered, take_used
 
 
 class DriverPackedRing:
@@ -132,16 +130,8 @@ class DriverPackedRing:
             barrier.order()
             head, flags = self._words[8 * slot + 6], self._words[8 * slot + 7]
             written = self._lengths[4 * slot + 2] if flags & WRITABLE else 0
-            chain = self.offered.get(head)
-            if chain is None or written > chain.writable:
-                raise QueueBroken(Reason.USED_RING, head)
-            batch = [chain]
-            if self._in_order:
-                batch = up_to(self.offered, head)
-            for used in batch:
-                del self.offered[used.identity]
+            for used, length in take_used(self.offered, head, written, self._in_order):
                 self._identities.append(used.identity)
-                length = written if used.identity == head else used.writable
                 found.append((used.identity, length))
                 self._free_slots += len(used.slots)
                 self._used_slot += len(used.slots)

@@ -13,7 +13,7 @@ from ..errors import QueueBroken
 from ..layout import Reason
 from ..memory import access, barrier
 from ..memory.table import Broken, Table
-from .offered import Offered, up_to
+from .offered import Offered, take_used
 
 
 class DriverSplitRing:
@@ -102,16 +102,9 @@ class DriverSplitRing:
         while ahead > 0 and len(found) < limit:
             slot = self._last_used & self._mask
             head, written = self._elements[2 * slot], self._elements[2 * slot + 1]
-            chain = self.offered.get(head)
-            if chain is None or written > chain.writable:
-                raise QueueBroken(Reason.USED_RING, head)
-            batch = [chain]
-            if self._in_order:
-                batch = up_to(self.offered, head)
-            for used in batch:
-                del self.offered[used.identity]
+            batch = take_used(self.offered, head, written, self._in_order)
+            for used, length in batch:
                 self._free.extend(used.slots)
-                length = written if used.identity == head else used.writable
                 found.append((used.identity, length))
             self._last_used = (self._last_used + len(batch)) & 0xFFFF
             ahead -= len(batch)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..errors import QueueBroken
+from ..layout import Reason
+
 
 class Offered(NamedTuple):
     """A chain that the device has."""
@@ -14,11 +17,22 @@ class Offered(NamedTuple):
     writable: int
 
 
-def up_to(offered: dict[int, Offered], identity: int) -> list[Offered]:
-    """With IN_ORDER a used id stands for itself and all that were offered before it."""
-    batch: list[Offered] = []
-    for chain in offered.values():
-        batch.append(chain)
-        if chain.identity == identity:
+def take_used(
+    offered: dict[int, Offered], head: int, written: int, in_order: bool
+) -> list[tuple[Offered, int]]:
+    """Take the chains that one used entry stands for out of `offered`, with the bytes of each.
+
+    With IN_ORDER the entry stands for all chains that were offered before it, too; their writable
+    bytes count as written.  Raises `QueueBroken` for a chain that the device does not have.
+    """
+    chain = offered.get(head)
+    if chain is None or written > chain.writable:
+        raise QueueBroken(Reason.USED_RING, head)
+    used = []
+    for other in offered.values() if in_order else (chain,):
+        used.append((other, written if other is chain else other.writable))
+        if other is chain:
             break
-    return batch
+    for other, _ in used:
+        del offered[other.identity]
+    return used
